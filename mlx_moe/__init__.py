@@ -1,0 +1,1 @@
+"""Dense small language models, upcycled to mixtures of experts and grown, without a loss spike."""

@@ -1,0 +1,365 @@
+"""What a run is: frozen, validated, saved beside its results.
+
+Precedence: preset < file < `-o key=value`. An architecture preset stands under all of them: it fills in whatever
+the `model` section leaves open. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mlx_moe.errors import InputError
+
+PRESETS = Path(__file__).parent / "presets"
+
+# The names that the registries of both backends know. A new component is one function in each backend's `layers`
+# or `attention`, and its name here.
+COMPONENTS: dict[str, list[str]] = {
+    "normalization": ["layernorm", "layernorm_nobias", "rmsnorm"],
+    "activation": ["gelu", "gelu_tanh", "silu", "relu", "leaky_relu"],
+    "position_encoding": ["learned_absolute", "rope", "none"],
+    "attention_backend": ["sdpa", "manual"],
+    "ffn_type": ["standard", "swiglu"],
+}
+
+
+def _component(kind: str) -> Any:
+    def known(name: str) -> str:
+        if name not in COMPONENTS[kind]:
+            raise ValueError(f"must be one of {', '.join(COMPONENTS[kind])}")
+        return name
+
+    return Annotated[str, AfterValidator(known)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class MoEConfig(_Frozen):
+    """The experts of every layer, and what keeps their load balanced."""
+
+    n_experts: int = Field(8, ge=1)
+    top_k: int = Field(2, ge=1)
+    load_balance_coefficient: float = Field(0.01, ge=0)
+    z_loss_coefficient: float = Field(0.001, ge=0)
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> MoEConfig:
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}; lower top_k")
+        return self
+
+
+def _default_d_ff(data: dict[str, Any]) -> int:
+    """4 × d_model, or 8/3 × d_model in steps of 32 for the three matrices of SwiGLU (Shazeer 2020)."""
+    d_model = data.get("d_model", 1)
+    return 32 * max(1, round(d_model / 12)) if data.get("ffn_type") == "swiglu" else 4 * d_model
+
+
+class ModelConfig(_Frozen):
+    """One architecture. `n_kv_heads`, `head_dim` and `d_ff` follow from the rest when left out."""
+
+    architecture: str = "simple"
+    vocab_size: int = Field(50257, ge=2)
+    context_length: int = Field(256, ge=2)
+    d_model: int = Field(832, ge=2)
+    n_layers: int = Field(7, ge=1)
+    n_heads: int = Field(8, ge=1)
+    n_kv_heads: int = Field(default_factory=lambda data: data.get("n_heads", 1), ge=1)
+    head_dim: int = Field(
+        default_factory=lambda data: max(1, data.get("d_model", 1) // data.get("n_heads", 1)), ge=1
+    )
+    normalization: _component("normalization") = "layernorm"  # type: ignore[valid-type]
+    norm_eps: float = Field(1e-5, gt=0)
+    norm_position: Literal["pre", "post"] = "pre"
+    activation: _component("activation") = "gelu"  # type: ignore[valid-type]
+    ffn_type: _component("ffn_type") = "standard"  # type: ignore[valid-type]
+    d_ff: int = Field(default_factory=_default_d_ff, ge=1)
+    position_encoding: _component("position_encoding") = "rope"  # type: ignore[valid-type]
+    rope_theta: float = Field(10_000.0, gt=0)
+    attention_backend: _component("attention_backend") = "sdpa"  # type: ignore[valid-type]
+    bias: bool = True
+    weight_tying: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init_std: float = Field(0.02, gt=0)
+    moe: MoEConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _heads_divide(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "head_dim" not in data:
+            d_model, n_heads = data.get("d_model", 832), data.get("n_heads", 8)
+            if all(isinstance(n, int) and n > 0 for n in (d_model, n_heads)) and d_model % n_heads:
+                fitting = [n for n in range(1, d_model + 1) if d_model % n == 0]
+                nearest = min(fitting, key=lambda n: abs(n - n_heads))
+                raise ValueError(
+                    f"d_model {d_model} is not divisible by n_heads {n_heads}; "
+                    f"take n_heads {nearest}, or set head_dim"
+                )
+        return data
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
+        if self.position_encoding == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs, so take an even one")
+        return self
+
+    @property
+    def display_name(self) -> str:
+        """The architecture in one word, e.g. `12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm`."""
+        heads = f"{self.n_heads}H" + (f"{self.n_kv_heads}KV" if self.n_kv_heads != self.n_heads else "")
+        position = {"rope": "RoPE", "learned_absolute": "Learned", "none": "NoPE"}
+        norm = {"rmsnorm": "RMS", "layernorm": "LN", "layernorm_nobias": "LNnb"}
+        activation = {
+            "gelu": "GELU",
+            "gelu_tanh": "GELUtanh",
+            "silu": "SiLU",
+            "relu": "ReLU",
+            "leaky_relu": "LReLU",
+        }
+        ffn = (
+            "SwiGLU"
+            if (self.ffn_type, self.activation) == ("swiglu", "silu")
+            else (
+                activation.get(self.activation, self.activation)
+                + ("-GLU" if self.ffn_type == "swiglu" else "")
+            )
+        )
+        experts = f"-{self.moe.n_experts}E{self.moe.top_k}" if self.moe else ""
+        return (
+            f"{self.n_layers}L-{heads}-{self.d_model}D-{position.get(self.position_encoding, self.position_encoding)}"
+            f"-{norm.get(self.normalization, self.normalization)}-{ffn}-{self.norm_position.title()}Norm{experts}"
+        )
+
+
+class DataConfig(_Frozen):
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = (
+        "tinystories"  # `stories`, `tinystories`, or a path: .txt, .jsonl, .parquet, or a folder of them
+    )
+    n_documents: int | None = Field(50_000, ge=1)  # at most so many; null: all
+    text_field: str = "text"  # the column of JSONL and Parquet
+    tokenizer: str = "gpt2"  # `char`, `bpe:VOCAB`, or a Hugging Face tokenizer by name or folder
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    fit_vocabulary: bool = (
+        True  # the model takes the tokenizer's size; false where model.vocab_size was given
+    )
+
+
+class OptimizerConfig(_Frozen):
+    """AdamW; decay on matrices only."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class PhaseConfig(_Frozen):
+    """Phase 1, and what every phase has: its length and its learning rate."""
+
+    steps: int = Field(1000, ge=1)
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    final_lr_fraction: float = Field(0.1, ge=0, le=1)
+
+
+class UpcyclePhaseConfig(PhaseConfig, MoEConfig):
+    """Phase 2: every FFN becomes experts."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    router_init: Literal["random", "zero"] = "random"
+    router_std: float = Field(0.02, gt=0)
+
+    @property
+    def moe(self) -> MoEConfig:
+        return MoEConfig(**{name: getattr(self, name) for name in MoEConfig.model_fields})
+
+
+class GrowPhaseConfig(PhaseConfig):
+    """Phase 3: wider and deeper at once. `n_heads` and `d_ff` follow from the width when left out."""
+
+    learning_rate: float = Field(8e-5, gt=0)
+    d_model: int = Field(1352, ge=2)
+    n_layers: int = Field(11, ge=1)
+    n_heads: int | None = Field(None, ge=1)
+    d_ff: int | None = Field(None, ge=1)
+    split: Literal["uneven", "even"] = "uneven"
+
+
+class PhasesConfig(_Frozen):
+    dense: PhaseConfig = PhaseConfig()
+    moe: UpcyclePhaseConfig = UpcyclePhaseConfig()
+    large_moe: GrowPhaseConfig = GrowPhaseConfig()
+
+
+class TrainingConfig(_Frozen):
+    """Batches, and how often to look, measure and save (in steps)."""
+
+    batch_size: int = Field(8, ge=1)
+    log_every: int = Field(50, ge=1)
+    eval_every: int = Field(250, ge=1)
+    eval_sequences: int = Field(64, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class VerificationConfig(_Frozen):
+    """What a boundary must satisfy before the next phase starts."""
+
+    probe_sequences: int = Field(8, ge=1)
+    max_logit_difference: float = Field(1e-4, gt=0)
+    max_loss_jump: float = Field(1e-3, gt=0)
+
+
+class RunConfig(_Frozen):
+    name: str = "three-phase"
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    phases: PhasesConfig = PhasesConfig()
+    training: TrainingConfig = TrainingConfig()
+    verification: VerificationConfig = VerificationConfig()
+
+
+def preset_names(kind: Literal["architectures", "runs"]) -> list[str]:
+    return sorted(path.stem for path in (PRESETS / kind).glob("*.yaml"))
+
+
+def load_run(
+    preset: str = "three-phase", file: Path | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """The merged config of a run: preset < file < overrides (`key.path=value`, the value read as YAML).
+
+    `preset` names a run, or an architecture, which then stands in the `three-phase` run.
+
+    Raises InputError, which names the key, the value, the limit and the nearest valid key.
+    """
+    if preset in preset_names("architectures"):
+        layers = [_read_preset("runs", "three-phase"), {"model": {"architecture": preset}}]
+    else:
+        layers = [_read_preset("runs", preset)]
+    if file is not None:
+        layers.append(read_mapping(file))
+    layers += [_parse_override(text) for text in overrides]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer)
+    model = merged.setdefault("model", {})
+    if isinstance(model, dict):
+        if "vocab_size" in model:
+            _merge(merged, {"data": {"fit_vocabulary": False}})
+        merged["model"] = _read_preset("architectures", model.get("architecture", "simple")) | model
+    return validate(RunConfig, merged)
+
+
+def load_architecture(name: str, **overrides: Any) -> ModelConfig:
+    """An architecture preset, with fields replaced."""
+    return validate(ModelConfig, _read_preset("architectures", name) | overrides)
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def validate(kind: type[Config], values: dict[str, Any]) -> Config:
+    """Build a config, or raise InputError with one line for every fault."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
+        raise InputError("\n".join(_explain(kind, fault) for fault in faults)) from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file with a mapping at the top."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read config {path}: {error}") from None
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"config {path} is not valid {path.suffix[1:] or 'YAML'}: {' '.join(str(error).split())}"
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(
+            f"config {path} holds a {type(values).__name__}; it must be a mapping of keys to values"
+        )
+    return values
+
+
+def save(config: BaseModel, path: Path) -> None:
+    """Write a config as YAML or JSON, by the file's ending; `read_mapping` and `validate` read it back."""
+    values = config.model_dump(mode="json")
+    text = (
+        json.dumps(values, indent=2) + "\n"
+        if path.suffix == ".json"
+        else yaml.safe_dump(values, sort_keys=False)
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_preset(kind: Literal["architectures", "runs"], name: Any) -> dict[str, Any]:
+    known = preset_names(kind) + (preset_names("architectures") if kind == "runs" else [])
+    if name not in known:
+        raise InputError(f"no preset named {name!r}; {_nearest(str(name), known)}known: {', '.join(known)}")
+    return read_mapping(PRESETS / kind / f"{name}.yaml")
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise InputError(f"override {text!r} is not of the form key.path=value, e.g. model.n_layers=4")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"override {text!r}: the value {value!r} is not valid YAML; quote it") from None
+    for key in reversed(path.split(".")):
+        nested = {key: nested}
+    return nested
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    match = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}? " if match else ""
+
+
+def _explain(kind: type[BaseModel], fault: Any) -> str:
+    path = [str(part) for part in fault["loc"]]
+    if fault["type"] == "extra_forbidden":
+        section: Any = kind
+        for part in path[:-1]:
+            annotation = section.model_fields[part].annotation
+            section = next(
+                t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields")
+            )
+        fields = list(section.model_fields)
+        hint = _nearest(path[-1], fields)
+        return f"unknown key {'.'.join(path)!r}; {hint}known here: {', '.join(fields)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if not path or isinstance(fault["input"], dict):
+        return f"{'.'.join(path)}: {message}" if path else message
+    return f"{'.'.join(path)} = {fault['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,137 @@
+"""Every tensor of a model: its name, its shape, what each axis means, how it starts.
+
+The one table behind both backends' initial weights, the parameter counts, the checks on checkpoints, and the plans
+of `transfer`. The names are the contract between the backends and with every safetensors file.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_moe.config import ModelConfig
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+class Axis(Enum):
+    """What a tensor's axis runs over, and whether the tensor reads or writes it."""
+
+    VOCAB = "vocab"
+    POSITION = "position"
+    EXPERT = "expert"
+    RESIDUAL_WRITE = "residual, written"
+    RESIDUAL_READ = "residual, read"
+    NORM = "residual, normalised"
+    Q_HEADS_WRITE = "query heads, written"
+    KV_HEADS_WRITE = "key-value heads, written"
+    Q_HEADS_READ = "query heads, read"
+    FFN_WRITE = "FFN neurons, written"
+    FFN_READ = "FFN neurons, read"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[Axis, ...]
+    start: Literal["normal", "residual", "ones", "zeros"]
+
+
+def table(config: ModelConfig) -> list[Parameter]:
+    """All parameters of a model, in the order of the forward pass."""
+    return list(_table(config))
+
+
+def initialize(config: ModelConfig, seed: int) -> Arrays:
+    """Initial weights, the same for every backend: a pure function of (config, seed).
+
+    ==========================  =============================================
+    embeddings, projections     normal, std `init_std`
+    o_proj, down_proj           normal, std `init_std` / √(2 · n_layers) (GPT-2)
+    norm weights                1
+    all biases                  0
+    ==========================  =============================================
+    """
+    std = {"normal": config.init_std, "residual": config.init_std / (2 * config.n_layers) ** 0.5}
+    arrays: Arrays = {}
+    for parameter in table(config):
+        if parameter.start in std:
+            draw = normal(parameter.name, seed, parameter.shape)
+            arrays[parameter.name] = draw * np.float32(std[parameter.start])
+        else:
+            arrays[parameter.name] = np.full(parameter.shape, parameter.start == "ones", dtype=np.float32)
+    return arrays
+
+
+def normal(name: str, seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Standard normal float32 numbers that depend on (name, seed, shape) only: a stream of Philox per tensor."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+def _table(config: ModelConfig) -> Iterator[Parameter]:
+    D, V = config.d_model, config.vocab_size
+    yield Parameter("embed_tokens.weight", (V, D), (Axis.VOCAB, Axis.RESIDUAL_WRITE), "normal")
+    if config.position_encoding == "learned_absolute":
+        shape = (config.context_length, D)
+        yield Parameter("embed_positions.weight", shape, (Axis.POSITION, Axis.RESIDUAL_WRITE), "normal")
+    for layer in range(config.n_layers):
+        yield from _block(config, f"layers.{layer}.")
+    yield from _norm(config, "norm")
+    if not config.weight_tying:
+        yield Parameter("lm_head.weight", (V, D), (Axis.VOCAB, Axis.RESIDUAL_READ), "normal")
+
+
+def _block(config: ModelConfig, prefix: str) -> Iterator[Parameter]:
+    D, F = config.d_model, config.d_ff
+    q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    yield from _norm(config, f"{prefix}input_layernorm")
+    attention = f"{prefix}self_attn."
+    yield from _linear(config, f"{attention}q_proj", (q_width, D), (Axis.Q_HEADS_WRITE, Axis.RESIDUAL_READ))
+    for projection in ("k_proj", "v_proj"):
+        axes = (Axis.KV_HEADS_WRITE, Axis.RESIDUAL_READ)
+        yield from _linear(config, f"{attention}{projection}", (kv_width, D), axes)
+    yield from _linear(config, f"{attention}o_proj", (D, q_width), (Axis.RESIDUAL_WRITE, Axis.Q_HEADS_READ))
+    yield from _norm(config, f"{prefix}post_attention_layernorm")
+    experts: tuple[int, ...] = ()
+    mlp = f"{prefix}mlp."
+    if config.moe:
+        experts = (config.moe.n_experts,)
+        axes = (Axis.EXPERT, Axis.RESIDUAL_READ)
+        yield Parameter(f"{mlp}router.weight", (*experts, D), axes, "normal")
+        mlp = f"{mlp}experts."
+    for projection in FFN_INPUTS[config.ffn_type]:
+        axes = (Axis.FFN_WRITE, Axis.RESIDUAL_READ)
+        yield from _linear(config, f"{mlp}{projection}", (F, D), axes, experts)
+    yield from _linear(config, f"{mlp}down_proj", (D, F), (Axis.RESIDUAL_WRITE, Axis.FFN_READ), experts)
+
+
+# The projections from the residual stream into each type of FFN; `down_proj` leads back out of every one.
+FFN_INPUTS = {"standard": ("up_proj",), "swiglu": ("gate_proj", "up_proj")}
+
+
+def _norm(config: ModelConfig, name: str) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", (config.d_model,), (Axis.NORM,), "ones")
+    if config.normalization == "layernorm":
+        yield Parameter(f"{name}.bias", (config.d_model,), (Axis.NORM,), "zeros")
+
+
+def _linear(
+    config: ModelConfig,
+    name: str,
+    shape: tuple[int, int],
+    axes: tuple[Axis, Axis],
+    experts: tuple[int, ...] = (),
+) -> Iterator[Parameter]:
+    leading = (Axis.EXPERT,) * len(experts)
+    start: Literal["normal", "residual"] = "residual" if axes[0] is Axis.RESIDUAL_WRITE else "normal"
+    yield Parameter(f"{name}.weight", experts + shape, leading + axes, start)
+    if config.bias:
+        yield Parameter(f"{name}.bias", experts + shape[:1], leading + axes[:1], "zeros")

@@ -1,0 +1,1 @@
+"""Upcycling and growth as plans: which row of which tensor goes where, times what. NumPy only."""

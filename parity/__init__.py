@@ -1,0 +1,1 @@
+"""Do both backends compute the same thing? Knows both, and neither knows it."""
