@@ -74,9 +74,7 @@ class ModelConfig(_Frozen):
     n_layers: int = Field(7, ge=1)
     n_heads: int = Field(8, ge=1)
     n_kv_heads: int = Field(default_factory=lambda data: data.get("n_heads", 1), ge=1)
-    head_dim: int = Field(
-        default_factory=lambda data: max(1, data.get("d_model", 1) // data.get("n_heads", 1)), ge=1
-    )
+    head_dim: int = Field(default_factory=lambda data: max(1, data.get("d_model", 1) // data.get("n_heads", 1)), ge=1)
     normalization: _component("normalization") = "layernorm"  # type: ignore[valid-type]
     norm_eps: float = Field(1e-5, gt=0)
     norm_position: Literal["pre", "post"] = "pre"
@@ -101,8 +99,7 @@ class ModelConfig(_Frozen):
                 fitting = [n for n in range(1, d_model + 1) if d_model % n == 0]
                 nearest = min(fitting, key=lambda n: abs(n - n_heads))
                 raise ValueError(
-                    f"d_model {d_model} is not divisible by n_heads {n_heads}; "
-                    f"take n_heads {nearest}, or set head_dim"
+                    f"d_model {d_model} is not divisible by n_heads {n_heads}; take n_heads {nearest}, or set head_dim"
                 )
         return data
 
@@ -130,10 +127,7 @@ class ModelConfig(_Frozen):
         ffn = (
             "SwiGLU"
             if (self.ffn_type, self.activation) == ("swiglu", "silu")
-            else (
-                activation.get(self.activation, self.activation)
-                + ("-GLU" if self.ffn_type == "swiglu" else "")
-            )
+            else (activation.get(self.activation, self.activation) + ("-GLU" if self.ffn_type == "swiglu" else ""))
         )
         experts = f"-{self.moe.n_experts}E{self.moe.top_k}" if self.moe else ""
         return (
@@ -145,16 +139,12 @@ class ModelConfig(_Frozen):
 class DataConfig(_Frozen):
     """Where the text comes from and how it becomes tokens."""
 
-    source: str = (
-        "tinystories"  # `stories`, `tinystories`, or a path: .txt, .jsonl, .parquet, or a folder of them
-    )
+    source: str = "tinystories"  # `stories`, `tinystories`, or a path: .txt, .jsonl, .parquet, or a folder of them
     n_documents: int | None = Field(50_000, ge=1)  # at most so many; null: all
     text_field: str = "text"  # the column of JSONL and Parquet
     tokenizer: str = "gpt2"  # `char`, `bpe:VOCAB`, or a Hugging Face tokenizer by name or folder
     validation_fraction: float = Field(0.05, gt=0, lt=1)
-    fit_vocabulary: bool = (
-        True  # the model takes the tokenizer's size; false where model.vocab_size was given
-    )
+    fit_vocabulary: bool = True  # the model takes the tokenizer's size; false where model.vocab_size was given
 
 
 class OptimizerConfig(_Frozen):
@@ -239,9 +229,7 @@ def preset_names(kind: Literal["architectures", "runs"]) -> list[str]:
     return sorted(path.stem for path in (PRESETS / kind).glob("*.yaml"))
 
 
-def load_run(
-    preset: str = "three-phase", file: Path | None = None, overrides: Sequence[str] = ()
-) -> RunConfig:
+def load_run(preset: str = "three-phase", file: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """The merged config of a run: preset < file < overrides (`key.path=value`, the value read as YAML).
 
     `preset` names a run, or an architecture, which then stands in the `three-phase` run.
@@ -297,20 +285,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(
-            f"config {path} holds a {type(values).__name__}; it must be a mapping of keys to values"
-        )
+        raise InputError(f"config {path} holds a {type(values).__name__}; it must be a mapping of keys to values")
     return values
 
 
 def save(config: BaseModel, path: Path) -> None:
     """Write a config as YAML or JSON, by the file's ending; `read_mapping` and `validate` read it back."""
     values = config.model_dump(mode="json")
-    text = (
-        json.dumps(values, indent=2) + "\n"
-        if path.suffix == ".json"
-        else yaml.safe_dump(values, sort_keys=False)
-    )
+    text = json.dumps(values, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
     path.write_text(text, encoding="utf-8")
 
 
@@ -353,9 +335,7 @@ def _explain(kind: type[BaseModel], fault: Any) -> str:
         section: Any = kind
         for part in path[:-1]:
             annotation = section.model_fields[part].annotation
-            section = next(
-                t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields")
-            )
+            section = next(t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields"))
         fields = list(section.model_fields)
         hint = _nearest(path[-1], fields)
         return f"unknown key {'.'.join(path)!r}; {hint}known here: {', '.join(fields)}"
