@@ -43,6 +43,11 @@ class Parameter:
     axes: tuple[Axis, ...]
     start: Literal["normal", "residual", "ones", "zeros"]
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it multiplies activations or holds embeddings: what weight decay applies to."""
+        return self.start in ("normal", "residual")
+
 
 def table(config: ModelConfig) -> list[Parameter]:
     """All parameters of a model, in the order of the forward pass."""
@@ -113,13 +118,15 @@ def _block(config: ModelConfig, prefix: str) -> Iterator[Parameter]:
     yield from _linear(config, f"{mlp}down_proj", (D, F), (Axis.RESIDUAL_WRITE, Axis.FFN_READ), experts)
 
 
+NORMS_WITH_BIAS = {"layernorm"}
+
 # The projections from the residual stream into each type of FFN; `down_proj` leads back out of every one.
 FFN_INPUTS = {"standard": ("up_proj",), "swiglu": ("gate_proj", "up_proj")}
 
 
 def _norm(config: ModelConfig, name: str) -> Iterator[Parameter]:
     yield Parameter(f"{name}.weight", (config.d_model,), (Axis.NORM,), "ones")
-    if config.normalization == "layernorm":
+    if config.normalization in NORMS_WITH_BIAS:
         yield Parameter(f"{name}.bias", (config.d_model,), (Axis.NORM,), "zeros")
 
 

@@ -1,0 +1,99 @@
+"""Causal self-attention with grouped queries and a key-value cache.
+
+B batch, T time (S: with what the cache holds), D model, H query heads, G key-value heads, d head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_moe.config import ModelConfig
+
+
+class KVCache:
+    """The keys and values of one layer so far; `length` tokens."""
+
+    def __init__(self) -> None:
+        self._keys: mx.array | None = None
+        self._values: mx.array | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    def extend(self, keys_BGTd: mx.array, values_BGTd: mx.array) -> tuple[mx.array, mx.array]:
+        if self._keys is None or self._values is None:
+            self._keys, self._values = keys_BGTd, values_BGTd
+        else:
+            self._keys = mx.concatenate([self._keys, keys_BGTd], axis=2)
+            self._values = mx.concatenate([self._values, values_BGTd], axis=2)
+        return self._keys, self._values
+
+
+def rope(x_BHTd: mx.array, offset: int, theta: float) -> mx.array:
+    """Rotary positions (Su et al. 2021), the halves of a head paired as in Llama."""
+    return mx.fast.rope(x_BHTd, x_BHTd.shape[-1], traditional=False, base=theta, scale=1.0, offset=offset)
+
+
+def unrotated(x_BHTd: mx.array, offset: int, theta: float) -> mx.array:
+    return x_BHTd
+
+
+POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, float], mx.array]] = {
+    "learned_absolute": unrotated,  # added to the embeddings
+    "rope": rope,
+    "none": unrotated,
+}
+
+
+def sdpa_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx.array:
+    mask = "causal" if q_BHTd.shape[2] > 1 else None
+    scale = q_BHTd.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, scale=scale, mask=mask)
+
+
+def manual_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx.array:
+    """The textbook's softmax(QKᵀ/√d)V; a query at T sees the keys up to S − T plus its own place."""
+    group = q_BHTd.shape[1] // k_BGSd.shape[1]
+    k_BHSd, v_BHSd = mx.repeat(k_BGSd, group, axis=1), mx.repeat(v_BGSd, group, axis=1)
+    scores_BHTS = (q_BHTd * q_BHTd.shape[-1] ** -0.5) @ k_BHSd.swapaxes(-1, -2)
+    n_queries, n_keys = scores_BHTS.shape[-2:]
+    visible_TS = mx.arange(n_keys) <= mx.arange(n_keys - n_queries, n_keys)[:, None]
+    scores_BHTS = mx.where(visible_TS, scores_BHTS, mx.finfo(scores_BHTS.dtype).min)
+    return mx.softmax(scores_BHTS, axis=-1, precise=True) @ v_BHSd
+
+
+ATTENTION_BACKENDS: dict[str, Callable[[mx.array, mx.array, mx.array], mx.array]] = {
+    "sdpa": sdpa_attention,
+    "manual": manual_attention,
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, q_width, config.bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, config.bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, config.bias)
+        self.o_proj = nn.Linear(q_width, config.d_model, config.bias)
+        self._head_dim = config.head_dim
+        self._theta = config.rope_theta
+        self._rotate = POSITION_ENCODINGS[config.position_encoding]
+        self._attend = ATTENTION_BACKENDS[config.attention_backend]
+
+    def __call__(self, x_BTD: mx.array, cache: KVCache | None = None) -> mx.array:
+        offset = cache.length if cache else 0
+        q_BHTd = self._rotate(self._split_heads(self.q_proj(x_BTD)), offset, self._theta)
+        k_BGSd = self._rotate(self._split_heads(self.k_proj(x_BTD)), offset, self._theta)
+        v_BGSd = self._split_heads(self.v_proj(x_BTD))
+        if cache:
+            k_BGSd, v_BGSd = cache.extend(k_BGSd, v_BGSd)
+        out_BHTd = self._attend(q_BHTd, k_BGSd, v_BGSd)
+        return self.o_proj(out_BHTd.swapaxes(1, 2).flatten(2))
+
+    def _split_heads(self, x_BTC: mx.array) -> mx.array:
+        return mx.unflatten(x_BTC, -1, (-1, self._head_dim)).swapaxes(1, 2)

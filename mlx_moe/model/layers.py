@@ -1,0 +1,71 @@
+"""Norms, activations and feed-forward networks. B batch, T time, D model, F ffn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.parameters import FFN_INPUTS, NORMS_WITH_BIAS
+
+NORMALIZATIONS: dict[str, Callable[[mx.array, mx.array, mx.array | None, float], mx.array]] = {
+    "layernorm": mx.fast.layer_norm,
+    "layernorm_nobias": mx.fast.layer_norm,
+    "rmsnorm": lambda x, weight, _, eps: mx.fast.rms_norm(x, weight, eps),
+}
+
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "gelu": nn.gelu,
+    "gelu_tanh": nn.gelu_approx,
+    "silu": nn.silu,
+    "relu": nn.relu,
+    "leaky_relu": partial(nn.leaky_relu, negative_slope=0.01),
+}
+
+Activation = Callable[[mx.array], mx.array]
+Projection = Callable[[str], mx.array]
+
+
+def standard_ffn(project: Projection, activate: Activation) -> mx.array:
+    return activate(project("up_proj"))
+
+
+def swiglu_ffn(project: Projection, activate: Activation) -> mx.array:
+    """Shazeer 2020; SwiGLU where the activation is SiLU."""
+    return activate(project("gate_proj")) * project("up_proj")
+
+
+# From the projections of the input to the hidden neurons; dense FFNs and experts share them.
+FFN_TYPES: dict[str, Callable[[Projection, Activation], mx.array]] = {
+    "standard": standard_ffn,
+    "swiglu": swiglu_ffn,
+}
+
+
+class Norm(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = mx.ones(config.d_model)
+        self.bias = mx.zeros(config.d_model) if config.normalization in NORMS_WITH_BIAS else None
+        self._normalize = NORMALIZATIONS[config.normalization]
+        self._eps = config.norm_eps
+
+    def __call__(self, x_BTD: mx.array) -> mx.array:
+        return self._normalize(x_BTD, self.weight, self.bias, self._eps)
+
+
+class FFN(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        for name in FFN_INPUTS[config.ffn_type]:
+            self[name] = nn.Linear(config.d_model, config.d_ff, config.bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, config.bias)
+        self._combine = FFN_TYPES[config.ffn_type]
+        self._activate = ACTIVATIONS[config.activation]
+
+    def __call__(self, x_BTD: mx.array) -> mx.array:
+        hidden_BTF = self._combine(lambda name: self[name](x_BTD), self._activate)
+        return self.down_proj(hidden_BTF)

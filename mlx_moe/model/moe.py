@@ -1,0 +1,142 @@
+"""Mixtures of experts: routing, dispatch, and what keeps the load balanced.
+
+B batch, T time, N tokens (B·T), D model, F ffn, E experts, K experts per token, A assignments (N·K).
+P rows of the blocked layout: the assignments sorted by expert, each expert's padded to whole blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_moe.config import ModelConfig, MoEConfig
+from mlx_moe.model.layers import ACTIVATIONS, FFN_TYPES
+from mlx_moe.parameters import FFN_INPUTS
+
+BLOCK = 64  # rows of one product; on CPU a row by itself is a matrix-vector product
+
+
+class Routing(NamedTuple):
+    """One layer's choices: float32 logits (N, E), expert indices (N, K) by falling logit."""
+
+    logits_NE: mx.array
+    experts_NK: mx.array
+
+
+def route(router_logits_NE: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Choose k experts per token.
+
+    Returns (experts_NK int, gates_NK float32): experts by falling logit, ties to the lower index; gates sum to 1.
+    """
+    remaining_NE = mx.stop_gradient(router_logits_NE)
+    chosen = []
+    for _ in range(k):  # argmax takes the first of equals, which sorting need not
+        best_N1 = mx.argmax(remaining_NE, axis=-1, keepdims=True)
+        chosen.append(best_N1)
+        remaining_NE = mx.put_along_axis(remaining_NE, best_N1, mx.array(-mx.inf), axis=-1)
+    experts_NK = mx.concatenate(chosen, axis=-1).astype(mx.int32)
+    gates_NK = mx.softmax(mx.take_along_axis(router_logits_NE, experts_NK, axis=-1), axis=-1)
+    return experts_NK, gates_NK
+
+
+def load(routing: Routing) -> mx.array:
+    """The share of the assignments that each expert takes, (E,) float32; sums to 1."""
+    experts_NK, n_experts = routing.experts_NK, routing.logits_NE.shape[-1]
+    return (experts_NK[..., None] == mx.arange(n_experts)).astype(mx.float32).mean(axis=(0, 1))
+
+
+def auxiliary_loss(routing: Routing, config: MoEConfig) -> mx.array:
+    """α·E·Σ fᵢPᵢ (Switch, Fedus et al. 2021) + β·mean(logsumexp²) (ST-MoE, Zoph et al. 2022), for one layer."""
+    mean_probability_E = mx.softmax(routing.logits_NE, axis=-1).mean(axis=0)
+    balance = config.n_experts * (load(routing) * mean_probability_E).sum()
+    z_loss = mx.square(mx.logsumexp(routing.logits_NE, axis=-1)).mean()
+    return config.load_balance_coefficient * balance + config.z_loss_coefficient * z_loss
+
+
+class ExpertLinear(nn.Module):
+    """E linear maps side by side: weight (E, out, in), bias (E, out)."""
+
+    def __init__(self, n_experts: int, n_in: int, n_out: int, bias: bool):
+        super().__init__()
+        self.weight = mx.zeros((n_experts, n_out, n_in))
+        if bias:
+            self.bias = mx.zeros((n_experts, n_out))
+
+    def __call__(self, x: mx.array, expert: mx.array) -> mx.array:
+        """x (M, rows, in), one expert for each of the M groups of rows, in rising order."""
+        y = mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=expert, sorted_indices=True)
+        return y + self.bias[expert][:, None] if "bias" in self else y
+
+
+class Experts(nn.Module):
+    def __init__(self, config: ModelConfig, moe: MoEConfig):
+        super().__init__()
+        D, F, E = config.d_model, config.d_ff, moe.n_experts
+        for name in FFN_INPUTS[config.ffn_type]:
+            self[name] = ExpertLinear(E, D, F, config.bias)
+        self.down_proj = ExpertLinear(E, F, D, config.bias)
+        self._combine = FFN_TYPES[config.ffn_type]
+        self._activate = ACTIVATIONS[config.activation]
+
+    def __call__(self, x_ND: mx.array, experts_NK: mx.array) -> mx.array:
+        """The chosen experts' outputs, (N, K, D)."""
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        dispatch = in_blocks if on_cpu and experts_NK.size > BLOCK else in_rows
+        return dispatch(self._ffn, x_ND, experts_NK, self.down_proj.weight.shape[0])
+
+    def _ffn(self, x: mx.array, expert: mx.array) -> mx.array:
+        hidden = self._combine(lambda name: self[name](x, expert), self._activate)
+        return self.down_proj(hidden, expert)
+
+
+class MoE(nn.Module):
+    """No token is dropped: every token goes through its K experts."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig):
+        super().__init__()
+        self.router = nn.Linear(config.d_model, moe.n_experts, bias=False)
+        self.experts = Experts(config, moe)
+        self._top_k = moe.top_k
+
+    def __call__(self, x_BTD: mx.array) -> tuple[mx.array, Routing]:
+        x_ND = x_BTD.flatten(0, 1)
+        logits_NE = self.router(x_ND.astype(mx.float32))
+        experts_NK, gates_NK = route(logits_NE, self._top_k)
+        y_NKD = self.experts(x_ND, experts_NK)
+        y_ND = (y_NKD * gates_NK[..., None].astype(y_NKD.dtype)).sum(axis=1)
+        return y_ND.reshape(x_BTD.shape), Routing(logits_NE, experts_NK)
+
+
+ExpertFFN = Callable[[mx.array, mx.array], mx.array]
+
+
+def in_rows(ffn: ExpertFFN, x_ND: mx.array, experts_NK: mx.array, n_experts: int) -> mx.array:
+    """Every assignment is a group of one row; sorted, which GPUs turn into grouped products."""
+    expert_A = experts_NK.flatten()
+    order_A = mx.argsort(expert_A)
+    x_A1D = x_ND[order_A // experts_NK.shape[1]][:, None]
+    y_AD = ffn(x_A1D, expert_A[order_A])[:, 0]
+    return y_AD[mx.argsort(order_A)].reshape(*experts_NK.shape, -1)
+
+
+def in_blocks(ffn: ExpertFFN, x_ND: mx.array, experts_NK: mx.array, n_experts: int) -> mx.array:
+    """Groups of BLOCK rows. At most A/BLOCK + E blocks, so shapes do not depend on the routing."""
+    expert_A = experts_NK.flatten()
+    is_expert_AE = (expert_A[:, None] == mx.arange(n_experts)).astype(mx.int32)
+    rank_A = mx.take_along_axis(mx.cumsum(is_expert_AE, axis=0), expert_A[:, None], axis=1)[:, 0] - 1
+    blocks_E = (is_expert_AE.sum(axis=0) + BLOCK - 1) // BLOCK
+    last_block_E = mx.cumsum(blocks_E)
+    row_A = (last_block_E - blocks_E)[expert_A] * BLOCK + rank_A
+
+    n_blocks = -(-expert_A.size // BLOCK) + n_experts
+    n_tokens, k = experts_NK.shape
+    token_P = mx.full((n_blocks * BLOCK,), n_tokens, dtype=mx.int32)  # rows of no assignment read a row of zeros
+    token_P = mx.put_along_axis(token_P, row_A, (mx.arange(expert_A.size) // k).astype(mx.int32), axis=0)
+    x_with_zeros = mx.concatenate([x_ND, mx.zeros((1, x_ND.shape[1]), dtype=x_ND.dtype)])
+    x_blocks = x_with_zeros[token_P].reshape(n_blocks, BLOCK, -1)
+    expert_of_block = (mx.arange(n_blocks)[:, None] >= last_block_E).astype(mx.int32).sum(axis=1)
+    y_blocks = ffn(x_blocks, mx.minimum(expert_of_block, n_experts - 1))
+    return y_blocks.flatten(0, 1)[row_A].reshape(n_tokens, k, -1)

@@ -1,0 +1,132 @@
+"""What a backend must do, and which one a machine should use.
+
+B batch, T time, V vocabulary, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_moe.config import ModelConfig, OptimizerConfig
+from mlx_moe.errors import InputError
+from mlx_moe.parameters import Arrays
+from mlx_moe.transfer.plan import Plan
+
+Tokens = NDArray[np.int32]
+Logits = NDArray[np.float32]
+BackendName = Literal["mlx", "torch"]
+
+TRAINERS: dict[BackendName, tuple[str, str]] = {
+    "mlx": ("mlx", "mlx_moe.model.trainer"),
+    "torch": ("torch", "torch_ref.trainer"),
+}
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step. `loss` = `cross_entropy` (nats per token) + the auxiliary terms."""
+
+    loss: float
+    cross_entropy: float
+    grad_norm: float
+    expert_load_LE: NDArray[np.float32] | None  # share of each layer's assignments; None in a dense model
+
+
+class Decoder(Protocol):
+    """A model with a key-value cache."""
+
+    length: int  # tokens in the cache
+
+    def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
+        """Append tokens; the logits (B, V) that follow the last one."""
+
+
+class Trainer(Protocol):
+    """A model and its AdamW on one device."""
+
+    config: ModelConfig
+    device: str
+
+    def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
+        """One step on a batch (B, T + 1). The metrics are fetched, and the device waited for, on calling the result."""
+
+    def loss(self, tokens_BT1: Tokens) -> float:
+        """Mean cross entropy, nats per token, without dropout."""
+
+    def logits(self, tokens_BT: Tokens) -> Logits:
+        """(B, T, V) float32, without dropout."""
+
+    def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
+        """(L, E): the share of each layer's assignments that each expert takes; None in a dense model."""
+
+    def decoder(self) -> Decoder: ...
+
+    def weights(self) -> Arrays: ...
+
+    def optimizer_state(self) -> Arrays:
+        """Adam's moments as `m.{name}` and `v.{name}`; the number of steps taken as `step`, shape ()."""
+
+    def load_optimizer_state(self, state: Arrays) -> None: ...
+
+    def transferred(self, plan: Plan) -> Trainer:
+        """A new trainer with the plan applied to these weights, on this device, with a fresh optimizer."""
+
+    def peak_memory_bytes(self) -> int: ...
+
+
+class TrainerFactory(Protocol):
+    def __call__(
+        self, config: ModelConfig, optimizer: OptimizerConfig, weights: Arrays, device: str = "auto"
+    ) -> Trainer: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A chosen backend, and the reason in words."""
+
+    name: BackendName
+    reason: str
+
+    @property
+    def trainer(self) -> TrainerFactory:
+        factory: TrainerFactory = importlib.import_module(TRAINERS[self.name][1]).Trainer
+        return factory
+
+
+def choose_backend(requested: str = "auto") -> Backend:
+    """MLX on Apple Silicon, else PyTorch; or the one requested. Raises InputError where it is not installed."""
+    if requested == "auto":
+        apple = sys.platform == "darwin" and platform.machine() == "arm64"
+        order: list[BackendName] = ["mlx", "torch"] if apple else ["torch", "mlx"]
+        for name in order:
+            if is_installed(name):
+                machine = "Apple Silicon" if apple else f"{platform.system()} {platform.machine()}"
+                return Backend(
+                    name, f"{name} on {machine}" + ("" if name == order[0] else f"; {order[0]} is not installed")
+                )
+        raise InputError("neither mlx nor torch is installed; pip install mlxmoe brings both")
+    for name in TRAINERS:
+        if name == requested:
+            if not is_installed(name):
+                raise InputError(
+                    f"--backend {name}: {name} is not installed; pip install {name}, or take --backend auto"
+                )
+            return Backend(name, f"{name} as asked for")
+    raise InputError(f"--backend {requested!r}: must be one of auto, {', '.join(TRAINERS)}")
+
+
+def is_installed(name: BackendName) -> bool:
+    module = "mlx.core" if name == "mlx" else name
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

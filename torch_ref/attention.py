@@ -1,0 +1,120 @@
+"""Causal self-attention with grouped queries and a key-value cache.
+
+B batch, T time (S: with what the cache holds), D model, H query heads, G key-value heads, d head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlx_moe.config import ModelConfig
+
+
+class KVCache:
+    """The keys and values of one layer so far; `length` tokens."""
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    def extend(self, keys_BGTd: Tensor, values_BGTd: Tensor) -> tuple[Tensor, Tensor]:
+        if self._keys is None or self._values is None:
+            self._keys, self._values = keys_BGTd, values_BGTd
+        else:
+            self._keys = torch.cat([self._keys, keys_BGTd], dim=2)
+            self._values = torch.cat([self._values, values_BGTd], dim=2)
+        return self._keys, self._values
+
+
+def rope(x_BHTd: Tensor, offset: int, theta: float) -> Tensor:
+    """Rotary positions (Su et al. 2021), the halves of a head paired as in Llama."""
+    n_tokens, head_dim = x_BHTd.shape[-2:]
+    cos_Th, sin_Th = _rotations(offset, n_tokens, head_dim, theta, x_BHTd.device)
+    first_BHTh, second_BHTh = x_BHTd.float().chunk(2, dim=-1)
+    rotated = (first_BHTh * cos_Th - second_BHTh * sin_Th, second_BHTh * cos_Th + first_BHTh * sin_Th)
+    return torch.cat(rotated, dim=-1).to(x_BHTd.dtype)
+
+
+@lru_cache(maxsize=8)
+def _rotations(offset: int, n_tokens: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    positions_T = torch.arange(offset, offset + n_tokens, device=device, dtype=torch.float64)
+    frequencies_h = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    angles_Th = positions_T[:, None] * frequencies_h
+    return angles_Th.cos().float(), angles_Th.sin().float()
+
+
+def unrotated(x_BHTd: Tensor, offset: int, theta: float) -> Tensor:
+    return x_BHTd
+
+
+POSITION_ENCODINGS: dict[str, Callable[[Tensor, int, float], Tensor]] = {
+    "learned_absolute": unrotated,  # added to the embeddings
+    "rope": rope,
+    "none": unrotated,
+}
+
+
+def sdpa_attention(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
+    n_queries, n_keys = q_BHTd.shape[2], k_BGSd.shape[2]
+    grouped = q_BHTd.shape[1] != k_BGSd.shape[1]
+    if n_queries in (1, n_keys):
+        return F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, is_causal=n_queries > 1, enable_gqa=grouped)
+    mask_TS = _visible(n_queries, n_keys, q_BHTd.device)  # PyTorch's is_causal counts from the first key
+    return F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, attn_mask=mask_TS, enable_gqa=grouped)
+
+
+def manual_attention(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
+    """The textbook's softmax(QKᵀ/√d)V; a query at T sees the keys up to S − T plus its own place."""
+    group = q_BHTd.shape[1] // k_BGSd.shape[1]
+    k_BHSd, v_BHSd = k_BGSd.repeat_interleave(group, dim=1), v_BGSd.repeat_interleave(group, dim=1)
+    scores_BHTS = (q_BHTd * q_BHTd.shape[-1] ** -0.5) @ k_BHSd.transpose(-1, -2)
+    visible_TS = _visible(*scores_BHTS.shape[-2:], scores_BHTS.device)
+    scores_BHTS = scores_BHTS.masked_fill(~visible_TS, torch.finfo(scores_BHTS.dtype).min)
+    return scores_BHTS.softmax(dim=-1, dtype=torch.float32).to(v_BHSd.dtype) @ v_BHSd
+
+
+def _visible(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    queries_T = torch.arange(n_keys - n_queries, n_keys, device=device)
+    return torch.arange(n_keys, device=device) <= queries_T[:, None]
+
+
+ATTENTION_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "sdpa": sdpa_attention,
+    "manual": manual_attention,
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, q_width, config.bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, config.bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, config.bias)
+        self.o_proj = nn.Linear(q_width, config.d_model, config.bias)
+        self._head_dim = config.head_dim
+        self._theta = config.rope_theta
+        self._rotate = POSITION_ENCODINGS[config.position_encoding]
+        self._attend = ATTENTION_BACKENDS[config.attention_backend]
+
+    def forward(self, x_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
+        offset = cache.length if cache else 0
+        q_BHTd = self._rotate(self._split_heads(self.q_proj(x_BTD)), offset, self._theta)
+        k_BGSd = self._rotate(self._split_heads(self.k_proj(x_BTD)), offset, self._theta)
+        v_BGSd = self._split_heads(self.v_proj(x_BTD))
+        if cache:
+            k_BGSd, v_BGSd = cache.extend(k_BGSd, v_BGSd)
+        out_BHTd = self._attend(q_BHTd, k_BGSd, v_BGSd)
+        return self.o_proj(out_BHTd.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC.unflatten(-1, (-1, self._head_dim)).transpose(1, 2)

@@ -1,0 +1,78 @@
+"""Norms, activations and feed-forward networks. B batch, T time, D model, F ffn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.parameters import FFN_INPUTS, NORMS_WITH_BIAS
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Tensor]] = {
+    "layernorm": layer_norm,
+    "layernorm_nobias": layer_norm,
+    "rmsnorm": lambda x, weight, _, eps: F.rms_norm(x, weight.shape, weight, eps),
+}
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "leaky_relu": partial(F.leaky_relu, negative_slope=0.01),
+}
+
+Activation = Callable[[Tensor], Tensor]
+Projection = Callable[[str], Tensor]
+
+
+def standard_ffn(project: Projection, activate: Activation) -> Tensor:
+    return activate(project("up_proj"))
+
+
+def swiglu_ffn(project: Projection, activate: Activation) -> Tensor:
+    """Shazeer 2020; SwiGLU where the activation is SiLU."""
+    return activate(project("gate_proj")) * project("up_proj")
+
+
+# From the projections of the input to the hidden neurons; dense FFNs and experts share them.
+FFN_TYPES: dict[str, Callable[[Projection, Activation], Tensor]] = {
+    "standard": standard_ffn,
+    "swiglu": swiglu_ffn,
+}
+
+
+class Norm(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        has_bias = config.normalization in NORMS_WITH_BIAS
+        self.bias = nn.Parameter(torch.zeros(config.d_model)) if has_bias else None
+        self._normalize = NORMALIZATIONS[config.normalization]
+        self._eps = config.norm_eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self._normalize(x_BTD, self.weight, self.bias, self._eps)
+
+
+class FFN(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        for name in FFN_INPUTS[config.ffn_type]:
+            self.add_module(name, nn.Linear(config.d_model, config.d_ff, config.bias))
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, config.bias)
+        self._combine = FFN_TYPES[config.ffn_type]
+        self._activate = ACTIVATIONS[config.activation]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden_BTF = self._combine(lambda name: getattr(self, name)(x_BTD), self._activate)
+        return self.down_proj(hidden_BTF)

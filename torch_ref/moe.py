@@ -1,0 +1,107 @@
+"""Mixtures of experts: routing, dispatch, and what keeps the load balanced.
+
+B batch, T time, N tokens (B·T), D model, F ffn, E experts, K experts per token, A assignments (N·K).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlx_moe.config import ModelConfig, MoEConfig
+from mlx_moe.parameters import FFN_INPUTS
+from torch_ref.layers import ACTIVATIONS, FFN_TYPES
+
+
+class Routing(NamedTuple):
+    """One layer's choices: float32 logits (N, E), expert indices (N, K) by falling logit."""
+
+    logits_NE: Tensor
+    experts_NK: Tensor
+
+
+def route(router_logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Choose k experts per token.
+
+    Returns (experts_NK int, gates_NK float32): experts by falling logit, ties to the lower index; gates sum to 1.
+    """
+    # topk leaves the order of equals open; a stable sort keeps the lower index first.
+    experts_NK = router_logits_NE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    gates_NK = router_logits_NE.gather(-1, experts_NK).softmax(dim=-1)
+    return experts_NK, gates_NK
+
+
+def load(routing: Routing) -> Tensor:
+    """The share of the assignments that each expert takes, (E,) float32; sums to 1."""
+    experts_NK, n_experts = routing.experts_NK, routing.logits_NE.shape[-1]
+    return F.one_hot(experts_NK, n_experts).float().mean(dim=(0, 1))
+
+
+def auxiliary_loss(routing: Routing, config: MoEConfig) -> Tensor:
+    """α·E·Σ fᵢPᵢ (Switch, Fedus et al. 2021) + β·mean(logsumexp²) (ST-MoE, Zoph et al. 2022), for one layer."""
+    mean_probability_E = routing.logits_NE.softmax(dim=-1).mean(dim=0)
+    balance = config.n_experts * (load(routing) * mean_probability_E).sum()
+    z_loss = routing.logits_NE.logsumexp(dim=-1).square().mean()
+    return config.load_balance_coefficient * balance + config.z_loss_coefficient * z_loss
+
+
+class ExpertLinear(nn.Module):
+    """E linear maps side by side: weight (E, out, in), bias (E, out)."""
+
+    def __init__(self, n_experts: int, n_in: int, n_out: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_experts, n_out, n_in))
+        self.bias = nn.Parameter(torch.zeros(n_experts, n_out)) if bias else None
+
+    def forward(self, x_AC: Tensor, expert_A: Tensor, end_E: Tensor) -> Tensor:
+        """Rows sorted by expert; the rows of expert e end before `end_E[e]`."""
+        weight = self.weight.transpose(-1, -2)
+        if self.weight.shape[1] * x_AC.itemsize % 16 or self.weight.shape[2] * x_AC.itemsize % 16:
+            # grouped_mm takes rows of whole 16 bytes only
+            rows = x_AC.tensor_split(end_E[:-1].cpu())
+            y_AC = torch.cat([x @ w for x, w in zip(rows, weight, strict=True)])
+        else:
+            y_AC = F.grouped_mm(x_AC, weight, offs=end_E)
+        return y_AC if self.bias is None else y_AC + self.bias[expert_A]
+
+
+class Experts(nn.Module):
+    def __init__(self, config: ModelConfig, moe: MoEConfig):
+        super().__init__()
+        D, F, E = config.d_model, config.d_ff, moe.n_experts
+        for name in FFN_INPUTS[config.ffn_type]:
+            self.add_module(name, ExpertLinear(E, D, F, config.bias))
+        self.down_proj = ExpertLinear(E, F, D, config.bias)
+        self._combine = FFN_TYPES[config.ffn_type]
+        self._activate = ACTIVATIONS[config.activation]
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor) -> Tensor:
+        """The chosen experts' outputs, (N, K, D)."""
+        expert_A, order_A = experts_NK.flatten().sort(stable=True)
+        experts_E = torch.arange(self.down_proj.weight.shape[0], device=x_ND.device)
+        end_E = torch.searchsorted(expert_A, experts_E, right=True).int()
+        x_AD = x_ND[order_A // experts_NK.shape[1]]
+        hidden_AF = self._combine(lambda name: getattr(self, name)(x_AD, expert_A, end_E), self._activate)
+        y_AD = self.down_proj(hidden_AF, expert_A, end_E)
+        return y_AD[order_A.argsort()].unflatten(0, experts_NK.shape)
+
+
+class MoE(nn.Module):
+    """No token is dropped: every token goes through its K experts."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig):
+        super().__init__()
+        self.router = nn.Linear(config.d_model, moe.n_experts, bias=False)
+        self.experts = Experts(config, moe)
+        self._top_k = moe.top_k
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        x_ND = x_BTD.flatten(0, 1)
+        logits_NE = self.router(x_ND.float())
+        experts_NK, gates_NK = route(logits_NE, self._top_k)
+        y_NKD = self.experts(x_ND, experts_NK)
+        y_ND = (y_NKD * gates_NK[..., None].to(y_NKD.dtype)).sum(dim=1)
+        return y_ND.view(x_BTD.shape), Routing(logits_NE, experts_NK)

@@ -1,0 +1,64 @@
+"""The language model: embeddings, blocks, norm, head. B batch, T time, D model, V vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlx_moe.config import ModelConfig
+from torch_ref.attention import Attention, KVCache
+from torch_ref.layers import FFN, Norm
+from torch_ref.moe import MoE, Routing
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = Norm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = Norm(config)
+        self.mlp = MoE(config, config.moe) if config.moe else FFN(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self._pre_norm = config.norm_position == "pre"
+
+    def forward(self, x_BTD: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Routing | None]:
+        if self._pre_norm:
+            x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), cache))
+            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD))
+            return x_BTD + self.dropout(y_BTD), routing
+        x_BTD = self.input_layernorm(x_BTD + self.dropout(self.self_attn(x_BTD, cache)))
+        y_BTD, routing = self._feed_forward(x_BTD)
+        return self.post_attention_layernorm(x_BTD + self.dropout(y_BTD)), routing
+
+    def _feed_forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing | None]:
+        return self.mlp(x_BTD) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), None)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        learned = config.position_encoding == "learned_absolute"
+        self.embed_positions = nn.Embedding(config.context_length, config.d_model) if learned else None
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
+        self.norm = Norm(config)
+        self.lm_head = None if config.weight_tying else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens_BT: Tensor, cache: list[KVCache] | None = None) -> tuple[Tensor, list[Routing]]:
+        """Returns (logits (B, T, V), the routing of every MoE layer). With a cache, tokens continue what it holds."""
+        x_BTD = self.embed_tokens(tokens_BT)
+        if self.embed_positions is not None:
+            start = cache[0].length if cache else 0
+            positions_T = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+            x_BTD = x_BTD + self.embed_positions(positions_T)
+        x_BTD = self.dropout(x_BTD)
+        routings = []
+        for i, layer in enumerate(self.layers):
+            x_BTD, routing = layer(x_BTD, cache[i] if cache else None)
+            if routing is not None:
+                routings.append(routing)
+        x_BTD = self.norm(x_BTD)
+        logits_BTV = F.linear(x_BTD, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x_BTD)
+        return logits_BTV, routings
