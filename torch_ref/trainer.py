@@ -147,7 +147,18 @@ class Decoder:
 
 def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
     """The target tensor, by PyTorch. Pads are computed by the plan, once for both backends."""
-    raise NotImplementedError
+    if plan.source is None:
+        return torch.from_numpy(plan.fresh())
+    tensor = source[plan.source][None] if plan.new_axis else source[plan.source]
+    if plan.pad is not None:
+        rows = torch.tensor(plan.pad.rows(tensor.cpu().numpy()), device=tensor.device)
+        tensor = torch.cat([tensor, rows], dim=plan.pad.axis)
+    for axis_map in plan.maps:
+        tensor = tensor.index_select(axis_map.axis, torch.from_numpy(axis_map.index).to(tensor.device))
+        if axis_map.scale is not None:
+            scale = torch.from_numpy(axis_map.scale.astype(np.float32)).to(tensor.device)
+            tensor = tensor * scale.view([-1 if axis == axis_map.axis else 1 for axis in range(tensor.ndim)])
+    return tensor
 
 
 def _adamw(model: Transformer, config: ModelConfig, optimizer: OptimizerConfig) -> torch.optim.AdamW:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path
 from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig, OptimizerConfig
@@ -156,7 +155,17 @@ class Decoder:
 
 def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
     """The target tensor, by MLX. Pads are computed by the plan, once for both backends."""
-    raise NotImplementedError
+    if plan.source is None:
+        return mx.array(plan.fresh())
+    array = source[plan.source][None] if plan.new_axis else source[plan.source]
+    if plan.pad is not None:
+        array = mx.concatenate([array, mx.array(plan.pad.rows(np.array(array)))], axis=plan.pad.axis)
+    for axis_map in plan.maps:
+        array = mx.take(array, mx.array(axis_map.index), axis=axis_map.axis)
+        if axis_map.scale is not None:
+            scale = mx.array(axis_map.scale.astype(np.float32))
+            array = array * scale.reshape([-1 if axis == axis_map.axis else 1 for axis in range(array.ndim)])
+    return array
 
 
 def _adamw(config: ModelConfig, optimizer: OptimizerConfig) -> optim.MultiOptimizer:

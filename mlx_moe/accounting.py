@@ -1,0 +1,48 @@
+"""Arithmetic on a config: parameters, in all and at work for one token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.parameters import Axis, table
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """`inactive`: parameters of the experts that a token does not visit, `idle_experts` of them over all layers."""
+
+    total: int
+    active: int
+    idle_experts: int
+
+    @property
+    def inactive(self) -> int:
+        return self.total - self.active
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the parameters that works for a token, 0 to 1."""
+        return self.active / self.total
+
+    def to_json(self) -> dict[str, int | float]:
+        return {
+            "total": self.total,
+            "active_per_token": self.active,
+            "inactive": self.inactive,
+            "idle_experts": self.idle_experts,
+            "efficiency_percent": round(100 * self.efficiency, 1),
+        }
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count every tensor of the model; a token visits `top_k` of the `n_experts` in each layer."""
+    total = inactive = 0
+    idle_per_layer = config.moe.n_experts - config.moe.top_k if config.moe else 0
+    for parameter in table(config):
+        size = math.prod(parameter.shape)
+        total += size
+        if config.moe and Axis.EXPERT in parameter.axes and "experts" in parameter.name:
+            inactive += size // config.moe.n_experts * idle_per_layer
+    return ParameterCount(total, total - inactive, idle_per_layer * config.n_layers)

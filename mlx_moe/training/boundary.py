@@ -1,0 +1,77 @@
+"""The boundaries between phases: which plan, is it lossless, and the same for a checkpoint outside a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mlx_moe.config import ModelConfig, OptimizerConfig, PhaseConfig, RunConfig, VerificationConfig
+from mlx_moe.errors import InputError
+from mlx_moe.training import checkpoint
+from mlx_moe.training.backend import Backend, Tokens, Trainer
+from mlx_moe.training.checkpoint import Checkpoint, TrainerState
+from mlx_moe.transfer.certificate import Certificate, probe
+from mlx_moe.transfer.growth import grow_config, plan_growth
+from mlx_moe.transfer.plan import Plan
+from mlx_moe.transfer.upcycling import plan_upcycling
+
+
+def phase_config(run: RunConfig, phase: int) -> PhaseConfig:
+    return (run.phases.dense, run.phases.moe, run.phases.large_moe)[phase - 1]
+
+
+def phase_model(run: RunConfig, phase: int) -> ModelConfig:
+    """The architecture that a run trains in phase 1, 2 or 3. Raises InputError where growth to it is not exact."""
+    if phase == 1:
+        return run.model
+    upcycled = run.model.model_copy(update={"moe": run.phases.moe.moe})
+    return upcycled if phase == 2 else _large(run, upcycled)
+
+
+def plan_boundary(run: RunConfig, phase: int, config: ModelConfig) -> Plan:
+    """The plan from the model of `phase` to that of the next."""
+    if phase == 1:
+        moe = run.phases.moe
+        return plan_upcycling(config, moe.moe, moe.router_init, moe.router_std, run.seed)
+    return plan_growth(config, _large(run, config), run.phases.large_moe.split, run.seed)
+
+
+def certify(limits: VerificationConfig, before: Trainer, after: Trainer, probes_BT1: Tokens) -> Certificate:
+    return probe(before.logits, after.logits, probes_BT1, limits.max_logit_difference, limits.max_loss_jump)
+
+
+def transfer_checkpoint(
+    source: Checkpoint,
+    plan: Plan,
+    out: Path,
+    backend: Backend,
+    device: str,
+    limits: VerificationConfig,
+    allow_lossy: bool,
+) -> Certificate:
+    """Apply a plan to a checkpoint, prove it lossless on random tokens, and write the result to `out`.
+
+    Raises InputError where `out` exists; writes nothing where the certificate fails and `allow_lossy` is not set.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists already; name a folder that does not")
+    before = backend.trainer(source.config, OptimizerConfig(), source.weights, device)
+    after = before.transferred(plan)
+    certificate = certify(limits, before, after, random_probes(source.config, limits.probe_sequences))
+    if certificate.passed or allow_lossy:
+        phase = 2 if source.config.moe is None and plan.target_config.moe else 3
+        state = TrainerState(phase, 0, backend.name)
+        checkpoint.save(out, plan.target_config, state, after.weights(), None, source.tokenizer_folder)
+    return certificate
+
+
+def random_probes(config: ModelConfig, n: int, seed: int = 0) -> Tokens:
+    """(n, T + 1) random tokens, for models whose data is not at hand."""
+    shape = (n, config.context_length + 1)
+    return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
+
+
+def _large(run: RunConfig, config: ModelConfig) -> ModelConfig:
+    phase = run.phases.large_moe
+    return grow_config(config, d_model=phase.d_model, n_layers=phase.n_layers, n_heads=phase.n_heads, d_ff=phase.d_ff)

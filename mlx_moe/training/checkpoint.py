@@ -1,0 +1,194 @@
+"""Checkpoints: a folder that is there whole or not at all, and that says what it holds.
+
+`config.json` (the model), `model.safetensors`, `optimizer.safetensors` (absent at a phase's birth), `trainer.json`
+(phase, step) and `manifest.json` (bytes and SHA-256 of each). Written by either backend, read by the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mlx_moe import config as configs
+from mlx_moe.config import ModelConfig
+from mlx_moe.errors import InputError
+from mlx_moe.parameters import Arrays, table
+
+MODEL, OPTIMIZER, CONFIG, STATE, MANIFEST = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "config.json",
+    "trainer.json",
+    "manifest.json",
+)
+PHASE_FOLDERS = {1: "1-dense", 2: "2-moe", 3: "3-large-moe"}
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where in a run a checkpoint stands: `step` optimizer steps into `phase` (1, 2 or 3)."""
+
+    phase: int
+    step: int
+    backend: str
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    config: ModelConfig
+    state: TrainerState
+    weights: Arrays
+    optimizer_state: Arrays | None
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The tokenizer beside the checkpoint, or that of the run it belongs to."""
+        folders = (parent / "tokenizer" for parent in [self.path, *self.path.resolve().parents[:4]])
+        return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def folder(run: Path, phase: int, step: int) -> Path:
+    return run / "phases" / PHASE_FOLDERS[phase] / "checkpoints" / f"step-{step}"
+
+
+def save(
+    path: Path,
+    config: ModelConfig,
+    state: TrainerState,
+    weights: Arrays,
+    optimizer_state: Arrays | None,
+    tokenizer: Path | None = None,
+) -> None:
+    """Write a checkpoint under a temporary name, flush it to disk and rename it, so that no half of it is ever seen.
+
+    `tokenizer`: a folder to copy in, for a checkpoint outside a run. Raises InputError where the disk does not let it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(weights, partial / MODEL, metadata={"format": "np"})
+        if optimizer_state is not None:
+            save_file(optimizer_state, partial / OPTIMIZER, metadata={"format": "np"})
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, partial / "tokenizer")
+        configs.save(config, partial / CONFIG)
+        (partial / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+        manifest = {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in sorted(partial.iterdir())
+            if file.is_file()
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for entry in [*partial.rglob("*"), partial]:
+            _flush(entry)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+        _flush(path.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"cannot write checkpoint {path}: {error.strerror or error}; nothing of it was kept") from None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint; a run's folder stands for its latest one.
+
+    Raises InputError when it is missing, incomplete, altered, or does not hold the tensors that its config asks for.
+    """
+    path = resolve(path)
+    verify(path)
+    config = configs.validate(ModelConfig, configs.read_mapping(path / CONFIG))
+    state = TrainerState(**json.loads((path / STATE).read_text(encoding="utf-8")))
+    weights = _read(path / MODEL)
+    _check_shapes(path, config, weights)
+    optimizer_state = _read(path / OPTIMIZER) if (path / OPTIMIZER).exists() else None
+    return Checkpoint(path, config, state, weights, optimizer_state)
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint folder that a path means: itself, or the latest of the run (or phase) that it is."""
+    if (path / MANIFEST).is_file():
+        return path
+    if not path.exists():
+        raise InputError(f"no checkpoint at {path}: there is no such folder")
+    checkpoints = list(complete_in(path))
+    if not checkpoints:
+        raise InputError(f"no checkpoint at {path}: neither a checkpoint ({MANIFEST} is missing) nor a run with one")
+    return checkpoints[-1]
+
+
+def complete_in(path: Path) -> Iterator[Path]:
+    """The complete checkpoints below a run's or a phase's folder, the earliest first."""
+    found = [manifest.parent for manifest in path.rglob(f"step-*/{MANIFEST}")]
+    found = [folder for folder in found if folder.name.removeprefix("step-").isdecimal()]
+    yield from sorted(found, key=lambda folder: (folder.parts[:-1], int(folder.name.removeprefix("step-"))))
+
+
+def keep_last(path: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints of a phase; its birth (step 0) stays."""
+    later = [checkpoint for checkpoint in complete_in(path) if checkpoint.name != "step-0"]
+    for checkpoint in later[:-keep]:
+        shutil.rmtree(checkpoint)
+
+
+def verify(path: Path) -> None:
+    """Raise InputError unless every file is there with the size and hash that the manifest states."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, stated in manifest.items():
+            file = path / name
+            if not file.is_file():
+                raise InputError(f"checkpoint {path} is incomplete: {name} is missing; take an earlier one")
+            if (size := file.stat().st_size) != stated["bytes"]:
+                raise InputError(
+                    f"checkpoint {path} is damaged: {name} has {size} bytes where {stated['bytes']} were written; "
+                    "take an earlier one"
+                )
+            if _sha256(file) != stated["sha256"]:
+                raise InputError(f"checkpoint {path} is damaged: {name} was altered (SHA-256); take an earlier one")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"checkpoint {path} cannot be read: {MANIFEST}: {error}; take an earlier one") from None
+
+
+def _read(file: Path) -> Arrays:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {file}: {error}") from None
+
+
+def _check_shapes(path: Path, config: ModelConfig, weights: Arrays) -> None:
+    expected = {parameter.name: parameter.shape for parameter in table(config)}
+    for name, shape in expected.items():
+        if name not in weights:
+            raise InputError(f"checkpoint {path}: tensor {name} is missing")
+        if weights[name].shape != shape:
+            raise InputError(f"checkpoint {path}: {name} has shape {weights[name].shape}, its config asks for {shape}")
+    if extra := sorted(weights.keys() - expected.keys()):
+        raise InputError(f"checkpoint {path}: its config has no tensor {extra[0]} ({len(extra)} such)")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""What a run says in the terminal: aligned blocks, a progress bar, plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from mlx_moe.accounting import ParameterCount
+from mlx_moe.transfer.certificate import Certificate
+
+
+class Console:
+    """Writes to standard output; `quiet` keeps silent."""
+
+    def __init__(self, quiet: bool = False):
+        self._rich = RichConsole(highlight=False, quiet=quiet)
+
+    def line(self, text: str = "") -> None:
+        self._rich.print(Text(text))
+
+    def warn(self, text: str) -> None:
+        self._rich.print(Text(f"warning: {text}", style="yellow"))
+
+    def title(self, text: str) -> None:
+        self._rich.print()
+        self._rich.rule(Text(text, style="bold"), align="left")
+
+    def facts(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Names and values, aligned."""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in pairs:
+            grid.add_row(name, Text(value))
+        self._rich.print(grid)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """The first column to the left, numbers to the right."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self._rich.print(table)
+
+    def parameters(self, count: ParameterCount, architecture: str) -> None:
+        self.facts(
+            [
+                ("architecture", architecture),
+                ("parameters", millions(count.total)),
+                ("active per token", f"{millions(count.active)} ({100 * count.efficiency:.1f} %)"),
+                ("inactive", f"{millions(count.inactive)} in {count.idle_experts} idle experts"),
+            ]
+        )
+
+    def step(self, row: dict[str, Any], n_steps: int) -> None:
+        parts = [
+            f"step {row['step']:>{len(str(n_steps))}}/{n_steps}",
+            f"loss {row['cross_entropy']:.4f}",
+            f"lr {row['learning_rate']:.2e}",
+            f"grad {row['grad_norm']:.2f}",
+            f"{row['tokens_per_s']:,} tokens/s",
+        ]
+        if "load_imbalance" in row:
+            parts.append(f"max/mean load {row['load_imbalance']:.2f}")
+        if "validation_loss" in row:
+            parts.append(f"validation {row['validation_loss']:.4f}")
+        self.line("  ".join(parts))
+
+    @contextmanager
+    def progress(self, title: str, n_steps: int, done: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+        """A bar with loss, tokens/s and time left; yields a function of (steps done, the latest row or nothing)."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        last = {"text": ""}
+        with Progress(
+            *columns,
+            TextColumn("{task.fields[latest]}"),
+            console=self._rich,
+            transient=True,
+            disable=not self._rich.is_terminal,
+        ) as bar:
+            task = bar.add_task(title, total=n_steps, completed=done, latest="")
+
+            def advance(step: int, row: dict[str, Any]) -> None:
+                if row:
+                    last["text"] = f"loss {row['cross_entropy']:.3f}  {row['tokens_per_s']:,} tokens/s"
+                bar.update(task, completed=step, latest=last["text"])
+
+            yield advance
+
+    def boundary(self, title: str, certificate: Certificate) -> None:
+        self.title(title)
+        self.facts(
+            [
+                (
+                    "max |Δlogit|",
+                    f"{certificate.max_logit_difference:.2e} (limit {certificate.limit_logit_difference:g})",
+                ),
+                ("per sequence", "  ".join(f"{difference:.1e}" for difference in certificate.logit_differences)),
+                ("loss", f"{certificate.loss_before:.6f} -> {certificate.loss_after:.6f}"),
+                ("jump", f"{certificate.loss_jump:+.2e} (limit {certificate.limit_loss_jump:g})"),
+                ("same likeliest token", f"{100 * certificate.argmax_agreement:.2f} % of positions"),
+                ("verdict", "lossless" if certificate.passed else "NOT lossless"),
+            ]
+        )
+
+
+def millions(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"

@@ -1,0 +1,83 @@
+"""Greedy and sampled generation with a key-value cache, the same for both backends. V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_moe.config import OptimizerConfig
+from mlx_moe.data.tokenizers import Tokenizer
+from mlx_moe.errors import InputError
+from mlx_moe.training.backend import Backend, Trainer
+from mlx_moe.training.checkpoint import load
+
+
+def generate(
+    trainer: Trainer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    stop: int | None = None,
+) -> Iterator[int]:
+    """Yield new tokens, at most `max_new_tokens`, until `stop`.
+
+    Temperature 0 takes the likeliest token. When the context is full, its later half is read again and goes on.
+    """
+    context_length = trainer.config.context_length
+    generator = np.random.default_rng(seed)
+    tokens = list(prompt)
+    decoder, unread = trainer.decoder(), tokens[-context_length:]
+    for _ in range(max_new_tokens):
+        if decoder.length + len(unread) > context_length:
+            decoder, unread = trainer.decoder(), tokens[-max(1, context_length // 2) :]
+        logits_V = decoder(np.array([unread], dtype=np.int32))[0]
+        token = choose(logits_V, temperature, top_k, generator)
+        if token == stop:
+            return
+        tokens.append(token)
+        unread = [token]
+        yield token
+
+
+def choose(logits_V: NDArray[np.float32], temperature: float, top_k: int | None, generator: np.random.Generator) -> int:
+    """The likeliest token at temperature 0, else a draw from the softmax over the `top_k` likeliest."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V.astype(np.float64) / temperature
+    if top_k is not None and top_k < logits_V.size:
+        logits_V = np.where(logits_V >= np.partition(logits_V, -top_k)[-top_k], logits_V, -np.inf)
+    probabilities_V = np.exp(logits_V - logits_V.max())
+    return int(generator.choice(logits_V.size, p=probabilities_V / probabilities_V.sum()))
+
+
+def continue_text(
+    checkpoint: Path, prompt: str, backend: Backend, device: str, max_new_tokens: int, **sampling: Any
+) -> Iterator[str]:
+    """Yield the text that follows a prompt, as it comes. Raises InputError on a bad checkpoint or an empty prompt."""
+    loaded = load(checkpoint)
+    if loaded.tokenizer_folder is None:
+        raise InputError(f"checkpoint {checkpoint} has no tokenizer/ beside it; copy its run's tokenizer/ into it")
+    tokenizer = Tokenizer.load(loaded.tokenizer_folder)
+    if tokenizer.vocab_size > loaded.config.vocab_size:
+        raise InputError(
+            f"the tokenizer in {loaded.tokenizer_folder} has {tokenizer.vocab_size} tokens, the model only "
+            f"{loaded.config.vocab_size}; take the tokenizer it was trained with"
+        )
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise InputError("--prompt is empty; give it at least one character")
+    trainer = backend.trainer(loaded.config, OptimizerConfig(), loaded.weights, device)
+    shown, written = tokenizer.decode(ids), list(ids)
+    for token in generate(trainer, ids, max_new_tokens, stop=tokenizer.eot_id, **sampling):
+        written.append(token)
+        text = tokenizer.decode(written)
+        if text.startswith(shown) and not text.endswith("�"):  # a character may take several tokens
+            yield text[len(shown) :]
+            shown = text
