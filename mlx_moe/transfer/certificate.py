@@ -1,0 +1,93 @@
+"""The proof that a transfer changed nothing: the same tokens through both models, and what came out different.
+
+B batch, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = Callable[[NDArray[np.int32]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Differences between two models on the same tokens. Losses are mean cross entropies, nats per token."""
+
+    logit_differences: tuple[float, ...]  # per sequence, the largest |after - before|
+    max_logit_difference: float
+    loss_before: float
+    loss_after: float
+    loss_jump: float  # after - before
+    argmax_agreement: float  # fraction of positions with the same likeliest token
+    limit_logit_difference: float
+    limit_loss_jump: float
+
+    @property
+    def passed(self) -> bool:
+        """Within both limits; what is not finite never is."""
+        return self.max_logit_difference <= self.limit_logit_difference and abs(self.loss_jump) <= self.limit_loss_jump
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures and the verdict; null stands for what is not finite, which JSON cannot hold."""
+        values = asdict(self) | {"logit_differences": [_finite(value) for value in self.logit_differences]}
+        return {name: _finite(value) for name, value in values.items()} | {"passed": self.passed}
+
+
+def probe(
+    logits_before: Logits,
+    logits_after: Logits,
+    batch_BT1: NDArray[np.int32],
+    max_logit_difference: float,
+    max_loss_jump: float,
+) -> Certificate:
+    """Compare two models, each a function from tokens (1, T) to logits (1, T, V).
+
+    Runs one sequence at a time, and sums one position at a time in float64, to keep memory small.
+    """
+    differences, losses, agreements = [], [], []
+    for tokens_T1 in batch_BT1:
+        before_TV = np.asarray(logits_before(tokens_T1[None, :-1]))[0]
+        after_TV = np.asarray(logits_after(tokens_T1[None, :-1]))[0]
+        differences_T = []
+        for before_V, after_V, target in zip(before_TV, after_TV, tokens_T1[1:], strict=True):
+            before_V, after_V = before_V.astype(np.float64), after_V.astype(np.float64)
+            differences_T.append(_max_difference(before_V, after_V))
+            losses.append((_cross_entropy(before_V, target), _cross_entropy(after_V, target)))
+            agreements.append(before_V.argmax() == after_V.argmax())
+        differences.append(float(np.max(differences_T)))
+    loss_before, loss_after = (float(loss) for loss in np.mean(losses, axis=0))
+    return Certificate(
+        logit_differences=tuple(differences),
+        max_logit_difference=float(np.max(differences)),
+        loss_before=loss_before,
+        loss_after=loss_after,
+        loss_jump=loss_after - loss_before,
+        argmax_agreement=float(np.mean(agreements)),
+        limit_logit_difference=max_logit_difference,
+        limit_loss_jump=max_loss_jump,
+    )
+
+
+def _max_difference(before_V: NDArray[np.float64], after_V: NDArray[np.float64]) -> float:
+    # Two infinities of one sign would differ by NaN, with a warning; they fail all the same.
+    if not (np.isfinite(before_V).all() and np.isfinite(after_V).all()):
+        return math.nan
+    return float(np.abs(after_V - before_V).max())
+
+
+def _cross_entropy(logits_V: NDArray[np.float64], target: int) -> float:
+    if not np.isfinite(logits_V).all():
+        return math.nan
+    largest = logits_V.max()
+    return float(np.log(np.exp(logits_V - largest).sum()) + largest - logits_V[target])
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

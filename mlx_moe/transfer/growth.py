@@ -1,0 +1,226 @@
+"""Growth: a wider and deeper model that computes the same function.
+
+Copy units, and let whoever reads the copies share them out (Net2Net, Chen et al. 2016). The residual stream, of width
+D, takes more (LEMON, Wang et al. 2024): D' = k·D + r holds k whole copies and r pads. A pad carries the mean of the
+stream where the norm subtracts it, else 0, and so is 0 once normalised. The norm then sees a variance of η² times the
+old, with η = √(k·D / D'), which γ' = η·γ and ε' = η²·ε undo.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_moe.config import ModelConfig, validate
+from mlx_moe.errors import InputError
+from mlx_moe.parameters import Axis, Parameter, normal, table
+from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, fresh_tensor
+
+Split = Literal["uneven", "even"]
+
+RESIDUAL = {Axis.RESIDUAL_READ, Axis.RESIDUAL_WRITE, Axis.NORM}
+READ = {Axis.RESIDUAL_READ, Axis.Q_HEADS_READ, Axis.FFN_READ}
+
+GROWN = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+# What may differ because it names the model or only steers its training.
+FREE = ("architecture", "attention_backend", "dropout", "init_std")
+
+
+def grow_config(
+    config: ModelConfig,
+    *,
+    d_model: int,
+    n_layers: int,
+    n_heads: int | None = None,
+    n_kv_heads: int | None = None,
+    d_ff: int | None = None,
+) -> ModelConfig:
+    """The larger architecture. What is left out grows with the width: heads in whole key-value groups, and `d_ff`.
+
+    Raises InputError where no exact growth leads there.
+    """
+    per_group = config.n_heads // config.n_kv_heads
+    if n_kv_heads is None:
+        if n_heads is None:
+            n_kv_heads = max(config.n_kv_heads, round(config.n_kv_heads * d_model / config.d_model))
+        elif n_heads % per_group:
+            raise InputError(
+                f"n_heads {n_heads} does not fill whole groups of {per_group} query heads for each key-value head; "
+                f"take n_heads {max(per_group, round(n_heads / per_group) * per_group)}"
+            )
+        else:
+            n_kv_heads = n_heads // per_group
+    grown = {
+        "d_model": d_model,
+        "n_layers": n_layers,
+        "n_heads": n_kv_heads * per_group if n_heads is None else n_heads,
+        "n_kv_heads": n_kv_heads,
+        "d_ff": round(config.d_ff * d_model / config.d_model) if d_ff is None else d_ff,
+    }
+    _check_size(config, grown)
+    eta = residual_scale(config.d_model, d_model)
+    return validate(ModelConfig, config.model_dump() | grown | {"norm_eps": eta**2 * config.norm_eps})
+
+
+def plan_growth(config: ModelConfig, target: ModelConfig, split: Split = "uneven", seed: int = 0) -> Plan:
+    """The plan from a model to the larger one that `grow_config` describes.
+
+    The copies of a unit share their reading side: evenly, or unevenly, each with a coefficient of its own. Even copies
+    have the same gradients and stay equal for ever. New blocks are copies too, spread evenly over the depth, each
+    right after the block it copies, and write zeros to the residual stream.
+
+    Raises InputError where growth is not exact.
+    """
+    _check_size(config, {name: getattr(target, name) for name in GROWN})
+    _check_kept(config, target)
+    growth = _Growth(config, target, {parameter.name: parameter.shape for parameter in table(config)}, split, seed)
+    return Plan(config, target, tuple(growth.tensor(parameter) for parameter in table(target)))
+
+
+def residual_scale(d_model: int, d_model_target: int) -> float:
+    """η: the standard deviation over the grown residual axis, relative to that before."""
+    return math.sqrt(d_model_target // d_model * d_model / d_model_target)
+
+
+def layer_sources(n_layers: int, n_layers_target: int) -> list[int]:
+    """For every target layer, the source layer it copies; the first one of each source is the block itself."""
+    return [layer * n_layers // n_layers_target for layer in range(n_layers_target)]
+
+
+@dataclass(frozen=True)
+class _Growth:
+    config: ModelConfig
+    target: ModelConfig
+    source_shapes: dict[str, tuple[int, ...]]
+    split: Split
+    seed: int
+
+    def tensor(self, parameter: Parameter) -> TensorPlan:
+        source, is_new = self.source_of(parameter.name)
+        if is_new and Axis.RESIDUAL_WRITE in parameter.axes:
+            return fresh_tensor(parameter.name, parameter.shape, "constant")
+        source_shape = self.source_shapes[source]
+        pads = [
+            self.pad(parameter, axis, after % size)
+            for axis, (size, after) in enumerate(zip(source_shape, parameter.shape, strict=True))
+            if parameter.axes[axis] in RESIDUAL and after % size
+        ]
+        maps = [self.axis_map(parameter, axis, size) for axis, size in enumerate(source_shape)]
+        return TensorPlan(
+            parameter.name,
+            parameter.shape,
+            source,
+            pad=pads[0] if pads else None,
+            maps=tuple(axis_map for axis_map in maps if axis_map is not None),
+        )
+
+    def source_of(self, name: str) -> tuple[str, bool]:
+        """The tensor that a target's tensor copies, and whether its block is new."""
+        match = re.match(r"layers\.(\d+)\.", name)
+        if match is None:
+            return name, False
+        layer = int(match[1])
+        sources = layer_sources(self.config.n_layers, self.target.n_layers)
+        return f"layers.{sources[layer]}.{name[match.end() :]}", sources.index(sources[layer]) != layer
+
+    def pad(self, parameter: Parameter, axis: int, count: int) -> Pad:
+        if parameter.axes[axis] is Axis.NORM:
+            return Pad(axis, count, "constant", float(parameter.start == "ones"))
+        if parameter.axes[axis] is Axis.RESIDUAL_WRITE:
+            return Pad(axis, count, "constant" if self.target.normalization == "rmsnorm" else "mean")
+        if parameter.axes == (Axis.EXPERT, Axis.RESIDUAL_READ):
+            # A normalised pad is 0 only up to rounding, and a router whose experts tie would follow the rounding.
+            return Pad(axis, count, "constant")
+        # Where nothing writes a pad and nothing reads it, no gradient ever flows: reading must start.
+        return Pad(axis, count, "normal", self.target.init_std, f"{parameter.name} pad", self.seed)
+
+    def axis_map(self, parameter: Parameter, axis: int, size: int) -> AxisMap | None:
+        kind, size_target = parameter.axes[axis], parameter.shape[axis]
+        # Head groups are contiguous, so cycling through the rows duplicates whole groups.
+        index = np.arange(size_target) % size
+        scale = np.ones(size_target)
+        if kind in RESIDUAL:
+            whole = size_target // size * size
+            index[whole:] = size + np.arange(size_target - whole)
+        if kind in READ:
+            scale *= self.coefficients(parameter.name, index)
+        if kind is Axis.NORM:
+            if parameter.start == "ones":
+                scale *= residual_scale(size, size_target)
+            # A tied head is a writer first and repeats, so the norm before it shares the copies out.
+            if self.target.weight_tying and parameter.name.startswith("norm."):
+                scale *= self.coefficients(parameter.name, index)
+        if np.any(scale != 1):
+            return AxisMap(axis, index, scale)
+        return None if np.array_equal(index, np.arange(size_target)) else AxisMap(axis, index)
+
+    def coefficients(self, name: str, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """One for every target coordinate; those of the copies of one source coordinate sum to 1.
+
+        Uneven ones for n copies are evenly spaced from 1/2n to 3/2n, in an order drawn anew for every tensor and
+        source coordinate: with one order throughout, the gradients of what writes the copies would be proportional, and
+        Adam, blind to scale, could not tell them apart.
+        """
+        copies = np.bincount(index)[index]
+        if self.split == "even":
+            return 1 / copies
+        order = np.lexsort((normal(f"{name} split", self.seed, index.shape), index))
+        rank = np.empty_like(index)
+        rank[order] = np.arange(len(index)) - np.searchsorted(index[order], index[order])
+        return np.where(copies == 1, 1.0, (0.5 + rank / np.maximum(copies - 1, 1)) / copies)
+
+
+def _check_size(config: ModelConfig, grown: dict[str, int]) -> None:
+    for name, after in grown.items():
+        before = getattr(config, name)
+        if after < before:
+            raise InputError(f"growth cannot shrink {name} from {before} to {after}; take at least {before}")
+    per_group = config.n_heads // config.n_kv_heads
+    if grown["n_heads"] != per_group * grown["n_kv_heads"]:
+        raise InputError(
+            f"n_heads {grown['n_heads']} with n_kv_heads {grown['n_kv_heads']}: heads grow in whole groups of "
+            f"{per_group} query heads for each key-value head; take n_heads {per_group * grown['n_kv_heads']}"
+        )
+    if config.norm_position == "post":
+        _check_post_norm(config, grown)
+
+
+def _check_post_norm(config: ModelConfig, grown: dict[str, int]) -> None:
+    if grown["n_layers"] > config.n_layers:
+        raise InputError(
+            f"post-norm blocks cannot be deepened exactly: a new block that adds nothing still normalises the residual "
+            f"stream, so it is not the identity; keep n_layers {config.n_layers}, or train with norm_position pre"
+        )
+    if config.normalization != "rmsnorm" and grown["d_model"] % config.d_model:
+        multiple = max(1, round(grown["d_model"] / config.d_model)) * config.d_model
+        raise InputError(
+            f"post-norm {config.normalization} cannot be widened exactly from {config.d_model} to {grown['d_model']}: "
+            f"a norm's output would have to hold its own mean in the pads; take d_model {multiple}"
+        )
+
+
+def _check_kept(config: ModelConfig, target: ModelConfig) -> None:
+    if (config.moe is None) != (target.moe is None):
+        raise InputError("growth keeps a dense model dense and experts experts; upcycle first, then grow")
+    before, after = _function(config), _function(target)
+    for name in before:
+        if before[name] != after[name]:
+            raise InputError(
+                f"growth keeps {name}: cannot go from {before[name]} to {after[name]}; take {before[name]}"
+            )
+    eps = residual_scale(config.d_model, target.d_model) ** 2 * config.norm_eps
+    if not math.isclose(target.norm_eps, eps, rel_tol=1e-6):
+        raise InputError(f"growth is exact for norm_eps {eps:g}, not {target.norm_eps:g}; take it from grow_config")
+
+
+def _function(config: ModelConfig) -> dict[str, Any]:
+    """Every field that growth must keep, for the model to compute the same function."""
+    fields = set(ModelConfig.model_fields) - {*GROWN, *FREE, "norm_eps", "moe"}
+    kept = {name: getattr(config, name) for name in ModelConfig.model_fields if name in fields}
+    experts = {"n_experts": config.moe.n_experts, "top_k": config.moe.top_k} if config.moe else {}
+    return kept | experts

@@ -1,0 +1,54 @@
+"""Upcycling: a dense model becomes a mixture of identical experts that computes the same function.
+
+The gates sum to 1 and the experts are equal, so their weighted sum is the dense FFN under any router (Komatsuzaki et
+al. 2022, Sparse Upcycling).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from mlx_moe.config import ModelConfig, MoEConfig
+from mlx_moe.errors import InputError
+from mlx_moe.parameters import Axis, Parameter, table
+from mlx_moe.transfer.plan import AxisMap, Plan, TensorPlan, fresh_tensor
+
+ZERO_ROUTER_WARNING = (
+    "router_init zero: all router logits tie, so every token goes to the first top_k experts, which get identical "
+    "updates; the router's gradient from the task is exactly 0 and the model stays dense. Take router_init random, "
+    "which is just as exact at the boundary"
+)
+
+
+def plan_upcycling(
+    config: ModelConfig,
+    moe: MoEConfig,
+    router_init: Literal["random", "zero"] = "random",
+    router_std: float = 0.02,
+    seed: int = 0,
+) -> Plan:
+    """The plan from a dense model to experts that are all copies of its FFN.
+
+    The router is normal with standard deviation `router_std`, or zero (see ZERO_ROUTER_WARNING).
+
+    Raises InputError if the model has experts already.
+    """
+    if config.moe is not None:
+        raise InputError(f"the model has {config.moe.n_experts} experts already; upcycle a dense one")
+    target = config.model_copy(update={"moe": moe})
+    dense = {parameter.name for parameter in table(config)}
+    std = router_std if router_init == "random" else 0.0
+    return Plan(config, target, tuple(_tensor(parameter, dense, std, seed) for parameter in table(target)))
+
+
+def _tensor(parameter: Parameter, dense: set[str], router_std: float, seed: int) -> TensorPlan:
+    if parameter.name in dense:
+        return TensorPlan(parameter.name, parameter.shape, source=parameter.name)
+    if parameter.axes == (Axis.EXPERT, Axis.RESIDUAL_READ):
+        kind: Literal["constant", "normal"] = "normal" if router_std else "constant"
+        return fresh_tensor(parameter.name, parameter.shape, kind, router_std, seed)
+    copies = AxisMap(axis=0, index=np.zeros(parameter.shape[0], np.int64))
+    source = parameter.name.replace(".experts.", ".")
+    return TensorPlan(parameter.name, parameter.shape, source, new_axis=True, maps=(copies,))

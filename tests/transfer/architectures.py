@@ -1,0 +1,65 @@
+"""Small models of every kind, with weights that are far from their starting values."""
+
+import forward
+import numpy as np
+from hypothesis import strategies as st
+
+from mlx_moe.config import COMPONENTS, MoEConfig, load_architecture
+from mlx_moe.parameters import table
+
+HEAD_DIM = 4
+
+
+@st.composite
+def architectures(draw, norm_positions=("pre", "post")):
+    n_kv_heads = draw(st.integers(1, 3))
+    return small(
+        d_model=draw(st.integers(3, 9)),
+        n_layers=draw(st.integers(1, 3)),
+        n_heads=n_kv_heads * draw(st.integers(1, 2)),
+        n_kv_heads=n_kv_heads,
+        d_ff=draw(st.integers(1, 9)),
+        normalization=draw(st.sampled_from(COMPONENTS["normalization"])),
+        norm_position=draw(st.sampled_from(norm_positions)),
+        activation=draw(st.sampled_from(COMPONENTS["activation"])),
+        ffn_type=draw(st.sampled_from(COMPONENTS["ffn_type"])),
+        position_encoding=draw(st.sampled_from(COMPONENTS["position_encoding"])),
+        bias=draw(st.booleans()),
+        weight_tying=draw(st.booleans()),
+    )
+
+
+@st.composite
+def experts(draw):
+    n_experts = draw(st.integers(1, 4))
+    return MoEConfig(n_experts=n_experts, top_k=draw(st.integers(1, n_experts)))
+
+
+def small(**overrides):
+    sizes = {"vocab_size": 11, "context_length": 8, "d_model": 6, "n_layers": 2, "n_heads": 2, "d_ff": 5}
+    return load_architecture("simple", **({**sizes, "head_dim": HEAD_DIM} | overrides))
+
+
+def weights(config, dtype=np.float64, seed=0):
+    """Nothing is 0 or 1, norms included, and the residual stream has a mean."""
+    generator = np.random.default_rng(seed)
+    arrays = {}
+    for parameter in table(config):
+        fan_in = 1 if len(parameter.shape) == 1 else parameter.shape[-1]
+        offset = 1.0 if parameter.start == "ones" else 0.1
+        arrays[parameter.name] = generator.normal(offset, 0.5, parameter.shape).astype(dtype) / np.sqrt(
+            fan_in, dtype=dtype
+        )
+    return arrays
+
+
+def tokens(config, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, 6)
+
+
+def logit_difference(config, arrays, target, grown, seed=0):
+    before = forward.logits(config, arrays, tokens(config, seed))
+    after = forward.logits(target, grown, tokens(config, seed))
+    assert before.dtype == after.dtype == arrays["norm.weight"].dtype
+    assert np.ptp(before) > 1e-3
+    return np.abs(before - after).max()

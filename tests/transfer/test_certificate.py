@@ -1,0 +1,77 @@
+import json
+
+import numpy as np
+import pytest
+
+from mlx_moe.transfer.certificate import probe
+
+BATCH = np.random.default_rng(0).integers(0, 7, (3, 6)).astype(np.int32)
+TABLE = np.random.default_rng(1).normal(size=(7, 7)).astype(np.float32)
+
+
+def model(change=None):
+    def logits(tokens_BT):
+        assert tokens_BT.shape == (1, 5)
+        out = TABLE[tokens_BT]
+        if change is not None:
+            change(out)
+        return out
+
+    return logits
+
+
+def certify(change=None):
+    return probe(model(), model(change), BATCH, max_logit_difference=1e-4, max_loss_jump=1e-3)
+
+
+def test_the_same_model_passes():
+    certificate = certify()
+    assert certificate.passed
+    assert certificate.logit_differences == (0, 0, 0)
+    assert certificate.loss_jump == 0
+    assert certificate.argmax_agreement == 1
+    logits_BTV = TABLE[BATCH[:, :-1]].astype(np.float64)
+    log_sum = np.log(np.exp(logits_BTV).sum(-1))
+    chosen = np.take_along_axis(logits_BTV, BATCH[:, 1:, None].astype(int), -1)[..., 0]
+    assert certificate.loss_before == pytest.approx((log_sum - chosen).mean())
+
+
+def test_a_shift_of_all_logits_fails_by_the_logits_alone():
+    certificate = certify(lambda logits: logits.__iadd__(1))
+    assert not certificate.passed
+    assert certificate.max_logit_difference == pytest.approx(1, abs=1e-6)
+    assert abs(certificate.loss_jump) < 1e-6
+
+
+@pytest.mark.parametrize("factor", [0, -1])
+def test_a_jump_of_the_loss_is_judged_in_both_directions(factor):
+    def other(logits):
+        logits *= factor
+
+    before, after = (probe(*models, BATCH, 100, 1e-3) for models in ((model(), model(other)), (model(other), model())))
+    assert before.loss_jump == -after.loss_jump
+    assert not before.passed
+    assert not after.passed
+
+
+def test_large_logits_do_not_overflow():
+    certificate = certify(lambda logits: logits.__iadd__(1e6))
+    assert np.isfinite(certificate.loss_after)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_fails_even_in_both(value):
+    def spoil(logits):
+        logits[0, 2, 3] = value
+
+    certificate = probe(model(spoil), model(spoil), BATCH, np.inf, np.inf)
+    assert not certificate.passed
+    assert json.loads(json.dumps(certificate.to_json(), allow_nan=False))["loss_after"] is None
+
+
+def test_json_holds_all_figures():
+    certificate = certify(lambda logits: logits.__iadd__(1e-5))
+    values = json.loads(json.dumps(certificate.to_json()))
+    assert values["passed"] is True
+    assert values["limit_logit_difference"] == 1e-4
+    assert len(values["logit_differences"]) == 3
