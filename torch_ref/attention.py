@@ -77,7 +77,7 @@ def manual_attention(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
     group = q_BHTd.shape[1] // k_BGSd.shape[1]
     k_BHSd, v_BHSd = k_BGSd.repeat_interleave(group, dim=1), v_BGSd.repeat_interleave(group, dim=1)
     scores_BHTS = (q_BHTd * q_BHTd.shape[-1] ** -0.5) @ k_BHSd.transpose(-1, -2)
-    visible_TS = _visible(*scores_BHTS.shape[-2:], scores_BHTS.device)
+    visible_TS = _visible(q_BHTd.shape[2], k_BGSd.shape[2], scores_BHTS.device)
     scores_BHTS = scores_BHTS.masked_fill(~visible_TS, torch.finfo(scores_BHTS.dtype).min)
     return scores_BHTS.softmax(dim=-1, dtype=torch.float32).to(v_BHSd.dtype) @ v_BHSd
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
 def _adamw(model: Transformer, config: ModelConfig, optimizer: OptimizerConfig) -> torch.optim.AdamW:
     parameters = dict(model.named_parameters())
     matrices = {parameter.name for parameter in table(config) if parameter.is_matrix}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameters[name] for name in parameters if name in matrices]},
         {"params": [parameters[name] for name in parameters if name not in matrices], "weight_decay": 0.0},
     ]

@@ -60,14 +60,14 @@ class Trainer:
         def fetch() -> StepMetrics:
             loss, cross_entropy, grad_norm, load_LE = results
             expert_load_LE = np.array(load_LE) if load_LE.size else None
-            return StepMetrics(loss.item(), cross_entropy.item(), grad_norm.item(), expert_load_LE)
+            return StepMetrics(_float(loss), _float(cross_entropy), _float(grad_norm), expert_load_LE)
 
         return fetch
 
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
         tokens = mx.array(tokens_BT1)
-        return float(_cross_entropy(self._logits(tokens[:, :-1]), tokens[:, 1:]).item())
+        return _float(_cross_entropy(self._logits(tokens[:, :-1]), tokens[:, 1:]))
 
     def logits(self, tokens_BT: Tokens) -> Logits:
         self._model.eval()
@@ -182,6 +182,10 @@ def _adamw(config: ModelConfig, optimizer: OptimizerConfig) -> optim.MultiOptimi
 def _cross_entropy(logits_BTV: mx.array, targets_BT: mx.array) -> mx.array:
     # MLX's loss takes the dtype of the logits, so they go to float32 first.
     return nn.losses.cross_entropy(logits_BTV.astype(mx.float32), targets_BT, reduction="mean")
+
+
+def _float(scalar: mx.array) -> float:
+    return float(np.array(scalar))
 
 
 def _loads(routings: list[Routing]) -> mx.array:

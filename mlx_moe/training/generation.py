@@ -50,10 +50,10 @@ def choose(logits_V: NDArray[np.float32], temperature: float, top_k: int | None,
     """The likeliest token at temperature 0, else a draw from the softmax over the `top_k` likeliest."""
     if temperature == 0:
         return int(logits_V.argmax())
-    logits_V = logits_V.astype(np.float64) / temperature
-    if top_k is not None and top_k < logits_V.size:
-        logits_V = np.where(logits_V >= np.partition(logits_V, -top_k)[-top_k], logits_V, -np.inf)
-    probabilities_V = np.exp(logits_V - logits_V.max())
+    scaled_V = logits_V.astype(np.float64) / temperature
+    if top_k is not None and top_k < scaled_V.size:
+        scaled_V = np.where(scaled_V >= np.partition(scaled_V, -top_k)[-top_k], scaled_V, -np.inf)
+    probabilities_V = np.exp(scaled_V - scaled_V.max())
     return int(generator.choice(logits_V.size, p=probabilities_V / probabilities_V.sum()))
 
 
