@@ -1,0 +1,37 @@
+# make demo: an environment, three phases on embedded stories, then both backends compared.
+# make test: an environment, then the checks and the tests.
+
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach v,3.13 3.12 3.11,$(shell command -v python$(v))) python3)
+BIN := $(VENV)/bin
+RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	$(BIN)/mlxmoe train --phases 3 --preset demo --out $(RUN)
+	$(BIN)/mlxmoe parity $(RUN)
+
+test: lint
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# On Linux, MLX needs a fast BLAS from the system; without the right to install one it still works, slowly.
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; make PYTHON=/path/to/python3.11"; exit 2; }
+	@if [ "$$(uname -s)" = Linux ] && ! ldconfig -p | grep -q 'libopenblas\.so\.0'; then \
+		sudo=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
+		{ $$sudo apt-get update -qq && $$sudo apt-get install -qq -y libopenblas0-pthread g++ >/dev/null; } || \
+		echo "warning: no OpenBLAS, so MLX will be slow on this CPU; install libopenblas0-pthread"; \
+	fi
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
