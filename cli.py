@@ -102,15 +102,15 @@ def params(
         rows = {name: {"architecture": models[name].display_name, **counts[name].to_json()} for name in models}
         typer.echo(json.dumps(rows, indent=2))
         return
-    columns = ["phase", "total", "active", "inactive", "idle experts", "active %", "architecture"]
-    figures = {name: (millions(n.total), millions(n.active), millions(n.inactive)) for name, n in counts.items()}
-    Console().table(
-        columns,
+    console = Console()
+    console.table(
+        ["phase", "total", "active per token", "inactive", "idle experts", "active %"],
         [
-            [name, *figures[name], str(n.idle_experts), f"{100 * n.efficiency:.1f}", models[name].display_name]
+            [name, *map(millions, (n.total, n.active, n.inactive)), str(n.idle_experts), f"{100 * n.efficiency:.1f}"]
             for name, n in counts.items()
         ],
     )
+    console.facts([(name, model.display_name) for name, model in models.items()])
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_moe import config as configs
 from mlx_moe.accounting import count_parameters
 from mlx_moe.config import ModelConfig, RunConfig
-from mlx_moe.data.tokens import TokenData, fixed_windows, prepare, require_length
+from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, initialize
 from mlx_moe.training import checkpoint, log
@@ -23,9 +23,9 @@ from mlx_moe.training.loop import Phase, TrainingStopped, load_imbalance, phase_
 from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING
 
 PROMPTS = (
-    "Once upon a time, there was a little girl named Lily.",
-    "One day, a small dog found a",
-    "Tom and his mom went to the park.",
+    "Once upon a time, there was a little",
+    "One day, a girl named Lily went to",
+    "The dog was very happy because",
 )
 SAMPLE_TOKENS = 40
 
@@ -38,6 +38,7 @@ def train(run: RunConfig, directory: Path, backend: Backend, n_phases: int, opti
     """
     experiment = begin(run, directory, backend, n_phases, options, console)
     phase, trainer, step = experiment.where_it_stands()
+    experiment.introduce(trainer)
     while True:
         experiment.train(phase, trainer, step)
         if phase >= n_phases:
@@ -80,6 +81,18 @@ class Experiment:
         log.write_environment(self.directory / "environment.json", self.backend, trainer)
         self.console.line(f"resuming from {saved.relative_to(self.directory)}")
         return loaded.state.phase, trainer, loaded.state.step
+
+    def introduce(self, trainer: Trainer) -> None:
+        tokens = {name: self.data.provenance[name]["tokens"] for name in ("train", "validation")}
+        self.console.facts(
+            [
+                ("run", f"{self.run.name}, seed {self.run.seed}, in {self.directory}"),
+                ("backend", f"{self.backend.reason}; device {trainer.device}"),
+                ("data", self.data.provenance["source"]["description"]),
+                ("tokens", f"{tokens['train']:,} to train on, {tokens['validation']:,} held out"),
+                ("tokenizer", f"{self.run.data.tokenizer}, {self.data.tokenizer.vocab_size:,} tokens"),
+            ]
+        )
 
     def train(self, number: int, trainer: Trainer, step: int) -> None:
         phase = Phase(number, phase_config(self.run, number))
@@ -219,7 +232,8 @@ def begin(
         phase_model(run, phase)  # refuses growth that is not exact, before hours of training
     data = prepare(run.data, progress=console.line)
     run = fit_vocabulary(run, data.tokenizer.vocab_size)
-    require_length(data, run.model.context_length)
+    for tokens in (data.train, data.validation):
+        check_length(tokens, run.model.context_length)
     directory.mkdir(parents=True, exist_ok=True)
     configs.save(run, directory / "config.yaml")
     data.tokenizer.save(directory / "tokenizer")
