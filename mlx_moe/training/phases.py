@@ -70,7 +70,6 @@ class Experiment:
         saved = next(reversed(list(checkpoint.complete_in(self.directory))), None)
         if saved is None:
             trainer = self._trainer(self.run.model, initialize(self.run.model, self.run.seed))
-            log.write_environment(self.directory / "environment.json", self.backend, trainer)
             return 1, trainer, 0
         loaded = checkpoint.load(saved)
         trainer = self._trainer(loaded.config, loaded.weights)
@@ -78,11 +77,16 @@ class Experiment:
             trainer.load_optimizer_state(loaded.optimizer_state)
         for name in ("metrics.jsonl", "history.jsonl"):
             log.rewind(self.directory / name, loaded.state.phase, loaded.state.step)
-        log.write_environment(self.directory / "environment.json", self.backend, trainer)
         self.console.line(f"resuming from {saved.relative_to(self.directory)}")
         return loaded.state.phase, trainer, loaded.state.step
 
     def introduce(self, trainer: Trainer) -> None:
+        """Write down what the run is, and say it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        configs.save(self.run, self.directory / "config.yaml")
+        self.data.tokenizer.save(self.directory / "tokenizer")
+        (self.directory / "data.json").write_text(json.dumps(self.data.provenance, indent=2) + "\n", encoding="utf-8")
+        log.write_environment(self.directory / "environment.json", self.backend, trainer)
         tokens = {name: self.data.provenance[name]["tokens"] for name in ("train", "validation")}
         self.console.facts(
             [
@@ -227,17 +231,13 @@ def open_run(directory: Path) -> RunConfig:
 def begin(
     run: RunConfig, directory: Path, backend: Backend, n_phases: int, options: Options, console: Console
 ) -> Experiment:
-    """Prepare the data, fit the vocabulary, write the merged config and the tokenizer. Bad input writes nothing."""
+    """Prepare the data and fit the vocabulary to it. Writes nothing, so that bad input leaves nothing behind."""
     for phase in range(2, n_phases + 1):
         phase_model(run, phase)  # refuses growth that is not exact, before hours of training
     data = prepare(run.data, progress=console.line)
     run = fit_vocabulary(run, data.tokenizer.vocab_size)
     for tokens in (data.train, data.validation):
         check_length(tokens, run.model.context_length)
-    directory.mkdir(parents=True, exist_ok=True)
-    configs.save(run, directory / "config.yaml")
-    data.tokenizer.save(directory / "tokenizer")
-    (directory / "data.json").write_text(json.dumps(data.provenance, indent=2) + "\n", encoding="utf-8")
     return Experiment(run, directory, backend, options, console, data)
 
 

@@ -1,0 +1,39 @@
+"""What all tests share. `mlx_moe.model` comes before anything that imports mlx: it gives MLX a fast BLAS."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+import mlx_moe.model  # noqa: F401
+from cli import main
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def mlxmoe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
+    """Run the command in this process, with a token cache of its own and no network."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(*arguments: object) -> Result:
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.setattr("sys.argv", ["mlxmoe", *map(str, arguments)])
+            for name, value in {"MLXMOE_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}.items():
+                patch.setenv(name, value)
+            try:
+                main()
+                code = 0
+            except SystemExit as stopped:
+                code = int(stopped.code or 0)
+        return Result(code, out.getvalue(), err.getvalue())
+
+    return run
