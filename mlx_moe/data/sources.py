@@ -80,7 +80,10 @@ def _stream_tinystories() -> Iterator[str]:
 
 def _files(config: DataConfig) -> Source:
     top, field = Path(config.source).expanduser(), config.text_field
-    paths = _find(top, config.source)
+    try:
+        paths = _find(top, config.source)
+    except OSError as error:
+        raise _unreadable(top, error) from None
     identity = hashlib.sha256(repr(config.n_documents).encode())
     for path in paths:
         ending = path.suffix.lower()
@@ -148,7 +151,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{where} is not JSON ({one_line(error)}); every line must be one JSON object") from None
         if not isinstance(row, dict):
-            raise InputError(f"{where} holds a {type(row).__name__}; every line must be one JSON object")
+            raise InputError(f"{where} holds {type(row).__name__}; every line must be one JSON object")
         if field not in row:
             raise _missing_field(where, field, list(row))
         yield _text(row[field], where, field)
@@ -159,19 +162,18 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file ({one_line(error)}); write it anew or leave it out") from None
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise _missing_field(str(path), field, file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(batch_size=1000, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield _text(value, f"{path} row {number}", field)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} is not a whole Parquet file ({one_line(error)}); write it anew") from None
     except OSError as error:
         raise _unreadable(path, error) from None
-    with file:
-        if field not in file.schema_arrow.names:
-            raise _missing_field(str(path), field, file.schema_arrow.names)
-        number = 0
-        for batch in file.iter_batches(batch_size=1000, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield _text(value, f"{path} row {number}", field)
 
 
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -198,7 +200,9 @@ def _text(value: object, where: str, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InputError(f"{where}: field {field!r} holds a {type(value).__name__}; set data.text_field to one of text")
+        raise InputError(
+            f"{where}: field {field!r} holds {type(value).__name__}, not text; set data.text_field to one that does"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -224,7 +228,7 @@ def _missing_field(where: str, field: str, fields: list[str]) -> InputError:
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot read {path}: {error.strerror or one_line(error)}; mend its permissions or leave it out")
+    return InputError(f"cannot read {path}: {error.strerror or one_line(error)}; make it readable or leave it out")
 
 
 def one_line(error: BaseException) -> str:

@@ -62,7 +62,8 @@ def prepare(
             _build(entry, config, source, progress)
         except OSError as error:
             raise InputError(
-                f"cannot write the token cache {root}: {error.strerror}; set MLXMOE_CACHE to a folder you can write"
+                f"cannot write the token cache {root}: {error.strerror or error}; set MLXMOE_CACHE to a folder "
+                "you can write"
             ) from None
         data = _load(entry)
         if data is None:

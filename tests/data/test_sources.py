@@ -75,9 +75,14 @@ def test_parquet(tmp_path):
     assert documents(path) == [f"story {i}" for i in range(2500)]
     assert "'n'" in refusal(path, text_field="n")
     assert "there is: 'n', 'text'" in refusal(path, text_field="body")
-    broken = tmp_path / "b.parquet"
-    broken.write_bytes(path.read_bytes()[:500])
-    assert "not a Parquet file" in refusal(broken)
+
+
+@pytest.mark.parametrize("damage", ["cut", "pages"])
+def test_damaged_parquet(tmp_path, damage):
+    path = write_parquet(tmp_path / "a.parquet", {"text": [f"story {i}" for i in range(5000)]})
+    content = path.read_bytes()
+    path.write_bytes(content[:500] if damage == "cut" else content[:4] + bytes(len(content) - 2004) + content[-2000:])
+    assert "a.parquet" in refusal(path)
 
 
 def test_folder_is_read_recursively_in_order(tmp_path):
@@ -126,6 +131,10 @@ def test_missing_path(tmp_path):
     assert ".parquet" in message
 
 
+def test_impossible_path():
+    assert "cannot read" in refusal("x" * 5000)
+
+
 def test_unknown_ending(tmp_path):
     for name in ("a.csv", "noending"):
         (tmp_path / name).write_text("x")
@@ -145,8 +154,8 @@ def test_bad_json_names_the_line(tmp_path, line):
 
 
 def test_json_that_is_no_object_or_no_text(tmp_path):
-    assert "line 1 holds a list" in refusal(write_jsonl(tmp_path / "a.jsonl", [["text"]]))
-    assert "holds a int" in refusal(write_jsonl(tmp_path / "b.jsonl", [{"text": 3}]))
+    assert "line 1 holds list" in refusal(write_jsonl(tmp_path / "a.jsonl", [["text"]]))
+    assert "holds int, not text" in refusal(write_jsonl(tmp_path / "b.jsonl", [{"text": 3}]))
     assert "Unicode" in refusal(write_jsonl(tmp_path / "c.jsonl", [{"text": "\ud800"}]))
 
 
@@ -181,10 +190,15 @@ def test_dangling_link_in_a_folder_is_not_passed_over(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_no_permission(tmp_path):
-    path = tmp_path / "a.txt"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "a.txt"
     path.write_text("x")
     path.chmod(0)
     assert "Permission denied" in refusal(path)
+    folder.chmod(0)
+    assert "Permission denied" in refusal(path)
+    folder.chmod(0o700)
 
 
 def fake_hub(monkeypatch, rows, reachable=True):
