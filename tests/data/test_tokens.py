@@ -16,7 +16,7 @@ from mlx_moe.data.stories import stories
 from mlx_moe.data.tokens import batch, fixed_windows, prepare
 from mlx_moe.errors import InputError
 
-STORIES = DataConfig(source="stories", n_documents=300, tokenizer="bpe:400")
+STORIES = DataConfig(source="stories", n_documents=150, tokenizer="bpe:300")
 DRAW = {"seed": 0, "phase": 1, "step": 0, "batch_size": 4, "context_length": 16}
 
 
@@ -43,10 +43,10 @@ def entries(cache):
 
 def test_every_document_is_there_once_and_whole(data):
     train, validation = split_documents(data)
-    assert train | validation == set(stories(300))
+    assert train | validation == set(stories(150))
     assert not train & validation
-    assert len(train) + len(validation) == 300
-    assert 3 <= len(validation) <= 30
+    assert len(train) + len(validation) == 150
+    assert 1 <= len(validation) <= 20
     for tokens in (data.train, data.validation):
         assert tokens[-1] == data.tokenizer.eot_id
         assert tokens.ndim == 1
@@ -58,8 +58,8 @@ def test_every_document_is_there_once_and_whole(data):
 def test_provenance_adds_up(data):
     facts = data.provenance
     assert facts["source"]["identity"].startswith("stories:")
-    assert facts["tokenizer"] == {"spec": "bpe:400", "identity": data.tokenizer.identity, "vocab_size": 400}
-    assert facts["train"]["bytes"] + facts["validation"]["bytes"] == sum(len(text.encode()) for text in stories(300))
+    assert facts["tokenizer"] == {"spec": "bpe:300", "identity": data.tokenizer.identity, "vocab_size": 300}
+    assert facts["train"]["bytes"] + facts["validation"]["bytes"] == sum(len(text.encode()) for text in stories(150))
     for name, tokens, documents in zip(
         ("train", "validation"), (data.train, data.validation), split_documents(data), strict=True
     ):
@@ -70,7 +70,7 @@ def test_provenance_adds_up(data):
 
 
 def test_documents_keep_their_side_when_data_grows(data, tmp_path):
-    larger = prepare(STORIES.model_copy(update={"n_documents": 500, "tokenizer": "char"}), tmp_path)
+    larger = prepare(STORIES.model_copy(update={"n_documents": 300, "tokenizer": "char"}), tmp_path)
     for few, many in zip(split_documents(data), split_documents(larger), strict=True):
         assert few < many
 
@@ -86,7 +86,7 @@ def test_wide_tokens_for_a_large_vocabulary(tmp_path, data):
     folder = tmp_path / "tokenizer"
     data.tokenizer.save(folder)
     model = json.loads((folder / "tokenizer.json").read_text())
-    model["model"]["vocab"] |= {f"Ġfiller{i}": i for i in range(400, 2**16 + 1)}
+    model["model"]["vocab"] |= {f"Ġfiller{i}": i for i in range(300, 2**16 + 1)}
     (folder / "tokenizer.json").write_text(json.dumps(model))
     wide = prepare(STORIES.model_copy(update={"tokenizer": str(folder)}), tmp_path / "cache")
     assert wide.train.dtype == np.uint32
@@ -133,7 +133,7 @@ def test_cache_is_found_again_and_keyed_by_what_matters(tmp_path, monkeypatch):
         again = prepare(STORIES.model_copy(update={"text_field": "body", "fit_vocabulary": False}), tmp_path)
     assert np.array_equal(first.train, again.train)
     assert again.provenance == first.provenance
-    for change in ({"n_documents": 301}, {"tokenizer": "char"}, {"validation_fraction": 0.1}):
+    for change in ({"n_documents": 151}, {"tokenizer": "char"}, {"validation_fraction": 0.1}):
         prepare(STORIES.model_copy(update=change), tmp_path)
     assert len(entries(tmp_path)) == 4
 
@@ -234,10 +234,10 @@ def test_bad_data_leaves_no_entry(tmp_path):
 
 def test_progress_is_told(tmp_path, monkeypatch):
     lines: list[str] = []
-    monkeypatch.setattr(tokens_module, "DOCUMENTS_PER_BATCH", 10)
+    monkeypatch.setattr(tokens_module, "DOCUMENTS_PER_BATCH", 5)
     prepare(STORIES, tmp_path, lines.append)
-    assert "300 embedded stories" in lines[0]
-    assert [line.partition(",")[0] for line in lines[1:]] == [f"encoded {n} documents" for n in (100, 200, 300)]
+    assert "150 embedded stories" in lines[0]
+    assert [line.partition(",")[0] for line in lines[1:]] == [f"encoded {n} documents" for n in (50, 100, 150)]
 
 
 def test_batch_is_a_pure_function_of_its_arguments(data):
