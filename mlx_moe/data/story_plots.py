@@ -99,7 +99,7 @@ what one cannot.|It feels good to help someone small.|From that day on, the thre
         ("in a deep hole", "a long board", "made a bridge to the top"),
         ("in a thorny bush", "a big blanket", "held the thorns back"),
         ("between two rocks", "a thick stick", "moved one of the rocks"),
-        ("on a high roof", "a tall ladder", "climbed up step by step"),
+        ("in a sticky web", "a thin stick", "pulled the web apart"),
     ),
 )
 
