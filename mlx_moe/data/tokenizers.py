@@ -1,0 +1,182 @@
+"""Tokenizers, all in the one JSON format of Hugging Face: of characters, trained here, or taken from elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_moe.data.sources import END_OF_TEXT, one_line
+from mlx_moe.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HFTokenizer
+
+UNKNOWN = "<|unknown|>"
+MIN_BPE_VOCAB, MAX_BPE_VOCAB = 257, 1_000_000  # 256 bytes and the end of text; above, training runs out of memory
+WAYS_OUT = "take bpe:2048, char, or a local folder that holds tokenizer.json"
+
+# Left unset, the library prints a warning when a process that has encoded a batch forks.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+class Tokenizer:
+    """Text to ids and back. `eot_id` ends every document; `vocab_size` is the largest id + 1."""
+
+    def __init__(self, inner: HFTokenizer, end_of_text: str) -> None:
+        # What a model was published with may cut or pad; training data must be neither.
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self._end_of_text = end_of_text
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.eot_id: int = vocabulary[end_of_text]
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the JSON and the end of text."""
+        return hashlib.sha256(f"{self._end_of_text}\n{self._inner.to_str()}".encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with no special token added."""
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+        return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens written out."""
+        text: str = self._inner.decode(ids, skip_special_tokens=False)
+        return text
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` reads back, and transformers too."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._inner.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self._end_of_text,
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> Tokenizer:
+        """The tokenizer of a folder with tokenizer.json. Raises InputError where it is missing or cannot be read."""
+        from tokenizers import Tokenizer as HFTokenizer
+
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(f"no tokenizer.json in {folder}; save one there, or take bpe:2048 or char")
+        try:
+            inner = HFTokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises plain Exception on bad JSON
+            raise InputError(f"cannot read {path}: {one_line(error)}; save it anew") from None
+        return Tokenizer(inner, _find_end_of_text(folder, inner))
+
+
+def make_tokenizer(spec: str, documents: Callable[[], Iterator[str]]) -> Tokenizer:
+    """The tokenizer that a config names: `char`, `bpe:VOCAB`, or a Hugging Face tokenizer by folder or hub name.
+
+    `documents()` is read once for `char` and `bpe`, else not at all. Raises InputError, which names the ways out.
+    """
+    if spec == "char":
+        return _of_characters(documents())
+    if spec == "bpe" or spec.startswith("bpe:"):
+        return _train_bpe(_bpe_vocabulary(spec), documents())
+    folder = Path(spec).expanduser()
+    return Tokenizer.load(folder if folder.is_dir() else _from_hub(spec))
+
+
+def _of_characters(documents: Iterator[str]) -> Tokenizer:
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    characters: set[str] = set()
+    for text in documents:
+        characters.update(text)
+    vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, UNKNOWN, *sorted(characters)])}
+    inner = HFTokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens([END_OF_TEXT, UNKNOWN])
+    return Tokenizer(inner, END_OF_TEXT)
+
+
+def _train_bpe(vocab_size: int, documents: Iterator[str]) -> Tokenizer:
+    """Byte-level BPE (Radford et al. 2019). Smaller than `vocab_size` where the text has too few pairs to merge."""
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = HFTokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(documents, trainer)
+    return Tokenizer(inner, END_OF_TEXT)
+
+
+def _bpe_vocabulary(spec: str) -> int:
+    number = spec.partition(":")[2]
+    if not re.fullmatch(r"[0-9]+", number) or not MIN_BPE_VOCAB <= int(number) <= MAX_BPE_VOCAB:
+        raise InputError(
+            f"tokenizer {spec!r}: the vocabulary must be a number from {MIN_BPE_VOCAB} (256 bytes and {END_OF_TEXT}) "
+            f"to {MAX_BPE_VOCAB}; take e.g. bpe:2048"
+        )
+    return int(number)
+
+
+def _from_hub(name: str) -> Path:
+    if Path(name).expanduser().exists():
+        raise InputError(f"tokenizer {name!r} is a file; name the folder that holds tokenizer.json")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise InputError(f"no tokenizer folder {name!r}; {WAYS_OUT}")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    try:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+            if (folder / "tokenizer.json").is_file():
+                return folder
+        # One quick question first: without a network, a download retries for half a minute and prints every attempt.
+        HfApi().model_info(name, timeout=10)
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # whatever fails between here and the hub, the ways out are the same
+        nearest = get_close_matches(name.lower(), ["char", "bpe:2048", "gpt2"], n=1, cutoff=0.7)
+        hint = f"did you mean {nearest[0]!r}? " if nearest and nearest[0] != name else ""
+        raise InputError(
+            f"cannot get tokenizer {name!r} from the Hugging Face hub ({one_line(error)}); {hint}{WAYS_OUT}"
+        ) from None
+
+
+def _find_end_of_text(folder: Path, inner: HFTokenizer) -> str:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        try:
+            token = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.is_file() else None
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"cannot read {path}: {one_line(error)}; it must be a JSON object") from None
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is not None:
+            if inner.token_to_id(text) is None:
+                raise InputError(f"{path}: eos_token {text!r} is not in the vocabulary of tokenizer.json; correct it")
+            return str(text)
+    if inner.token_to_id(END_OF_TEXT) is None:
+        raise InputError(f"{folder} names no end of text; add eos_token to its tokenizer_config.json")
+    return END_OF_TEXT
