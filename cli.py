@@ -20,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -43,15 +44,15 @@ def train(
     ] = None,
     config: ConfigFile = None,
     override: Overrides = None,
-    phases: Annotated[int, typer.Option(min=1, max=3, help="How many: dense, experts, larger experts.")] = 3,
+    phases: Annotated[int, typer.Option(help="1: dense, 2: then experts, 3: then larger experts.")] = 3,
     data: Annotated[
         str | None, typer.Option(help="stories, tinystories, or a path: .txt, .jsonl, .parquet, or a folder.")
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="char, bpe:VOCAB, or a Hugging Face tokenizer by name or folder.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of every phase.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of every phase.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-TIME")] = None,
@@ -65,6 +66,8 @@ def train(
     from mlx_moe.training.phases import Options, open_run
     from mlx_moe.training.phases import train as run_phases
 
+    if phases not in (1, 2, 3):
+        raise InputError(f"--phases {phases}: must be 1 (dense), 2 (then experts) or 3 (then larger experts)")
     shortcuts = {"data.source": data, "data.tokenizer": tokenizer, "seed": seed}
     if steps is not None:
         shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
@@ -126,9 +129,8 @@ def upcycle(
     allow_lossy: AllowLossy = False,
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts that computes the same."""
-    from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING, plan_upcycling
-
     from mlx_moe.config import UpcyclePhaseConfig, validate
+    from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING, plan_upcycling
 
     moe = validate(UpcyclePhaseConfig, {"n_experts": experts, "top_k": top_k, "router_init": router})
     if router == "zero":
@@ -156,9 +158,8 @@ def grow(
     allow_lossy: AllowLossy = False,
 ) -> None:
     """Make a checkpoint wider and deeper; it computes the same."""
-    from mlx_moe.transfer.growth import grow_config, plan_growth
-
     from mlx_moe.config import GrowPhaseConfig, validate
+    from mlx_moe.transfer.growth import grow_config, plan_growth
 
     phase = validate(GrowPhaseConfig, {"split": split})
     _transfer(
@@ -229,7 +230,7 @@ def doctor() -> None:
 def main() -> None:
     """Run the command. Bad input is one line and exit code 2."""
     try:
-        app()
+        app(prog_name="mlxmoe")
     except InputError as error:
         _stop(str(error), 2)
     except KeyboardInterrupt:

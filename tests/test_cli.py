@@ -115,7 +115,8 @@ BAD_INPUT = {
     "no GPU": (["--backend", "mlx", "--device", "gpu"], ["gpu", "--device cpu"]),
     "malformed override": (["-o", "model.d_model"], ["model.d_model", "key.path=value"]),
     "missing config": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
-    "four phases": (["--phases", "4"], ["4", "1<=x<=3"]),
+    "no steps": (["--steps", "0"], ["phases.dense.steps = 0", "greater than or equal to 1"]),
+    "four phases": (["--phases", "4"], ["--phases 4", "1 (dense)"]),
     "growth that is not exact": (["-o", "model.norm_position=post"], ["post-norm", "n_layers 4"]),
     "shrinking": (["-o", "phases.large_moe.d_model=64"], ["d_model", "128", "64"]),
 }

@@ -65,7 +65,10 @@ class ExpertLinear(nn.Module):
             y_AC = torch.cat([x @ w for x, w in zip(rows, weight, strict=True)])
         else:
             y_AC = F.grouped_mm(x_AC, weight, offs=end_E)
-        return y_AC if self.bias is None else y_AC + self.bias[expert_A]
+        if self.bias is None:
+            return y_AC
+        # A product, and not an index, because its gradient is summed in the same order every time.
+        return y_AC + F.one_hot(expert_A, len(self.bias)).to(self.bias.dtype) @ self.bias
 
 
 class Experts(nn.Module):
@@ -83,10 +86,10 @@ class Experts(nn.Module):
         expert_A, order_A = experts_NK.flatten().sort(stable=True)
         experts_E = torch.arange(self.down_proj.weight.shape[0], device=x_ND.device)
         end_E = torch.searchsorted(expert_A, experts_E, right=True).int()
-        x_AD = x_ND[order_A // experts_NK.shape[1]]
+        x_AD = x_ND.index_select(0, order_A // experts_NK.shape[1])
         hidden_AF = self._combine(lambda name: getattr(self, name)(x_AD, expert_A, end_E), self._activate)
         y_AD = self.down_proj(hidden_AF, expert_A, end_E)
-        return y_AD[order_A.argsort()].unflatten(0, experts_NK.shape)
+        return y_AD.index_select(0, order_A.argsort()).unflatten(0, experts_NK.shape)
 
 
 class MoE(nn.Module):

@@ -80,7 +80,7 @@ def batch(
 
     Raises InputError where there are fewer than context_length + 1 tokens.
     """
-    _check_length(tokens, context_length)
+    check_length(tokens, context_length)
     # Phase, rank and step in 8, 16 and 40 bits of their own: no two of them share a stream.
     key = np.array([seed % 2**64, phase << 56 | rank << 40 | step], dtype=np.uint64)
     # Raw numbers, since NumPy may change how its distributions draw; the bias of the remainder is below 2⁻³⁰.
@@ -93,7 +93,7 @@ def fixed_windows(tokens: Tokens, n: int, context_length: int) -> NDArray[np.int
 
     Raises InputError where there are fewer than context_length + 1 tokens.
     """
-    _check_length(tokens, context_length)
+    check_length(tokens, context_length)
     width = context_length + 1
     count = min(n, len(tokens) // width)
     starts = np.arange(count) * (len(tokens) - width) // max(count - 1, 1)
@@ -104,7 +104,7 @@ def _windows(tokens: Tokens, starts: NDArray[np.int64], context_length: int) -> 
     return tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int32)
 
 
-def _check_length(tokens: Tokens, context_length: int) -> None:
+def check_length(tokens: Tokens, context_length: int) -> None:
     if len(tokens) < context_length + 1:
         raise InputError(
             f"{len(tokens)} tokens do not fill one window of context_length {context_length} + 1; take more data, a "
