@@ -1,4 +1,4 @@
-"""What all tests share. `mlx_moe.model` comes before anything that imports mlx: it gives MLX a fast BLAS."""
+"""What all tests share. The backends come before their frameworks: they say how those should load."""
 
 import contextlib
 import io
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 import mlx_moe.model  # noqa: F401
+import torch_ref  # noqa: F401
 from cli import main
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.model.elementwise import gelu, gelu_tanh, silu
 from mlx_moe.parameters import FFN_INPUTS, NORMS_WITH_BIAS
 
 NORMALIZATIONS: dict[str, Callable[[mx.array, mx.array, mx.array | None, float], mx.array]] = {
@@ -18,9 +19,9 @@ NORMALIZATIONS: dict[str, Callable[[mx.array, mx.array, mx.array | None, float],
 }
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": nn.gelu,
-    "gelu_tanh": nn.gelu_approx,
-    "silu": nn.silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": silu,
     "relu": nn.relu,
     "leaky_relu": partial(nn.leaky_relu, negative_slope=0.01),
 }

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.model.attention import KVCache
+from mlx_moe.model.elementwise import logsumexp
 from mlx_moe.model.moe import Routing, auxiliary_loss, load
 from mlx_moe.model.transformer import Transformer
 from mlx_moe.parameters import Arrays, table
@@ -180,8 +181,9 @@ def _adamw(config: ModelConfig, optimizer: OptimizerConfig) -> optim.MultiOptimi
 
 
 def _cross_entropy(logits_BTV: mx.array, targets_BT: mx.array) -> mx.array:
-    # MLX's loss takes the dtype of the logits, so they go to float32 first.
-    return nn.losses.cross_entropy(logits_BTV.astype(mx.float32), targets_BT, reduction="mean")
+    logits_BTV = logits_BTV.astype(mx.float32)
+    chosen_BT = mx.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1).squeeze(-1)
+    return (logsumexp(logits_BTV) - chosen_BT).mean()
 
 
 def _float(scalar: mx.array) -> float:
