@@ -2,10 +2,15 @@
 
 import contextlib
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+
+# On matrices as small as the tests', threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx_moe.model  # noqa: F401
 import torch_ref  # noqa: F401

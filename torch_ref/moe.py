@@ -61,7 +61,7 @@ class ExpertLinear(nn.Module):
         weight = self.weight.transpose(-1, -2)
         if self.weight.shape[1] * x_AC.itemsize % 16 or self.weight.shape[2] * x_AC.itemsize % 16:
             # grouped_mm takes rows of whole 16 bytes only
-            rows = x_AC.tensor_split(end_E[:-1].cpu())
+            rows = x_AC.tensor_split(end_E[:-1].long().cpu())
             y_AC = torch.cat([x @ w for x, w in zip(rows, weight, strict=True)])
         else:
             y_AC = F.grouped_mm(x_AC, weight, offs=end_E)

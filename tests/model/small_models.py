@@ -1,0 +1,37 @@
+"""Small models of every kind in both backends, with rough weights."""
+
+import numpy as np
+import pytest
+
+from mlx_moe.config import MoEConfig, OptimizerConfig, preset_names
+from mlx_moe.training.backend import choose_backend
+from parity.compare import rough_weights, small_model
+
+BACKENDS = ("mlx", "torch")
+EXPERTS = MoEConfig(n_experts=4, top_k=2)
+LIMIT_LOGITS = 1e-5  # of logits with a standard deviation near 0.4; rounding alone stays under 1e-6
+
+
+def every_model(**fields):
+    """Every architecture preset, dense and with experts, as parameters of a test."""
+    return [
+        pytest.param(small_model(name, moe=moe, **fields), id=f"{name}-{'experts' if moe else 'dense'}")
+        for name in preset_names("architectures")
+        for moe in (None, EXPERTS)
+    ]
+
+
+def build(backend, config, weights=None, optimizer=None):
+    """A trainer on the CPU; the same rough weights for the same config, unless given."""
+    weights = rough_weights(config, seed=0) if weights is None else weights
+    return choose_backend(backend).trainer(config, optimizer or OptimizerConfig(), weights, "cpu")
+
+
+def random_tokens(config, n_rows=2, n_columns=None, seed=0):
+    shape = (n_rows, n_columns or config.context_length)
+    return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
+
+
+def largest_difference(one, other):
+    assert one.shape == other.shape
+    return np.abs(one - other).max()

@@ -1,0 +1,134 @@
+"""Our logits against Hugging Face's Llama, Mixtral and GPT-2 with the same weights."""
+
+import numpy as np
+import pytest
+import torch
+from small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from mlx_moe.config import MoEConfig
+from parity.compare import rough_weights, small_model
+
+
+def llama_config(config):
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.context_length,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.weight_tying,
+    }
+
+
+def llama_weights(config, weights):
+    theirs = {name if name == "lm_head.weight" else f"model.{name}": array for name, array in weights.items()}
+    return theirs | ({"lm_head.weight": weights["embed_tokens.weight"]} if config.weight_tying else {})
+
+
+def mixtral_weights(config, weights):
+    theirs = llama_weights(config, weights)
+    for layer in range(config.n_layers):
+        mlp = f"model.layers.{layer}.mlp."
+        theirs[f"{mlp}gate.weight"] = theirs.pop(f"{mlp}router.weight")
+        gate, up, down = (theirs.pop(f"{mlp}experts.{name}_proj.weight") for name in ("gate", "up", "down"))
+        theirs[f"{mlp}experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        theirs[f"{mlp}experts.down_proj"] = down
+    return theirs
+
+
+def gpt2_weights(config, weights):
+    """Their linear maps are stored as (in, out), and one of them yields queries, keys and values."""
+    theirs = {
+        "transformer.wte.weight": weights["embed_tokens.weight"],
+        "transformer.wpe.weight": weights["embed_positions.weight"],
+        "lm_head.weight": weights["embed_tokens.weight"],
+    }
+    for kind in ("weight", "bias"):
+        theirs[f"transformer.ln_f.{kind}"] = weights[f"norm.{kind}"]
+        for layer in range(config.n_layers):
+            ours, block = f"layers.{layer}.", f"transformer.h.{layer}."
+            qkv = [weights[f"{ours}self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            theirs[f"{block}ln_1.{kind}"] = weights[f"{ours}input_layernorm.{kind}"]
+            theirs[f"{block}ln_2.{kind}"] = weights[f"{ours}post_attention_layernorm.{kind}"]
+            theirs[f"{block}attn.c_attn.{kind}"] = np.concatenate(qkv).T
+            theirs[f"{block}attn.c_proj.{kind}"] = weights[f"{ours}self_attn.o_proj.{kind}"].T
+            theirs[f"{block}mlp.c_fc.{kind}"] = weights[f"{ours}mlp.up_proj.{kind}"].T
+            theirs[f"{block}mlp.c_proj.{kind}"] = weights[f"{ours}mlp.down_proj.{kind}"].T
+    return theirs
+
+
+@torch.no_grad()
+def their_logits(model, weights, tokens):
+    model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=True)
+    return model.eval()(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+def check(config, model, convert):
+    weights, tokens = rough_weights(config, seed=1), random_tokens(config)
+    theirs = their_logits(model, convert(config, weights), tokens)
+    for backend in BACKENDS:
+        assert largest_difference(build(backend, config, weights).logits(tokens), theirs) < LIMIT_LOGITS, backend
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"n_kv_heads": 1, "weight_tying": True},
+        {"head_dim": 16, "n_layers": 3},
+        {"norm_eps": 1e-2},
+        {"bias": True},
+    ],
+    ids=str,
+)
+def test_llama(fields, theta):
+    config = small_model("llama", rope_theta=theta, **fields)
+    biases = {"attention_bias": config.bias, "mlp_bias": config.bias}
+    check(config, LlamaForCausalLM(LlamaConfig(**llama_config(config), **biases)), llama_weights)
+
+
+def test_smollm():
+    config = small_model("smollm")
+    assert config.n_heads > config.n_kv_heads
+    assert config.weight_tying
+    check(config, LlamaForCausalLM(LlamaConfig(**llama_config(config))), llama_weights)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("moe", [EXPERTS, MoEConfig(n_experts=8, top_k=3), MoEConfig(n_experts=3, top_k=1)], ids=str)
+def test_mixtral(moe, theta):
+    config = small_model("llama", n_kv_heads=2, rope_theta=theta, moe=moe)
+    experts = {"num_local_experts": moe.n_experts, "num_experts_per_tok": moe.top_k}
+    check(config, MixtralForCausalLM(MixtralConfig(**llama_config(config), **experts)), mixtral_weights)
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_layers": 3, "n_heads": 3, "d_ff": 80, "norm_eps": 1e-2}], ids=str)
+def test_gpt2(fields):
+    config = small_model("gpt2", **fields)
+    theirs = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.context_length,
+        n_embd=config.d_model,
+        n_layer=config.n_layers,
+        n_head=config.n_heads,
+        n_inner=config.d_ff,
+        activation_function="gelu_new",
+        layer_norm_epsilon=config.norm_eps,
+    )
+    check(config, GPT2LMHeadModel(theirs), gpt2_weights)
+
+
+@pytest.mark.parametrize("fields", [{"rope_theta": 500_000.0}, {"norm_eps": 1e-4}, {"head_dim": 8}], ids=str)
+def test_the_comparison_sees_what_it_compares(fields):
+    config = small_model("llama")
+    tokens = random_tokens(config)
+    other = build("torch", small_model("llama", **fields)).logits(tokens)
+    assert largest_difference(build("torch", config).logits(tokens), other) > 10 * LIMIT_LOGITS

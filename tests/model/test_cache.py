@@ -1,0 +1,49 @@
+"""Decoding with a key-value cache against the whole sequence at once."""
+
+import pytest
+from small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens
+
+from mlx_moe.config import COMPONENTS
+from parity.compare import small_model
+
+CHUNKS = {
+    "one by one": [1] * 32,
+    "prefill, then one by one": [16] + [1] * 16,
+    "chunks": [5, 1, 9, 2, 15],
+    "at once": [32],
+}
+
+
+def cached_models():
+    return [
+        pytest.param(small_model(name, moe=moe, attention_backend=attention, **fields), id=f"{label}-{attention}")
+        for name, fields in (("gpt2", {}), ("smollm", {}), ("simple", {"position_encoding": "none"}))
+        for moe in (None, EXPERTS)
+        for attention in COMPONENTS["attention_backend"]
+        for label in [f"{fields.get('position_encoding', name)}-{'experts' if moe else 'dense'}"]
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", cached_models())
+def test_decoding_equals_the_whole_sequence(config, backend):
+    trainer, tokens = build(backend, config), random_tokens(config, n_rows=3)
+    logits_BTV = trainer.logits(tokens)
+    for name, sizes in CHUNKS.items():
+        decoder, end = trainer.decoder(), 0
+        assert sum(sizes) == config.context_length
+        for size in sizes:
+            logits_BV = decoder(tokens[:, end : end + size])
+            end += size
+            assert decoder.length == end
+            assert largest_difference(logits_BV, logits_BTV[:, end - 1]) < LIMIT_LOGITS, (name, end)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoders_do_not_share_a_cache(backend):
+    config = small_model("llama")
+    trainer, tokens = build(backend, config), random_tokens(config)
+    one, other = trainer.decoder(), trainer.decoder()
+    one(tokens[:1, :9])
+    assert other.length == 0
+    assert largest_difference(other(tokens[1:]), trainer.logits(tokens[1:])[:, -1]) < LIMIT_LOGITS
