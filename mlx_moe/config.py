@@ -147,10 +147,13 @@ class DataConfig(_Frozen):
     fit_vocabulary: bool = True  # the model takes the tokenizer's size; false where model.vocab_size was given
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(_Frozen):
     """AdamW; decay on matrices only."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -216,7 +219,7 @@ class VerificationConfig(_Frozen):
 
 class RunConfig(_Frozen):
     name: str = "three-phase"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
