@@ -90,21 +90,15 @@ class ModelConfig(_Frozen):
     init_std: float = Field(0.02, gt=0)
     moe: MoEConfig | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _heads_divide(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "head_dim" not in data:
-            d_model, n_heads = data.get("d_model", 832), data.get("n_heads", 8)
-            if all(isinstance(n, int) and n > 0 for n in (d_model, n_heads)) and d_model % n_heads:
-                fitting = [n for n in range(1, d_model + 1) if d_model % n == 0]
-                nearest = min(fitting, key=lambda n: abs(n - n_heads))
-                raise ValueError(
-                    f"d_model {d_model} is not divisible by n_heads {n_heads}; take n_heads {nearest}, or set head_dim"
-                )
-        return data
-
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
+        if "head_dim" not in self.model_fields_set and self.d_model % self.n_heads:
+            fitting = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
+            nearest = min(fitting, key=lambda n: abs(n - self.n_heads))
+            raise ValueError(
+                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; "
+                f"take n_heads {nearest}, or set head_dim"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
         if self.position_encoding == "rope" and self.head_dim % 2:
