@@ -275,7 +275,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read config {path}: {error}") from None
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(
             f"config {path} is not valid {path.suffix[1:] or 'YAML'}: {' '.join(str(error).split())}"
         ) from None
@@ -337,6 +337,6 @@ def _explain(kind: type[BaseModel], fault: Any) -> str:
         hint = _nearest(path[-1], fields)
         return f"unknown key {'.'.join(path)!r}; {hint}known here: {', '.join(fields)}"
     message = fault["msg"].removeprefix("Value error, ")
-    if not path or isinstance(fault["input"], dict):
+    if fault["type"] in ("value_error", "missing") and isinstance(fault["input"], dict):  # about a section as a whole
         return f"{'.'.join(path)}: {message}" if path else message
     return f"{'.'.join(path)} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
