@@ -96,9 +96,10 @@ def save(
             shutil.rmtree(path)
         partial.rename(path)
         _flush(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"cannot write checkpoint {path}: {error.strerror or error}; nothing of it was kept") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write checkpoint {path}: {reason}; nothing of it was kept") from None
 
 
 def load(path: Path) -> Checkpoint:
