@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from mlx_moe.errors import InputError
 
@@ -256,13 +256,13 @@ def load_architecture(name: str, **overrides: Any) -> ModelConfig:
     return validate(ModelConfig, _read_preset("architectures", name) | overrides)
 
 
-Config = TypeVar("Config", bound=BaseModel)
+Config = TypeVar("Config")
 
 
 def validate(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Build a config, or raise InputError with one line for every fault."""
+    """Build a config (a model or a dataclass), or raise InputError with one line for every fault."""
     try:
-        return kind.model_validate(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
         raise InputError("\n".join(_explain(kind, fault) for fault in faults)) from None
@@ -326,7 +326,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {match[0]!r}? " if match else ""
 
 
-def _explain(kind: type[BaseModel], fault: Any) -> str:
+def _explain(kind: type[Any], fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
         section: Any = kind
