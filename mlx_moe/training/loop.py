@@ -92,6 +92,7 @@ def train_phase(
         checkpoint.keep_last(path.parent, training.keep_checkpoints)
 
     if step == 0:
+        log.rewind(metrics_file, phase.number, -1)  # what an earlier try wrote before its first checkpoint
         log.append(
             metrics_file,
             {"phase": phase.number, "step": 0, "validation_loss": evaluate(trainer, validation, training.batch_size)},
