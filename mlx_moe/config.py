@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from mlx_moe.errors import InputError
+from mlx_moe.validation import nearest, read_mapping, validate
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -256,36 +256,6 @@ def load_architecture(name: str, **overrides: Any) -> ModelConfig:
     return validate(ModelConfig, _read_preset("architectures", name) | overrides)
 
 
-Config = TypeVar("Config")
-
-
-def validate(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Build a config (a model or a dataclass), or raise InputError with one line for every fault."""
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
-        raise InputError("\n".join(_explain(kind, fault) for fault in faults)) from None
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file with a mapping at the top."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read config {path}: {error}") from None
-    except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(
-            f"config {path} is not valid {path.suffix[1:] or 'YAML'}: {' '.join(str(error).split())}"
-        ) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"config {path} holds a {type(values).__name__}; it must be a mapping of keys to values")
-    return values
-
-
 def save(config: BaseModel, path: Path) -> None:
     """Write a config as YAML or JSON, by the file's ending; `read_mapping` and `validate` read it back."""
     values = config.model_dump(mode="json")
@@ -296,7 +266,7 @@ def save(config: BaseModel, path: Path) -> None:
 def _read_preset(kind: Literal["architectures", "runs"], name: Any) -> dict[str, Any]:
     known = preset_names(kind) + (preset_names("architectures") if kind == "runs" else [])
     if name not in known:
-        raise InputError(f"no preset named {name!r}; {_nearest(str(name), known)}known: {', '.join(known)}")
+        raise InputError(f"no preset named {name!r}; {nearest(str(name), known)}known: {', '.join(known)}")
     return read_mapping(PRESETS / kind / f"{name}.yaml")
 
 
@@ -319,24 +289,3 @@ def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = value
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    match = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}? " if match else ""
-
-
-def _explain(kind: type[Any], fault: Any) -> str:
-    path = [str(part) for part in fault["loc"]]
-    if fault["type"] == "extra_forbidden":
-        section: Any = kind
-        for part in path[:-1]:
-            annotation = section.model_fields[part].annotation
-            section = next(t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields"))
-        fields = list(section.model_fields)
-        hint = _nearest(path[-1], fields)
-        return f"unknown key {'.'.join(path)!r}; {hint}known here: {', '.join(fields)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] in ("value_error", "missing") and isinstance(fault["input"], dict):  # about a section as a whole
-        return f"{'.'.join(path)}: {message}" if path else message
-    return f"{'.'.join(path)} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
