@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from mlx_moe.errors import InputError
+from mlx_moe.validation import nearest, read_mapping, validate
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -90,21 +90,15 @@ class ModelConfig(_Frozen):
     init_std: float = Field(0.02, gt=0)
     moe: MoEConfig | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _heads_divide(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "head_dim" not in data:
-            d_model, n_heads = data.get("d_model", 832), data.get("n_heads", 8)
-            if all(isinstance(n, int) and n > 0 for n in (d_model, n_heads)) and d_model % n_heads:
-                fitting = [n for n in range(1, d_model + 1) if d_model % n == 0]
-                nearest = min(fitting, key=lambda n: abs(n - n_heads))
-                raise ValueError(
-                    f"d_model {d_model} is not divisible by n_heads {n_heads}; take n_heads {nearest}, or set head_dim"
-                )
-        return data
-
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
+        if "head_dim" not in self.model_fields_set and self.d_model % self.n_heads:
+            fitting = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
+            nearest = min(fitting, key=lambda n: abs(n - self.n_heads))
+            raise ValueError(
+                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; "
+                f"take n_heads {nearest}, or set head_dim"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
         if self.position_encoding == "rope" and self.head_dim % 2:
@@ -147,10 +141,13 @@ class DataConfig(_Frozen):
     fit_vocabulary: bool = True  # the model takes the tokenizer's size; false where model.vocab_size was given
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(_Frozen):
     """AdamW; decay on matrices only."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -216,7 +213,7 @@ class VerificationConfig(_Frozen):
 
 class RunConfig(_Frozen):
     name: str = "three-phase"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -259,36 +256,6 @@ def load_architecture(name: str, **overrides: Any) -> ModelConfig:
     return validate(ModelConfig, _read_preset("architectures", name) | overrides)
 
 
-Config = TypeVar("Config", bound=BaseModel)
-
-
-def validate(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Build a config, or raise InputError with one line for every fault."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
-        raise InputError("\n".join(_explain(kind, fault) for fault in faults)) from None
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file with a mapping at the top."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read config {path}: {error}") from None
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"config {path} is not valid {path.suffix[1:] or 'YAML'}: {' '.join(str(error).split())}"
-        ) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"config {path} holds a {type(values).__name__}; it must be a mapping of keys to values")
-    return values
-
-
 def save(config: BaseModel, path: Path) -> None:
     """Write a config as YAML or JSON, by the file's ending; `read_mapping` and `validate` read it back."""
     values = config.model_dump(mode="json")
@@ -299,7 +266,7 @@ def save(config: BaseModel, path: Path) -> None:
 def _read_preset(kind: Literal["architectures", "runs"], name: Any) -> dict[str, Any]:
     known = preset_names(kind) + (preset_names("architectures") if kind == "runs" else [])
     if name not in known:
-        raise InputError(f"no preset named {name!r}; {_nearest(str(name), known)}known: {', '.join(known)}")
+        raise InputError(f"no preset named {name!r}; {nearest(str(name), known)}known: {', '.join(known)}")
     return read_mapping(PRESETS / kind / f"{name}.yaml")
 
 
@@ -322,24 +289,3 @@ def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = value
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    match = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}? " if match else ""
-
-
-def _explain(kind: type[BaseModel], fault: Any) -> str:
-    path = [str(part) for part in fault["loc"]]
-    if fault["type"] == "extra_forbidden":
-        section: Any = kind
-        for part in path[:-1]:
-            annotation = section.model_fields[part].annotation
-            section = next(t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields"))
-        fields = list(section.model_fields)
-        hint = _nearest(path[-1], fields)
-        return f"unknown key {'.'.join(path)!r}; {hint}known here: {', '.join(fields)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if not path or isinstance(fault["input"], dict):
-        return f"{'.'.join(path)}: {message}" if path else message
-    return f"{'.'.join(path)} = {fault['input']!r}: {message[0].lower()}{message[1:]}"

@@ -13,7 +13,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, TypeVar
 
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -31,13 +33,15 @@ MODEL, OPTIMIZER, CONFIG, STATE, MANIFEST = (
 )
 PHASE_FOLDERS = {1: "1-dense", 2: "2-moe", 3: "3-large-moe"}
 
+Parsed = TypeVar("Parsed")
+
 
 @dataclass(frozen=True)
 class TrainerState:
     """Where in a run a checkpoint stands: `step` optimizer steps into `phase` (1, 2 or 3)."""
 
-    phase: int
-    step: int
+    phase: Annotated[int, Field(ge=1, le=3)]
+    step: Annotated[int, Field(ge=0)]
     backend: str
     validation_loss: float | None = None
 
@@ -96,9 +100,10 @@ def save(
             shutil.rmtree(path)
         partial.rename(path)
         _flush(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"cannot write checkpoint {path}: {error.strerror or error}; nothing of it was kept") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write checkpoint {path}: {reason}; nothing of it was kept") from None
 
 
 def load(path: Path) -> Checkpoint:
@@ -108,8 +113,7 @@ def load(path: Path) -> Checkpoint:
     """
     path = resolve(path)
     verify(path)
-    config = configs.validate(ModelConfig, configs.read_mapping(path / CONFIG))
-    state = TrainerState(**json.loads((path / STATE).read_text(encoding="utf-8")))
+    config, state = _parse(ModelConfig, path / CONFIG), _parse(TrainerState, path / STATE)
     weights = _read(path / MODEL)
     _check_shapes(path, config, weights)
     optimizer_state = _read(path / OPTIMIZER) if (path / OPTIMIZER).exists() else None
@@ -146,10 +150,12 @@ def verify(path: Path) -> None:
     """Raise InputError unless every file is there with the size and hash that the manifest states."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, stated in manifest.items():
+        for name in sorted({CONFIG, MODEL, STATE} | manifest.keys()):
             file = path / name
             if not file.is_file():
                 raise InputError(f"checkpoint {path} is incomplete: {name} is missing; take an earlier one")
+            if (stated := manifest.get(name)) is None:
+                raise InputError(f"checkpoint {path} is damaged: {MANIFEST} does not list {name}; take an earlier one")
             if (size := file.stat().st_size) != stated["bytes"]:
                 raise InputError(
                     f"checkpoint {path} is damaged: {name} has {size} bytes where {stated['bytes']} were written; "
@@ -157,16 +163,24 @@ def verify(path: Path) -> None:
                 )
             if _sha256(file) != stated["sha256"]:
                 raise InputError(f"checkpoint {path} is damaged: {name} was altered (SHA-256); take an earlier one")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"checkpoint {path} cannot be read: {MANIFEST}: {error}; take an earlier one") from None
 
 
+def _parse(kind: type[Parsed], file: Path) -> Parsed:
+    values = configs.read_mapping(file)
+    try:
+        return configs.validate(kind, values)
+    except InputError as error:
+        raise InputError(f"cannot read {file}: {'; '.join(str(error).splitlines())}") from None
+
+
 def _read(file: Path) -> Arrays:
     try:
         return load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError) as error:  # a TypeError where NumPy does not know the dtype
         raise InputError(f"cannot read {file}: {error}") from None
 
 
@@ -177,6 +191,8 @@ def _check_shapes(path: Path, config: ModelConfig, weights: Arrays) -> None:
             raise InputError(f"checkpoint {path}: tensor {name} is missing")
         if weights[name].shape != shape:
             raise InputError(f"checkpoint {path}: {name} has shape {weights[name].shape}, its config asks for {shape}")
+        if weights[name].dtype != "float32":
+            raise InputError(f"checkpoint {path}: {name} holds {weights[name].dtype}; write it as float32")
     if extra := sorted(weights.keys() - expected.keys()):
         raise InputError(f"checkpoint {path}: its config has no tensor {extra[0]} ({len(extra)} such)")
 

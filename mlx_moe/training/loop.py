@@ -74,7 +74,7 @@ def train_phase(
 
     Every `log_every` steps a row goes to `metrics.jsonl`, every `eval_every` the validation loss with it, every
     `checkpoint_every` a checkpoint. SIGINT and SIGTERM finish the step and save. Raises TrainingStopped on those, and
-    on a loss that is not finite.
+    on a loss that is not finite; weights that are not finite are never saved.
     """
     training, context_length = run.training, trainer.config.context_length
     validation = fixed_windows(data.validation, training.eval_sequences, context_length)
@@ -85,10 +85,14 @@ def train_phase(
     def save(done: int, validation_loss: float | None) -> None:
         path = checkpoint.folder(directory, phase.number, done)
         state = TrainerState(phase.number, done, backend, validation_loss)
-        checkpoint.save(path, trainer.config, state, trainer.weights(), trainer.optimizer_state())
+        weights = trainer.weights()
+        if not all(np.isfinite(array).all() for array in weights.values()):
+            raise _not_finite(directory, phase, done, "weights are no longer finite")
+        checkpoint.save(path, trainer.config, state, weights, trainer.optimizer_state())
         checkpoint.keep_last(path.parent, training.keep_checkpoints)
 
     if step == 0:
+        log.rewind(metrics_file, phase.number, -1)  # what an earlier try wrote before its first checkpoint
         log.append(
             metrics_file,
             {"phase": phase.number, "step": 0, "validation_loss": evaluate(trainer, validation, training.batch_size)},
@@ -116,9 +120,11 @@ def train_phase(
                 seconds_per_step = (now - logged_at) / (step - logged_step)
                 row = _row(phase, step, metrics, rate, tokens_per_step, seconds_per_step, trainer.peak_memory_bytes())
                 if not math.isfinite(metrics.loss):
-                    raise _not_finite(directory, phase, step, metrics.loss)
+                    raise _not_finite(directory, phase, step, f"loss became {metrics.loss}")
             if to_evaluate:
                 row["validation_loss"] = evaluate(trainer, validation, training.batch_size)
+                if not math.isfinite(row["validation_loss"]):
+                    raise _not_finite(directory, phase, step, f"validation loss became {row['validation_loss']}")
             if row:
                 log.append(metrics_file, row)
                 console.step(row, phase.config.steps)
@@ -221,11 +227,11 @@ def _interrupted(directory: Path, phase: Phase, step: int, number: int) -> Train
     )
 
 
-def _not_finite(directory: Path, phase: Phase, step: int, loss: float) -> TrainingStopped:
+def _not_finite(directory: Path, phase: Phase, step: int, what: str) -> TrainingStopped:
     saved = [str(path.relative_to(directory)) for path in checkpoint.complete_in(directory)]
     last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
     return TrainingStopped(
-        f"the loss became {loss} at step {step} of phase {phase.number}; {last}; lower the learning rate "
+        f"the {what} at step {step} of phase {phase.number}; {last}; lower the learning rate "
         f"(phases.*.learning_rate {phase.config.learning_rate:g}) or raise its warmup_steps",
         exit_code=1,
     )

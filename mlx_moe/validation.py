@@ -1,0 +1,65 @@
+"""What users write, read from a file and checked against a model: every fault is one line that says where and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from mlx_moe.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def validate(kind: type[Config], values: dict[str, Any]) -> Config:
+    """Build a config (a model or a dataclass), or raise InputError with one line for every fault."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
+        raise InputError("\n".join(_explain(kind, fault) for fault in faults)) from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file with a mapping at the top."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read config {path}: {error}") from None
+    except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(
+            f"config {path} is not valid {path.suffix[1:] or 'YAML'}: {' '.join(str(error).split())}"
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"config {path} holds a {type(values).__name__}; it must be a mapping of keys to values")
+    return values
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`did you mean …? `, or nothing where no known name is near."""
+    match = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}? " if match else ""
+
+
+def _explain(kind: type[Any], fault: Any) -> str:
+    path = [str(part) for part in fault["loc"]]
+    if fault["type"] == "extra_forbidden":
+        section: Any = kind
+        for part in path[:-1]:
+            annotation = section.model_fields[part].annotation
+            section = next(t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields"))
+        fields = list(section.model_fields)
+        hint = nearest(path[-1], fields)
+        return f"unknown key {'.'.join(path)!r}; {hint}known here: {', '.join(fields)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in ("value_error", "missing") and isinstance(fault["input"], dict):  # about a section as a whole
+        return f"{'.'.join(path)}: {message}" if path else message
+    return f"{'.'.join(path)} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
