@@ -74,10 +74,10 @@ class ExpertLinear(nn.Module):
 class Experts(nn.Module):
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
-        D, F, E = config.d_model, config.d_ff, moe.n_experts
+        n_experts, d_model, d_ff = moe.n_experts, config.d_model, config.d_ff
         for name in FFN_INPUTS[config.ffn_type]:
-            self.add_module(name, ExpertLinear(E, D, F, config.bias))
-        self.down_proj = ExpertLinear(E, F, D, config.bias)
+            self.add_module(name, ExpertLinear(n_experts, d_model, d_ff, config.bias))
+        self.down_proj = ExpertLinear(n_experts, d_ff, d_model, config.bias)
         self._combine = FFN_TYPES[config.ffn_type]
         self._activate = ACTIVATIONS[config.activation]
 

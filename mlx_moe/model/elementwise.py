@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,7 +58,7 @@ def _with_gradient(
     function: Callable[[mx.array], mx.array], gradient: Callable[[mx.array, mx.array, mx.array], mx.array]
 ) -> Callable[[mx.array], mx.array]:
     """`gradient` takes the input, the cotangent and the output; rounding and bit casts have none of their own."""
-    differentiable = mx.custom_function(mx.compile(function))
+    differentiable: Any = mx.custom_function(mx.compile(function))
 
     @differentiable.vjp
     def vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
