@@ -79,7 +79,8 @@ def _exp(x: mx.array) -> mx.array:
 
 def _normal_cdf(x: mx.array) -> mx.array:
     z = mx.clip(x * math.sqrt(0.5), -ERF_IS_ONE, ERF_IS_ONE)
-    return 0.5 + 0.5 * z * _polynomial(ERF_ABOVE, z * z) / _polynomial(ERF_BELOW, z * z)
+    erf = z * _polynomial(ERF_ABOVE, z * z) / _polynomial(ERF_BELOW, z * z)
+    return 0.5 + 0.5 * mx.where(mx.abs(z) < ERF_IS_ONE, erf, mx.sign(z))
 
 
 def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:

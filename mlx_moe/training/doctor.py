@@ -43,7 +43,9 @@ def diagnose() -> int:
         model = importlib.import_module("mlx_moe.model")
         console.line(f"{'blas':6} {model.FAST_BLAS}")
         if sys.platform == "linux" and shutil.which("g++") is None:
-            console.line(f"{'g++':6} missing: MLX compiles its fused CPU steps with it; apt-get install g++")
+            console.line(
+                f"{'g++':6} missing: MLX fuses its CPU steps with it, and is slower without; apt-get install g++"
+            )
     try:
         console.line(f"{'auto':6} {choose_backend().reason}")
     except InputError as error:
