@@ -192,7 +192,6 @@ def generate(
 
     chosen = choose_backend(backend)
     typer.echo(f"backend: {chosen.reason}", err=True)
-    typer.echo(prompt, nl=False)
     for piece in continue_text(
         checkpoint, prompt, chosen, device, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     ):

@@ -133,9 +133,13 @@ def resolve(path: Path) -> Path:
 
 
 def complete_in(path: Path) -> Iterator[Path]:
-    """The complete checkpoints below a run's or a phase's folder, the earliest first."""
-    found = [manifest.parent for manifest in path.rglob(f"step-*/{MANIFEST}")]
-    found = [folder for folder in found if folder.name.removeprefix("step-").isdecimal()]
+    """The complete checkpoints of a run, of a phase, or of its `checkpoints/`, the earliest first."""
+    found = [
+        manifest.parent
+        for level in ("phases/*/checkpoints", "checkpoints", ".")
+        for manifest in path.glob(f"{level}/step-*/{MANIFEST}")
+        if manifest.parent.name.removeprefix("step-").isdecimal()
+    ]
     yield from sorted(found, key=lambda folder: (folder.parts[:-1], int(folder.name.removeprefix("step-"))))
 
 

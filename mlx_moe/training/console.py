@@ -63,16 +63,16 @@ class Console:
     def step(self, row: dict[str, Any], n_steps: int) -> None:
         """One line of at most 80 columns; `load` is the busiest expert's over the mean, `val` the validation loss."""
         parts = [
-            f"step {row['step']:>{len(str(n_steps))}}/{n_steps}",
-            f"loss {row['cross_entropy']:.4f}",
-            f"lr {row['learning_rate']:.2e}",
+            f"{row['step']:>{len(str(n_steps))}}/{n_steps}",
+            f"loss {row['cross_entropy']:.3f}",
+            f"lr {row['learning_rate']:.1e}",
             f"grad {row['grad_norm']:.2f}",
             f"{row['tokens_per_s']:,} tok/s",
         ]
         if "load_imbalance" in row:
             parts.append(f"load {row['load_imbalance']:.2f}")
         if "validation_loss" in row:
-            parts.append(f"val {row['validation_loss']:.4f}")
+            parts.append(f"val {row['validation_loss']:.3f}")
         self.line("  ".join(parts))
 
     @contextmanager

@@ -60,7 +60,7 @@ def choose(logits_V: NDArray[np.float32], temperature: float, top_k: int | None,
 def continue_text(
     checkpoint: Path, prompt: str, backend: Backend, device: str, max_new_tokens: int, **sampling: Any
 ) -> Iterator[str]:
-    """Yield the text that follows a prompt, as it comes. Raises InputError on a bad checkpoint or an empty prompt."""
+    """Yield a prompt and what follows it, as it comes. Raises InputError on a bad checkpoint or an empty prompt."""
     loaded = load(checkpoint)
     if loaded.tokenizer_folder is None:
         raise InputError(f"checkpoint {checkpoint} has no tokenizer/ beside it; copy its run's tokenizer/ into it")
@@ -74,6 +74,7 @@ def continue_text(
     if not ids:
         raise InputError("--prompt is empty; give it at least one character")
     trainer = backend.trainer(loaded.config, OptimizerConfig(), loaded.weights, device)
+    yield prompt
     shown, written = tokenizer.decode(ids), list(ids)
     for token in generate(trainer, ids, max_new_tokens, stop=tokenizer.eot_id, **sampling):
         written.append(token)
