@@ -10,6 +10,7 @@ from typing import Any
 from mlx_moe import config as configs
 from mlx_moe.accounting import count_parameters
 from mlx_moe.config import ModelConfig, RunConfig
+from mlx_moe.data.sources import BUILTIN
 from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, initialize
@@ -235,10 +236,18 @@ def begin(
     for phase in range(2, n_phases + 1):
         phase_model(run, phase)  # refuses growth that is not exact, before hours of training
     data = prepare(run.data, progress=console.line)
-    run = fit_vocabulary(run, data.tokenizer.vocab_size)
+    run = fit_vocabulary(_with_absolute_paths(run), data.tokenizer.vocab_size)
     for tokens in (data.train, data.validation):
         check_length(tokens, run.model.context_length)
     return Experiment(run, directory, backend, options, console, data)
+
+
+def _with_absolute_paths(run: RunConfig) -> RunConfig:
+    """So that a run can be resumed from another folder."""
+    named = {"source": run.data.source, "tokenizer": run.data.tokenizer}
+    paths = {key: Path(name).expanduser() for key, name in named.items() if name not in (*BUILTIN, "char")}
+    found = {key: str(path.resolve()) for key, path in paths.items() if path.exists()}
+    return run.model_copy(update={"data": run.data.model_copy(update=found)})
 
 
 def fit_vocabulary(run: RunConfig, vocab_size: int) -> RunConfig:
