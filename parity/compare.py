@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from mlx_moe.transfer.growth import grow_config, plan_growth
-from mlx_moe.transfer.upcycling import plan_upcycling
 
 from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, load_architecture, preset_names
 from mlx_moe.errors import InputError
@@ -16,7 +14,9 @@ from mlx_moe.parameters import Arrays, initialize, normal
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Tokens, Trainer, choose_backend
 from mlx_moe.training.boundary import random_probes
+from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import Plan
+from mlx_moe.transfer.upcycling import plan_upcycling
 
 LIMIT_LOGITS = 1e-4  # fp32
 LIMIT_LOSS = 1e-5
@@ -83,7 +83,7 @@ def compare_checkpoints(path: Path) -> Iterator[Comparison]:
         raise InputError(f"no checkpoint at {path}: name a run, a checkpoint, or nothing for small fresh models")
     before: Pair | None = None
     for folder in found:
-        is_birth, is_last = folder.name == "step-0", folder == list(checkpoint.complete_in(folder.parent))[-1]
+        is_birth, is_last = folder.name == "step-0", folder == checkpoint.latest(folder.parent)
         if not (is_birth or is_last):
             continue
         loaded = checkpoint.load(folder)

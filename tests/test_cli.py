@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-TRAIN = ("train", "--preset", "demo", "--backend", "torch", "--steps", 2)
+TRAIN = ("train", "--preset", "demo", "-o", "data.n_documents=300", "--backend", "torch", "--steps", 2)
 
 
 @pytest.fixture(scope="module")

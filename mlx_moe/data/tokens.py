@@ -156,15 +156,12 @@ def _build(entry: Path, config: DataConfig, source: Source, progress: Callable[[
 
 def _publish(scratch: Path, entry: Path) -> None:
     """Rename a finished entry into place; where another process was faster, its entry stays."""
-    if _load(entry) is None and entry.exists():
-        damaged = scratch / "damaged"
-        entry.rename(damaged)
-        shutil.rmtree(damaged)
     try:
         scratch.rename(entry)
     except OSError:
         if _load(entry) is None:
-            raise
+            shutil.rmtree(entry, ignore_errors=True)
+            scratch.rename(entry)
 
 
 @dataclass

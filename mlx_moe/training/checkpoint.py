@@ -126,10 +126,14 @@ def resolve(path: Path) -> Path:
         return path
     if not path.exists():
         raise InputError(f"no checkpoint at {path}: there is no such folder")
-    checkpoints = list(complete_in(path))
-    if not checkpoints:
+    if (found := latest(path)) is None:
         raise InputError(f"no checkpoint at {path}: neither a checkpoint ({MANIFEST} is missing) nor a run with one")
-    return checkpoints[-1]
+    return found
+
+
+def latest(path: Path) -> Path | None:
+    """The last complete checkpoint of a run or a phase."""
+    return next(reversed(list(complete_in(path))), None)
 
 
 def complete_in(path: Path) -> Iterator[Path]:

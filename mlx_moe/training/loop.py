@@ -228,8 +228,8 @@ def _interrupted(directory: Path, phase: Phase, step: int, number: int) -> Train
 
 
 def _not_finite(directory: Path, phase: Phase, step: int, what: str) -> TrainingStopped:
-    saved = [str(path.relative_to(directory)) for path in checkpoint.complete_in(directory)]
-    last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    saved = checkpoint.latest(directory)
+    last = f"the last checkpoint is {saved.relative_to(directory)}" if saved else "there is no checkpoint yet"
     return TrainingStopped(
         f"the {what} at step {step} of phase {phase.number}; {last}; lower the learning rate "
         f"(phases.*.learning_rate {phase.config.learning_rate:g}) or raise its warmup_steps",

@@ -68,7 +68,7 @@ class Experiment:
 
     def where_it_stands(self) -> tuple[int, Trainer, int]:
         """(phase, trainer, steps done in it): the latest checkpoint, or a new dense model."""
-        saved = next(reversed(list(checkpoint.complete_in(self.directory))), None)
+        saved = checkpoint.latest(self.directory)
         if saved is None:
             trainer = self._trainer(self.run.model, initialize(self.run.model, self.run.seed))
             return 1, trainer, 0

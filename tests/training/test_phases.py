@@ -103,12 +103,9 @@ def test_the_terminal_tells_the_story(finished):
         assert text in result.out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_stopping_between_phases_changes_nothing(backend, finished, mlxmoe, tmp_path):
+def test_stopping_between_phases_changes_nothing(finished, mlxmoe, tmp_path):
     whole, _ = finished
-    environment = json.loads((whole / "environment.json").read_text())
-    if environment["backend"] != backend:
-        pytest.skip("the other backend's turn")
+    backend = json.loads((whole / "environment.json").read_text())["backend"]
     pieces = tmp_path / "run"
     assert mlxmoe("train", *TINY, "--backend", backend, "--out", pieces, "--phases", 1).code == 0
     assert mlxmoe("train", "--resume", pieces, "--backend", backend, "--phases", 2).code == 0
