@@ -96,11 +96,12 @@ class Trainer:
         return {name: _array(tensor) for name, tensor in self._model.state_dict().items()}
 
     def optimizer_state(self) -> Arrays:
-        arrays: Arrays = {}
+        arrays: Arrays = {"step": np.zeros((), np.float32)}
         for name, parameter in self._model.named_parameters():
-            if state := self._optimizer.state[parameter]:
-                arrays[f"m.{name}"] = _array(state["exp_avg"])
-                arrays[f"v.{name}"] = _array(state["exp_avg_sq"])
+            state = self._optimizer.state.get(parameter)  # PyTorch makes it in the first step
+            arrays[f"m.{name}"] = _array(state["exp_avg"] if state else torch.zeros_like(parameter))
+            arrays[f"v.{name}"] = _array(state["exp_avg_sq"] if state else torch.zeros_like(parameter))
+            if state:
                 arrays["step"] = _array(state["step"])
         return arrays
 
