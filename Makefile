@@ -2,7 +2,9 @@
 # make test: an environment, then the checks and the tests.
 
 VENV ?= .venv
-PYTHON ?= $(firstword $(foreach v,3.13 3.12 3.11,$(shell command -v python$(v))) python3)
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
@@ -25,8 +27,8 @@ clean:
 
 # On Linux, MLX needs a fast BLAS from the system; without the right to install one it still works, slowly.
 $(VENV)/ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is older than Python 3.11; make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(or $(PYTHON),false) $(NEW_ENOUGH) || \
+		{ echo "error: no Python 3.11 or later found; make PYTHON=/path/to/python3.11"; exit 2; }
 	@if [ "$$(uname -s)" = Linux ] && ! ldconfig -p | grep -q 'libopenblas\.so\.0'; then \
 		sudo=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
 		{ $$sudo apt-get update -qq && $$sudo apt-get install -qq -y libopenblas0-pthread g++ >/dev/null; } || \
