@@ -22,7 +22,7 @@ def show(comparisons: Iterable[Comparison], as_json: bool) -> int:
     console = Console()
     console.title("MLX against PyTorch, fp32, largest absolute differences")
     console.table(
-        ["model", "logits", "loss", "boundary, mlx", "boundary, torch", "verdict"],
+        ["model", "logits", "loss", "boundary mlx", "boundary torch", ""],
         [
             [
                 result.subject,
