@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -81,9 +82,9 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(weights, partial / MODEL, metadata={"format": "np"})
+        _write(weights, partial / MODEL)
         if optimizer_state is not None:
-            save_file(optimizer_state, partial / OPTIMIZER, metadata={"format": "np"})
+            _write(optimizer_state, partial / OPTIMIZER)
         if tokenizer is not None:
             shutil.copytree(tokenizer, partial / "tokenizer")
         configs.save(config, partial / CONFIG)
@@ -183,6 +184,12 @@ def _parse(kind: type[Parsed], file: Path) -> Parsed:
         return configs.validate(kind, values)
     except InputError as error:
         raise InputError(f"cannot read {file}: {'; '.join(str(error).splitlines())}") from None
+
+
+def _write(arrays: Arrays, file: Path) -> None:
+    # safetensors writes memory as it lies; what MLX hands out may be a transposed view.
+    in_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    save_file(in_order, file, metadata={"format": "np"})
 
 
 def _read(file: Path) -> Arrays:
