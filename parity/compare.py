@@ -8,36 +8,41 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, load_architecture, preset_names
+from mlx_moe.config import (
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    VerificationConfig,
+    load_architecture,
+    preset_names,
+)
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, initialize, normal
 from mlx_moe.training import checkpoint
-from mlx_moe.training.backend import Tokens, Trainer, choose_backend
-from mlx_moe.training.boundary import random_probes
+from mlx_moe.training.backend import Trainer, choose_backend
+from mlx_moe.training.boundary import certify, random_probes
+from mlx_moe.transfer.certificate import Certificate
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import Plan
 from mlx_moe.transfer.upcycling import plan_upcycling
 
-LIMIT_LOGITS = 1e-4  # fp32
-LIMIT_LOSS = 1e-4  # a loss is a mean of differences of logits, and of float32's rounding of numbers near 10
-N_PROBES = 4
+LIMITS = VerificationConfig(probe_sequences=4)  # fp32; those of a boundary
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute differences: between the backends, and in each across the boundary that led to this model."""
+    """The certificates of one model: MLX against PyTorch, and of each across the boundary that led to it."""
 
     subject: str
     architecture: str
-    logits: float
-    loss: float
-    boundary_mlx: float | None = None
-    boundary_torch: float | None = None
+    backends: Certificate
+    boundary_mlx: Certificate | None = None
+    boundary_torch: Certificate | None = None
 
     @property
     def passed(self) -> bool:
-        boundaries = [value for value in (self.boundary_mlx, self.boundary_torch) if value is not None]
-        return self.loss <= LIMIT_LOSS and all(value <= LIMIT_LOGITS for value in (self.logits, *boundaries))
+        certificates = (self.backends, self.boundary_mlx, self.boundary_torch)
+        return all(certificate.passed for certificate in certificates if certificate is not None)
 
 
 @dataclass(frozen=True)
@@ -116,18 +121,11 @@ def rough_weights(config: ModelConfig, seed: int) -> Arrays:
 
 
 def _compare(subject: str, pair: Pair, before: Pair | None) -> Comparison:
-    probes = random_probes(pair.mlx.config, N_PROBES)
+    probes = random_probes(pair.mlx.config, LIMITS.probe_sequences)
     return Comparison(
         subject=subject,
         architecture=pair.mlx.config.display_name,
-        logits=_difference(pair.mlx, pair.torch, probes),
-        loss=abs(pair.mlx.loss(probes) - pair.torch.loss(probes)),
-        boundary_mlx=_difference(before.mlx, pair.mlx, probes) if before else None,
-        boundary_torch=_difference(before.torch, pair.torch, probes) if before else None,
+        backends=certify(LIMITS, pair.mlx, pair.torch, probes),
+        boundary_mlx=certify(LIMITS, before.mlx, pair.mlx, probes) if before else None,
+        boundary_torch=certify(LIMITS, before.torch, pair.torch, probes) if before else None,
     )
-
-
-def _difference(one: Trainer, other: Trainer, probes_BT1: Tokens) -> float:
-    # NaN fails every limit, as it must.
-    tokens_BT = probes_BT1[:, :-1]
-    return float(np.abs(one.logits(tokens_BT) - other.logits(tokens_BT)).max())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from typing import Any
 
 from mlx_moe.training.console import Console
-from parity.compare import LIMIT_LOGITS, LIMIT_LOSS, Comparison
+from mlx_moe.transfer.certificate import Certificate
+from parity.compare import LIMITS, Comparison
 
 
 def show(comparisons: Iterable[Comparison], as_json: bool) -> int:
@@ -15,9 +16,7 @@ def show(comparisons: Iterable[Comparison], as_json: bool) -> int:
     results = list(comparisons)
     passed = all(result.passed for result in results)
     if as_json:
-        rows = [asdict(result) | {"passed": result.passed} for result in results]
-        limits = {"logits": LIMIT_LOGITS, "loss": LIMIT_LOSS}
-        print(json.dumps({"passed": passed, "limits": limits, "comparisons": rows}, indent=2))
+        print(json.dumps({"passed": passed, "comparisons": [_to_json(result) for result in results]}, indent=2))
         return 0 if passed else 1
     console = Console()
     console.title("MLX against PyTorch, fp32, largest absolute differences")
@@ -26,10 +25,10 @@ def show(comparisons: Iterable[Comparison], as_json: bool) -> int:
         [
             [
                 result.subject,
-                f"{result.logits:.1e}",
-                f"{result.loss:.1e}",
-                _figure(result.boundary_mlx),
-                _figure(result.boundary_torch),
+                _logits(result.backends),
+                f"{abs(result.backends.loss_jump):.1e}",
+                _logits(result.boundary_mlx),
+                _logits(result.boundary_torch),
                 "same" if result.passed else "DIFFERS",
             ]
             for result in results
@@ -37,9 +36,29 @@ def show(comparisons: Iterable[Comparison], as_json: bool) -> int:
     )
     failed = sum(not result.passed for result in results)
     verdict = f"{failed} differ" if failed else "all the same"
-    console.line(f"{len(results)} models, {verdict} (limits: logits {LIMIT_LOGITS:g}, loss {LIMIT_LOSS:g})")
+    limits = f"logits {LIMITS.max_logit_difference:g}, loss {LIMITS.max_loss_jump:g}"
+    console.line(f"{len(results)} models, {verdict} (limits: {limits})")
+    if any(_flips(result) for result in results):
+        console.line("*: experts that tie up to rounding were chosen differently; compared with the same experts")
     return 0 if passed else 1
 
 
-def _figure(difference: float | None) -> str:
-    return "" if difference is None else f"{difference:.1e}"
+def _logits(certificate: Certificate | None) -> str:
+    if certificate is None:
+        return ""
+    return f"{certificate.max_logit_difference:.1e}" + ("*" if certificate.routing_flips else "")
+
+
+def _flips(result: Comparison) -> int:
+    certificates = (result.backends, result.boundary_mlx, result.boundary_torch)
+    return sum(certificate.routing_flips for certificate in certificates if certificate is not None)
+
+
+def _to_json(result: Comparison) -> dict[str, Any]:
+    certificates = {
+        "backends": result.backends,
+        "boundary_mlx": result.boundary_mlx,
+        "boundary_torch": result.boundary_torch,
+    }
+    found = {name: certificate.to_json() for name, certificate in certificates.items() if certificate is not None}
+    return {"subject": result.subject, "architecture": result.architecture, "passed": result.passed, **found}

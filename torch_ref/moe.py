@@ -23,15 +23,15 @@ class Routing(NamedTuple):
     experts_NK: Tensor
 
 
-def route(router_logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Choose k experts per token.
-
-    Returns (experts_NK int, gates_NK float32): experts by falling logit, ties to the lower index; gates sum to 1.
-    """
+def choose_experts(router_logits_NE: Tensor, k: int) -> Tensor:
+    """The k experts of each token (N, K), by falling logit, ties to the lower index."""
     # topk leaves the order of equals open; a stable sort keeps the lower index first.
-    experts_NK = router_logits_NE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    gates_NK = router_logits_NE.gather(-1, experts_NK).softmax(dim=-1)
-    return experts_NK, gates_NK
+    return router_logits_NE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def gate(router_logits_NE: Tensor, experts_NK: Tensor) -> Tensor:
+    """The weights of the chosen experts, (N, K) float32: the softmax over their logits, which sums to 1."""
+    return router_logits_NE.gather(-1, experts_NK).softmax(dim=-1)
 
 
 def load(routing: Routing) -> Tensor:
@@ -101,10 +101,13 @@ class MoE(nn.Module):
         self.experts = Experts(config, moe)
         self._top_k = moe.top_k
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BTD: Tensor, experts_NK: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """`experts_NK` takes the place of the router's choice; the gates are still the router's."""
         x_ND = x_BTD.flatten(0, 1)
         logits_NE = self.router(x_ND.float())
-        experts_NK, gates_NK = route(logits_NE, self._top_k)
+        if experts_NK is None:
+            experts_NK = choose_experts(logits_NE, self._top_k)
+        gates_NK = gate(logits_NE, experts_NK)
         y_NKD = self.experts(x_ND, experts_NK)
         y_ND = (y_NKD * gates_NK[..., None].to(y_NKD.dtype)).sum(dim=1)
         return y_ND.view(x_BTD.shape), Routing(logits_NE, experts_NK)

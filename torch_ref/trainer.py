@@ -16,7 +16,7 @@ from torch import Tensor
 from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, table
-from mlx_moe.training.backend import Logits, StepMetrics, Tokens
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
 from mlx_moe.transfer.plan import Plan, TensorPlan
 from torch_ref.attention import KVCache
 from torch_ref.moe import Routing, auxiliary_loss, load
@@ -81,6 +81,15 @@ class Trainer:
         self._model.eval()
         logits_BTV, _ = self._model(self._tensor(tokens_BT))
         return logits_BTV.float().cpu().numpy()
+
+    @torch.no_grad()
+    def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
+        self._model.eval()
+        forced = None if experts_LNK is None else list(torch.from_numpy(experts_LNK).to(self._torch_device))
+        logits_BTV, routings = self._model(self._tensor(tokens_BT), experts=forced)
+        router_logits_LNE = [routing.logits_NE.cpu().numpy() for routing in routings]
+        chosen_LNK = [routing.experts_NK.cpu().numpy() for routing in routings]
+        return RoutedLogits(logits_BTV.float().cpu().numpy(), np.array(router_logits_LNE), np.array(chosen_LNK))
 
     @torch.no_grad()
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:

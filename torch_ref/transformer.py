@@ -22,17 +22,19 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self._pre_norm = config.norm_position == "pre"
 
-    def forward(self, x_BTD: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x_BTD: Tensor, cache: KVCache | None = None, experts_NK: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
         if self._pre_norm:
             x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), cache))
-            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD))
+            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD), experts_NK)
             return x_BTD + self.dropout(y_BTD), routing
         x_BTD = self.input_layernorm(x_BTD + self.dropout(self.self_attn(x_BTD, cache)))
-        y_BTD, routing = self._feed_forward(x_BTD)
+        y_BTD, routing = self._feed_forward(x_BTD, experts_NK)
         return self.post_attention_layernorm(x_BTD + self.dropout(y_BTD)), routing
 
-    def _feed_forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing | None]:
-        return self.mlp(x_BTD) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), None)
+    def _feed_forward(self, x_BTD: Tensor, experts_NK: Tensor | None) -> tuple[Tensor, Routing | None]:
+        return self.mlp(x_BTD, experts_NK) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), None)
 
 
 class Transformer(nn.Module):
@@ -46,8 +48,13 @@ class Transformer(nn.Module):
         self.lm_head = None if config.weight_tying else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens_BT: Tensor, cache: list[KVCache] | None = None) -> tuple[Tensor, list[Routing]]:
-        """Returns (logits (B, T, V), the routing of every MoE layer). With a cache, tokens continue what it holds."""
+    def forward(
+        self, tokens_BT: Tensor, cache: list[KVCache] | None = None, experts: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """Returns (logits (B, T, V), the routing of every MoE layer).
+
+        With a cache, tokens continue what it holds. `experts` forces every layer's choices.
+        """
         x_BTD = self.embed_tokens(tokens_BT)
         if self.embed_positions is not None:
             start = cache[0].length if cache else 0
@@ -56,7 +63,7 @@ class Transformer(nn.Module):
         x_BTD = self.dropout(x_BTD)
         routings = []
         for i, layer in enumerate(self.layers):
-            x_BTD, routing = layer(x_BTD, cache[i] if cache else None)
+            x_BTD, routing = layer(x_BTD, cache[i] if cache else None, experts[i] if experts else None)
             if routing is not None:
                 routings.append(routing)
         x_BTD = self.norm(x_BTD)

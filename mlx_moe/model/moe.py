@@ -26,20 +26,20 @@ class Routing(NamedTuple):
     experts_NK: mx.array
 
 
-def route(router_logits_NE: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    """Choose k experts per token.
-
-    Returns (experts_NK int, gates_NK float32): experts by falling logit, ties to the lower index; gates sum to 1.
-    """
+def choose_experts(router_logits_NE: mx.array, k: int) -> mx.array:
+    """The k experts of each token (N, K), by falling logit, ties to the lower index."""
     remaining_NE = mx.stop_gradient(router_logits_NE)
     chosen = []
     for _ in range(k):  # argmax takes the first of equals, which sorting need not
         best_N1 = mx.argmax(remaining_NE, axis=-1, keepdims=True)
         chosen.append(best_N1)
         remaining_NE = mx.put_along_axis(remaining_NE, best_N1, mx.array(-mx.inf), axis=-1)
-    experts_NK = mx.concatenate(chosen, axis=-1).astype(mx.int32)
-    gates_NK = mx.softmax(mx.take_along_axis(router_logits_NE, experts_NK, axis=-1), axis=-1)
-    return experts_NK, gates_NK
+    return mx.concatenate(chosen, axis=-1).astype(mx.int32)
+
+
+def gate(router_logits_NE: mx.array, experts_NK: mx.array) -> mx.array:
+    """The weights of the chosen experts, (N, K) float32: the softmax over their logits, which sums to 1."""
+    return mx.softmax(mx.take_along_axis(router_logits_NE, experts_NK, axis=-1), axis=-1)
 
 
 def load(routing: Routing) -> mx.array:
@@ -101,10 +101,13 @@ class MoE(nn.Module):
         self.experts = Experts(config, moe)
         self._top_k = moe.top_k
 
-    def __call__(self, x_BTD: mx.array) -> tuple[mx.array, Routing]:
+    def __call__(self, x_BTD: mx.array, experts_NK: mx.array | None = None) -> tuple[mx.array, Routing]:
+        """`experts_NK` takes the place of the router's choice; the gates are still the router's."""
         x_ND = x_BTD.flatten(0, 1)
         logits_NE = self.router(x_ND.astype(mx.float32))
-        experts_NK, gates_NK = route(logits_NE, self._top_k)
+        if experts_NK is None:
+            experts_NK = choose_experts(logits_NE, self._top_k)
+        gates_NK = gate(logits_NE, experts_NK)
         y_NKD = self.experts(x_ND, experts_NK)
         y_ND = (y_NKD * gates_NK[..., None].astype(y_NKD.dtype)).sum(axis=1)
         return y_ND.reshape(x_BTD.shape), Routing(logits_NE, experts_NK)

@@ -19,7 +19,7 @@ from mlx_moe.model.elementwise import logsumexp
 from mlx_moe.model.moe import Routing, auxiliary_loss, load
 from mlx_moe.model.transformer import Transformer
 from mlx_moe.parameters import Arrays, table
-from mlx_moe.training.backend import Logits, StepMetrics, Tokens
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
 from mlx_moe.transfer.plan import Plan, TensorPlan
 
 CACHE_LIMIT_BYTES = 2 << 30  # freed buffers that the allocator may keep
@@ -73,6 +73,14 @@ class Trainer:
     def logits(self, tokens_BT: Tokens) -> Logits:
         self._model.eval()
         return np.array(self._logits(mx.array(tokens_BT)).astype(mx.float32))
+
+    def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
+        self._model.eval()
+        forced = None if experts_LNK is None else [mx.array(experts_NK, mx.int32) for experts_NK in experts_LNK]
+        logits_BTV, routings = self._model(mx.array(tokens_BT), experts=forced)
+        router_logits_LNE = [np.array(routing.logits_NE) for routing in routings]
+        chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
+        return RoutedLogits(np.array(logits_BTV.astype(mx.float32)), np.array(router_logits_LNE), np.array(chosen_LNK))
 
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()

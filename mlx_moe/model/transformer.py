@@ -21,17 +21,19 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self._pre_norm = config.norm_position == "pre"
 
-    def __call__(self, x_BTD: mx.array, cache: KVCache | None = None) -> tuple[mx.array, Routing | None]:
+    def __call__(
+        self, x_BTD: mx.array, cache: KVCache | None = None, experts_NK: mx.array | None = None
+    ) -> tuple[mx.array, Routing | None]:
         if self._pre_norm:
             x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), cache))
-            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD))
+            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD), experts_NK)
             return x_BTD + self.dropout(y_BTD), routing
         x_BTD = self.input_layernorm(x_BTD + self.dropout(self.self_attn(x_BTD, cache)))
-        y_BTD, routing = self._feed_forward(x_BTD)
+        y_BTD, routing = self._feed_forward(x_BTD, experts_NK)
         return self.post_attention_layernorm(x_BTD + self.dropout(y_BTD)), routing
 
-    def _feed_forward(self, x_BTD: mx.array) -> tuple[mx.array, Routing | None]:
-        return self.mlp(x_BTD) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), None)
+    def _feed_forward(self, x_BTD: mx.array, experts_NK: mx.array | None) -> tuple[mx.array, Routing | None]:
+        return self.mlp(x_BTD, experts_NK) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), None)
 
 
 class Transformer(nn.Module):
@@ -46,8 +48,13 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def __call__(self, tokens_BT: mx.array, cache: list[KVCache] | None = None) -> tuple[mx.array, list[Routing]]:
-        """Returns (logits (B, T, V), the routing of every MoE layer). With a cache, tokens continue what it holds."""
+    def __call__(
+        self, tokens_BT: mx.array, cache: list[KVCache] | None = None, experts: list[mx.array] | None = None
+    ) -> tuple[mx.array, list[Routing]]:
+        """Returns (logits (B, T, V), the routing of every MoE layer).
+
+        With a cache, tokens continue what it holds. `experts` forces every layer's choices.
+        """
         x_BTD = self.embed_tokens(tokens_BT)
         if "embed_positions" in self:
             start = cache[0].length if cache else 0
@@ -55,7 +62,7 @@ class Transformer(nn.Module):
         x_BTD = self.dropout(x_BTD)
         routings = []
         for i, layer in enumerate(self.layers):
-            x_BTD, routing = layer(x_BTD, cache[i] if cache else None)
+            x_BTD, routing = layer(x_BTD, cache[i] if cache else None, experts[i] if experts else None)
             if routing is not None:
                 routings.append(routing)
         x_BTD = self.norm(x_BTD)

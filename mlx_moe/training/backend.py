@@ -41,6 +41,15 @@ class StepMetrics:
     expert_load_LE: NDArray[np.float32] | None  # share of each layer's assignments; None in a dense model
 
 
+@dataclass(frozen=True)
+class RoutedLogits:
+    """What a model says, and how it got there; without experts, L is 0. N = B·T, in the order of the tokens."""
+
+    logits_BTV: Logits
+    router_logits_LNE: NDArray[np.float32]
+    experts_LNK: NDArray[np.int64]
+
+
 class Decoder(Protocol):
     """A model with a key-value cache."""
 
@@ -64,6 +73,9 @@ class Trainer(Protocol):
 
     def logits(self, tokens_BT: Tokens) -> Logits:
         """(B, T, V) float32, without dropout."""
+
+    def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
+        """Logits with the routing behind them; `experts_LNK` takes the place of the routers' choices."""
 
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         """(L, E): the share of each layer's assignments that each expert takes; None in a dense model."""

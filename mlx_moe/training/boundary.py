@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from mlx_moe.errors import InputError
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Backend, Tokens, Trainer
 from mlx_moe.training.checkpoint import Checkpoint, TrainerState
-from mlx_moe.transfer.certificate import Certificate, probe
-from mlx_moe.transfer.growth import grow_config, plan_growth
+from mlx_moe.transfer.certificate import Certificate, Replay, probe
+from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth
 from mlx_moe.transfer.plan import Plan
 from mlx_moe.transfer.upcycling import plan_upcycling
 
@@ -38,7 +39,28 @@ def plan_boundary(run: RunConfig, phase: int, config: ModelConfig) -> Plan:
 
 
 def certify(limits: VerificationConfig, before: Trainer, after: Trainer, probes_BT1: Tokens) -> Certificate:
-    return probe(before.logits, after.logits, probes_BT1, limits.max_logit_difference, limits.max_loss_jump)
+    replay = partial(replay_routing, before, after) if before.config.moe and after.config.moe else None
+    return probe(before.logits, after.logits, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay)
+
+
+def replay_routing(before: Trainer, after: Trainer, tokens_BT: Tokens) -> Replay:
+    """Run `after`, of as many layers or more, with the experts that `before` chose.
+
+    New layers copy the choices of the layer that they copy; they add nothing yet, so their own routing is not compared.
+    """
+    sources = layer_sources(before.config.n_layers, after.config.n_layers)
+    originals = [sources.index(layer) for layer in range(before.config.n_layers)]
+    chosen = before.routed_logits(tokens_BT)
+    replayed = after.routed_logits(tokens_BT, chosen.experts_LNK[sources])
+    router_logits_LNE = replayed.router_logits_LNE[originals]
+    top_k = chosen.experts_LNK.shape[-1]
+    own_LNK = np.argsort(-router_logits_LNE, axis=-1, kind="stable")[..., :top_k]
+    same_LN = (np.sort(own_LNK, axis=-1) == np.sort(chosen.experts_LNK, axis=-1)).all(axis=-1)
+    return Replay(
+        logits=replayed.logits_BTV,
+        router_difference=float(np.abs(router_logits_LNE - chosen.router_logits_LNE).max()),
+        flipped=int((~same_LN).sum()),
+    )
 
 
 def transfer_checkpoint(

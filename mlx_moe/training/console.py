@@ -105,12 +105,24 @@ class Console:
                     f"{certificate.max_logit_difference:.2e} (limit {certificate.limit_logit_difference:g})",
                 ),
                 ("per sequence", "  ".join(f"{difference:.1e}" for difference in certificate.logit_differences)),
+                *self._ties(certificate),
                 ("loss", f"{certificate.loss_before:.6f} -> {certificate.loss_after:.6f}"),
                 ("jump", f"{certificate.loss_jump:+.2e} (limit {certificate.limit_loss_jump:g})"),
                 ("same likeliest token", f"{100 * certificate.argmax_agreement:.2f} % of positions"),
                 ("verdict", "lossless" if certificate.passed else "NOT lossless"),
             ]
         )
+
+    def _ties(self, certificate: Certificate) -> list[tuple[str, str]]:
+        if not certificate.routing_flips:
+            return []
+        return [
+            (
+                "routing ties",
+                f"{certificate.routing_flips} flipped by rounding ({certificate.router_difference:.1e} in the router "
+                f"logits), so judged with the same experts; {certificate.free_logit_difference:.2e} without",
+            )
+        ]
 
 
 def millions(n: int) -> str:

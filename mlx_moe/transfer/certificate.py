@@ -17,8 +17,22 @@ Logits = Callable[[NDArray[np.int32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
+class Replay:
+    """The model after a transfer, made to visit the experts that the model before it chose."""
+
+    logits: NDArray[np.float32]  # (1, T, V)
+    router_difference: float  # the largest |after - before| of the router logits
+    flipped: int  # choices (token and layer) that the model after would have made differently
+
+
+@dataclass(frozen=True)
 class Certificate:
-    """Differences between two models on the same tokens. Losses are mean cross entropies, nats per token."""
+    """Differences between two models on the same tokens. Losses are mean cross entropies, nats per token.
+
+    Where two experts tie for a token up to rounding, rounding decides, and the logits jump with the choice. Sequences
+    in which that happened are judged with the same experts in both models, and so are the router logits: as long as
+    those agree within the limit, nothing but a tie can flip.
+    """
 
     logit_differences: tuple[float, ...]  # per sequence, the largest |after - before|
     max_logit_difference: float
@@ -26,13 +40,18 @@ class Certificate:
     loss_after: float
     loss_jump: float  # after - before
     argmax_agreement: float  # fraction of positions with the same likeliest token
+    routing_flips: int  # choices that differ, by ties
+    router_difference: float  # in the sequences with flips, the largest of the router logits
+    free_logit_difference: float  # max_logit_difference, had every model chosen for itself
     limit_logit_difference: float
     limit_loss_jump: float
 
     @property
     def passed(self) -> bool:
         """Within both limits; what is not finite never is."""
-        return self.max_logit_difference <= self.limit_logit_difference and abs(self.loss_jump) <= self.limit_loss_jump
+        largest = max(self.max_logit_difference, self.router_difference)
+        finite = math.isfinite(self.max_logit_difference) and math.isfinite(self.router_difference)
+        return finite and largest <= self.limit_logit_difference and abs(self.loss_jump) <= self.limit_loss_jump
 
     def to_json(self) -> dict[str, Any]:
         """All figures and the verdict; null stands for what is not finite, which JSON cannot hold."""
@@ -46,12 +65,15 @@ def probe(
     batch_BT1: NDArray[np.int32],
     max_logit_difference: float,
     max_loss_jump: float,
+    replay: Callable[[NDArray[np.int32]], Replay] | None = None,
 ) -> Certificate:
     """Compare two models, each a function from tokens (1, T) to logits (1, T, V).
 
-    Runs one sequence at a time, and sums one position at a time in float64, to keep memory small.
+    Runs one sequence at a time, and sums one position at a time in float64, to keep memory small. `replay` is asked
+    where the logits of a sequence differ by more than the limit. The loss is always that of each model by itself.
     """
-    differences, losses, agreements = [], [], []
+    differences, free_differences, losses, agreements = [], [], [], []
+    flips, router_difference = 0, 0.0
     for tokens_T1 in batch_BT1:
         before_TV = np.asarray(logits_before(tokens_T1[None, :-1]))[0]
         after_TV = np.asarray(logits_after(tokens_T1[None, :-1]))[0]
@@ -61,7 +83,16 @@ def probe(
             differences_T.append(_max_difference(before_V, after_V))
             losses.append((_cross_entropy(before_V, target), _cross_entropy(after_V, target)))
             agreements.append(before_V.argmax() == after_V.argmax())
-        differences.append(float(np.max(differences_T)))
+        difference = float(np.max(differences_T))
+        free_differences.append(difference)
+        if replay is not None and difference > max_logit_difference:
+            replayed = replay(tokens_T1[None, :-1])
+            if replayed.flipped:
+                flips += replayed.flipped
+                router_difference = float(np.max([router_difference, replayed.router_difference]))
+                pairs = zip(before_TV, replayed.logits[0], strict=True)
+                difference = float(np.max([_max_difference(before_V, after_V) for before_V, after_V in pairs]))
+        differences.append(difference)
     loss_before, loss_after = (float(loss) for loss in np.mean(losses, axis=0))
     return Certificate(
         logit_differences=tuple(differences),
@@ -70,6 +101,9 @@ def probe(
         loss_after=loss_after,
         loss_jump=loss_after - loss_before,
         argmax_agreement=float(np.mean(agreements)),
+        routing_flips=flips,
+        router_difference=router_difference,
+        free_logit_difference=float(np.max(free_differences)),
         limit_logit_difference=max_logit_difference,
         limit_loss_jump=max_loss_jump,
     )

@@ -22,8 +22,10 @@ from torch_ref.transformer import Transformer as TorchTransformer
 
 def route(backend, logits_NE, k):
     if backend == "mlx":
-        return tuple(np.array(array) for array in mlx_moe_layers.route(mx.array(logits_NE), k))
-    return tuple(array.numpy() for array in torch_moe_layers.route(torch.tensor(logits_NE), k))
+        experts_NK = mlx_moe_layers.choose_experts(mx.array(logits_NE), k)
+        return np.array(experts_NK), np.array(mlx_moe_layers.gate(mx.array(logits_NE), experts_NK))
+    experts_NK = torch_moe_layers.choose_experts(torch.tensor(logits_NE), k)
+    return experts_NK.numpy(), torch_moe_layers.gate(torch.tensor(logits_NE), experts_NK).numpy()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

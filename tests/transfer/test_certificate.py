@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from mlx_moe.transfer.certificate import probe
+from mlx_moe.transfer.certificate import Replay, probe
 
 BATCH = np.random.default_rng(0).integers(0, 7, (3, 6)).astype(np.int32)
 TABLE = np.random.default_rng(1).normal(size=(7, 7)).astype(np.float32)
@@ -75,3 +75,30 @@ def test_json_holds_all_figures():
     assert values["passed"] is True
     assert values["limit_logit_difference"] == 1e-4
     assert len(values["logit_differences"]) == 3
+
+
+def test_a_sequence_is_replayed_only_where_it_differs_and_flipped():
+    asked = []
+
+    def replay_with(flipped, router_difference):
+        def replay(tokens_BT):
+            asked.append(tokens_BT)
+            return Replay(TABLE[tokens_BT], router_difference, flipped)
+
+        return replay
+
+    def judge(change, flipped=1, router_difference=1e-6):
+        return probe(model(), model(change), BATCH, 1e-4, 1e-3, replay_with(flipped, router_difference))
+
+    def last_logit(logits):
+        logits[0, -1, 0] += 1e-3
+
+    assert judge(None).passed
+    assert not asked
+    certificate = judge(last_logit)
+    assert certificate.passed
+    assert (certificate.routing_flips, certificate.max_logit_difference) == (3, 0)
+    assert certificate.free_logit_difference == pytest.approx(1e-3, rel=1e-3)
+    assert not judge(last_logit, flipped=0).passed
+    assert not judge(last_logit, router_difference=1e-3).passed
+    assert not judge(last_logit, router_difference=np.nan).passed
