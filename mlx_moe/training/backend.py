@@ -25,10 +25,7 @@ Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
 BackendName = Literal["mlx", "torch"]
 
-TRAINERS: dict[BackendName, tuple[str, str]] = {
-    "mlx": ("mlx", "mlx_moe.model.trainer"),
-    "torch": ("torch", "torch_ref.trainer"),
-}
+TRAINERS: dict[BackendName, str] = {"mlx": "mlx_moe.model.trainer", "torch": "torch_ref.trainer"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class Backend:
 
     @property
     def trainer(self) -> TrainerFactory:
-        factory: TrainerFactory = importlib.import_module(TRAINERS[self.name][1]).Trainer
+        factory: TrainerFactory = importlib.import_module(TRAINERS[self.name]).Trainer
         return factory
 
 
