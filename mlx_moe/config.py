@@ -176,11 +176,11 @@ class UpcyclePhaseConfig(PhaseConfig, MoEConfig):
 
 
 class GrowPhaseConfig(PhaseConfig):
-    """Phase 3: wider and deeper at once. `n_heads` and `d_ff` follow from the width when left out."""
+    """Phase 3: wider and deeper at once. What is left out follows from the model (`transfer.growth.usual_size`)."""
 
     learning_rate: float = Field(8e-5, gt=0)
-    d_model: int = Field(1352, ge=2)
-    n_layers: int = Field(11, ge=1)
+    d_model: int | None = Field(None, ge=2)
+    n_layers: int | None = Field(None, ge=1)
     n_heads: int | None = Field(None, ge=1)
     d_ff: int | None = Field(None, ge=1)
     split: Literal["uneven", "even"] = "uneven"

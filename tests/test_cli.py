@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from mlx_moe.config import preset_names
+
 TRAIN = ("train", "--preset", "demo", "-o", "data.n_documents=300", "--backend", "torch", "--steps", 2)
 
 
@@ -193,3 +195,11 @@ def test_help_and_import_are_quick():
     assert time.perf_counter() - start < 5
     code = "import sys, cli, mlx_moe; sys.exit(any(m in sys.modules for m in ('torch', 'mlx.core', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("preset", preset_names("architectures"))
+def test_every_architecture_has_three_phases(preset, mlxmoe):
+    result = mlxmoe("params", "--preset", preset, "--json")
+    assert result.code == 0, result.err
+    totals = [row["total"] for row in json.loads(result.out).values()]
+    assert totals == sorted(totals)

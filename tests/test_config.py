@@ -16,6 +16,7 @@ from mlx_moe.config import (
     validate,
 )
 from mlx_moe.errors import InputError
+from mlx_moe.training.boundary import phase_model
 
 # position encoding, normalization, activation, FFN type, norm position
 STATED = {
@@ -83,7 +84,8 @@ def test_run_defaults(preset, steps, log_every):
     assert [phase.steps for phase in phases] == [steps] * 3
     assert [phase.learning_rate for phase in phases] == [3e-4, 1e-4, 8e-5]
     assert (run.phases.moe.n_experts, run.phases.moe.top_k) == (8, 2)
-    assert (run.phases.large_moe.d_model, run.phases.large_moe.n_layers) == (1352, 11)
+    large = phase_model(run, 3)
+    assert (large.d_model, large.n_layers, large.n_heads, large.d_ff) == (1352, 11, 13, 5408)
     assert (run.training.batch_size, run.training.log_every) == (8, log_every)
     assert (run.data.source, run.data.n_documents, run.data.tokenizer) == ("tinystories", 50_000, "gpt2")
     assert run.model == load_architecture("simple")

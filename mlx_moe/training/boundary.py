@@ -13,7 +13,7 @@ from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Backend, Tokens, Trainer
 from mlx_moe.training.checkpoint import Checkpoint, TrainerState
 from mlx_moe.transfer.certificate import Certificate, Replay, probe
-from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth
+from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth, usual_size
 from mlx_moe.transfer.plan import Plan
 from mlx_moe.transfer.upcycling import plan_upcycling
 
@@ -96,4 +96,11 @@ def random_probes(config: ModelConfig, n: int, seed: int = 0) -> Tokens:
 
 def _large(run: RunConfig, config: ModelConfig) -> ModelConfig:
     phase = run.phases.large_moe
-    return grow_config(config, d_model=phase.d_model, n_layers=phase.n_layers, n_heads=phase.n_heads, d_ff=phase.d_ff)
+    d_model, n_layers = usual_size(config)
+    return grow_config(
+        config,
+        d_model=phase.d_model or d_model,
+        n_layers=phase.n_layers or n_layers,
+        n_heads=phase.n_heads,
+        d_ff=phase.d_ff,
+    )

@@ -31,6 +31,13 @@ GROWN = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
 FREE = ("architecture", "attention_backend", "dropout", "init_std")
 
 
+def usual_size(config: ModelConfig) -> tuple[int, int]:
+    """(d_model, n_layers) where none is asked for: 13/8 as wide and 11/7 as deep; post-norm only wider, by 2."""
+    if config.norm_position == "post":
+        return 2 * config.d_model, config.n_layers
+    return round(config.d_model * 13 / 8), round(config.n_layers * 11 / 7)
+
+
 def grow_config(
     config: ModelConfig,
     *,
