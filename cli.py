@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from mlx_moe.errors import InputError
 
 if TYPE_CHECKING:
-    from mlx_moe.config import RunConfig
+    from mlx_moe.config import ModelConfig, RunConfig
+    from mlx_moe.transfer.plan import Plan
 
 app = typer.Typer(
     help="Train a small language model, upcycle it to a mixture of experts, grow it: no loss spike, MLX or PyTorch.",
@@ -247,7 +249,9 @@ def _load_run(preset: str, config: Path | None, overrides: list[str]) -> RunConf
     return load_run(preset, config, overrides)
 
 
-def _transfer(checkpoint: Path, out: Path, backend: str, device: str, allow_lossy: bool, plan: Any) -> None:
+def _transfer(
+    checkpoint: Path, out: Path, backend: str, device: str, allow_lossy: bool, plan: Callable[[ModelConfig], Plan]
+) -> None:
     from mlx_moe.accounting import count_parameters
     from mlx_moe.config import VerificationConfig
     from mlx_moe.training.backend import choose_backend
