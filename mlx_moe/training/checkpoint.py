@@ -189,7 +189,10 @@ def _parse(kind: type[Parsed], file: Path) -> Parsed:
 def _write(arrays: Arrays, file: Path) -> None:
     # safetensors writes memory as it lies; what MLX hands out may be a transposed view.
     in_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    file.touch()
+    mode = file.stat().st_mode
     save_file(in_order, file, metadata={"format": "np"})
+    file.chmod(mode)  # safetensors would let nobody else read it
 
 
 def _read(file: Path) -> Arrays:
