@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, one_line
 
 Config = TypeVar("Config")
 
@@ -34,7 +34,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read config {path}: {error}") from None
     except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(
-            f"config {path} is not valid {path.suffix[1:] or 'YAML'}: {' '.join(str(error).split())}"
+            f"config {path} is not valid {path.suffix[1:] or 'YAML'}: {one_line(error, limit=None)}"
         ) from None
     if values is None:
         return {}
@@ -43,9 +43,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str], cutoff: float = 0.5) -> str:
     """`did you mean …? `, or nothing where no known name is near."""
-    match = get_close_matches(name, known, n=1, cutoff=0.5)
+    match = get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"did you mean {match[0]!r}? " if match else ""
 
 

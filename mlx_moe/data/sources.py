@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from mlx_moe.config import DataConfig
 from mlx_moe.data import stories
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, one_line
+from mlx_moe.validation import nearest
 
 BUILTIN = ("stories", "tinystories")
 ENDINGS = (".txt", ".jsonl", ".parquet")
@@ -112,8 +112,7 @@ def _find(top: Path, name: str) -> list[Path]:
             raise InputError(f"folder {name!r} holds no {kinds} file; put one there or name another folder")
         return paths
     if not top.exists():
-        nearest = get_close_matches(top.name.lower(), BUILTIN, n=1, cutoff=0.6)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        hint = nearest(top.name.lower(), BUILTIN, cutoff=0.6)
         raise InputError(
             f"no file or folder {name!r}; {hint}data is {', '.join(BUILTIN)}, a {kinds} file, or a folder of them"
         )
@@ -229,8 +228,3 @@ def _missing_field(where: str, field: str, fields: list[str]) -> InputError:
 
 def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot read {path}: {error.strerror or one_line(error)}; make it readable or leave it out")
-
-
-def one_line(error: BaseException) -> str:
-    """What another library said, short enough for the one line of an InputError."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -8,12 +8,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_moe.data.sources import END_OF_TEXT, one_line
-from mlx_moe.errors import InputError
+from mlx_moe.data.sources import END_OF_TEXT
+from mlx_moe.errors import InputError, one_line
+from mlx_moe.validation import nearest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HFTokenizer
@@ -158,8 +158,8 @@ def _from_hub(name: str) -> Path:
         HfApi().model_info(name, timeout=10)
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # whatever fails between here and the hub, the ways out are the same
-        nearest = get_close_matches(name.lower(), ["char", "bpe:2048", "gpt2"], n=1, cutoff=0.7)
-        hint = f"did you mean {nearest[0]!r}? " if nearest and nearest[0] != name else ""
+        known = ("char", "bpe:2048", "gpt2")
+        hint = "" if name in known else nearest(name.lower(), known, cutoff=0.7)
         raise InputError(
             f"cannot get tokenizer {name!r} from the Hugging Face hub ({one_line(error)}); {hint}{WAYS_OUT}"
         ) from None

@@ -9,7 +9,7 @@ import shutil
 import sys
 
 from mlx_moe.config import ModelConfig, OptimizerConfig
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, one_line
 from mlx_moe.parameters import initialize
 from mlx_moe.training.backend import TRAINERS, Backend, choose_backend, is_installed
 from mlx_moe.training.console import Console
@@ -38,7 +38,7 @@ def diagnose() -> int:
             works += 1
             console.line(f"{name:6} works, on {trainer.device}")
         except (ImportError, OSError, RuntimeError) as error:
-            console.line(f"{name:6} is installed and fails: {' '.join(str(error).split())}")
+            console.line(f"{name:6} is installed and fails: {one_line(error, limit=None)}")
     if is_installed("mlx"):
         model = importlib.import_module("mlx_moe.model")
         console.line(f"{'blas':6} {model.FAST_BLAS}")
