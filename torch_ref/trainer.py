@@ -39,7 +39,11 @@ class Trainer:
         self._optimizer_config = optimizer
         with torch.device("meta"):
             self._model = Transformer(config)
-        tensors = {name: torch.as_tensor(array).to(self._torch_device, copy=True) for name, array in weights.items()}
+        # NumPy's arrays belong to the caller; tensors come from a transfer, which made them for this model.
+        tensors = {
+            name: torch.as_tensor(array).to(self._torch_device, copy=not isinstance(array, Tensor))
+            for name, array in weights.items()
+        }
         self._model.load_state_dict(tensors, assign=True)
         self._optimizer = _adamw(self._model, config, optimizer)
 
@@ -157,7 +161,7 @@ class Decoder:
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
-    """The target tensor, by PyTorch. Pads are computed by the plan, once for both backends."""
+    """The target tensor, by PyTorch; it shares no memory with the source. The plan computes pads, once for both."""
     if plan.source is None:
         return torch.from_numpy(plan.fresh())
     tensor = source[plan.source][None] if plan.new_axis else source[plan.source]
@@ -169,7 +173,7 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
         if axis_map.scale is not None:
             scale = torch.from_numpy(axis_map.scale.astype(np.float32)).to(tensor.device)
             tensor = tensor * scale.view([-1 if axis == axis_map.axis else 1 for axis in range(tensor.ndim)])
-    return tensor
+    return tensor.clone() if tensor is source[plan.source] else tensor
 
 
 def _adamw(model: Transformer, config: ModelConfig, optimizer: OptimizerConfig) -> torch.optim.AdamW:

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -53,7 +54,11 @@ class Checkpoint:
     config: ModelConfig
     state: TrainerState
     weights: Arrays
-    optimizer_state: Arrays | None
+
+    @cached_property
+    def optimizer_state(self) -> Arrays | None:
+        """Adam's moments, read when asked for: only training needs them. None at a phase's birth."""
+        return _read(self.path / OPTIMIZER) if (self.path / OPTIMIZER).exists() else None
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -117,8 +122,7 @@ def load(path: Path) -> Checkpoint:
     config, state = _parse(ModelConfig, path / CONFIG), _parse(TrainerState, path / STATE)
     weights = _read(path / MODEL)
     _check_shapes(path, config, weights)
-    optimizer_state = _read(path / OPTIMIZER) if (path / OPTIMIZER).exists() else None
-    return Checkpoint(path, config, state, weights, optimizer_state)
+    return Checkpoint(path, config, state, weights)
 
 
 def resolve(path: Path) -> Path:
