@@ -40,9 +40,18 @@ class Comparison:
     boundary_torch: Certificate | None = None
 
     @property
+    def certificates(self) -> dict[str, Certificate]:
+        """Those that there are, by name."""
+        named = {
+            "backends": self.backends,
+            "boundary_mlx": self.boundary_mlx,
+            "boundary_torch": self.boundary_torch,
+        }
+        return {name: certificate for name, certificate in named.items() if certificate is not None}
+
+    @property
     def passed(self) -> bool:
-        certificates = (self.backends, self.boundary_mlx, self.boundary_torch)
-        return all(certificate.passed for certificate in certificates if certificate is not None)
+        return all(certificate.passed for certificate in self.certificates.values())
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def show(comparisons: Iterable[Comparison], as_json: bool) -> int:
     verdict = f"{failed} differ" if failed else "all the same"
     limits = f"logits {LIMITS.max_logit_difference:g}, loss {LIMITS.max_loss_jump:g}"
     console.line(f"{len(results)} models, {verdict} (limits: {limits})")
-    if any(_flips(result) for result in results):
+    if any(certificate.routing_flips for result in results for certificate in result.certificates.values()):
         console.line("*: experts that tie up to rounding were chosen differently; compared with the same experts")
     return 0 if passed else 1
 
@@ -49,16 +49,6 @@ def _logits(certificate: Certificate | None) -> str:
     return f"{certificate.max_logit_difference:.1e}" + ("*" if certificate.routing_flips else "")
 
 
-def _flips(result: Comparison) -> int:
-    certificates = (result.backends, result.boundary_mlx, result.boundary_torch)
-    return sum(certificate.routing_flips for certificate in certificates if certificate is not None)
-
-
 def _to_json(result: Comparison) -> dict[str, Any]:
-    certificates = {
-        "backends": result.backends,
-        "boundary_mlx": result.boundary_mlx,
-        "boundary_torch": result.boundary_torch,
-    }
-    found = {name: certificate.to_json() for name, certificate in certificates.items() if certificate is not None}
+    found = {name: certificate.to_json() for name, certificate in result.certificates.items()}
     return {"subject": result.subject, "architecture": result.architecture, "passed": result.passed, **found}

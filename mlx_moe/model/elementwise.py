@@ -59,12 +59,7 @@ def _with_gradient(
 ) -> Callable[[mx.array], mx.array]:
     """`gradient` takes the input, the cotangent and the output; rounding and bit casts have none of their own."""
     differentiable: Any = mx.custom_function(mx.compile(function))
-
-    @differentiable.vjp
-    def vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-        return compiled_gradient(primal, cotangent, output)
-
-    compiled_gradient = mx.compile(gradient)
+    differentiable.vjp(mx.compile(gradient))
     return differentiable
 
 
