@@ -131,8 +131,9 @@ def upcycle(
     allow_lossy: AllowLossy = False,
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts that computes the same."""
-    from mlx_moe.config import UpcyclePhaseConfig, validate
+    from mlx_moe.config import UpcyclePhaseConfig
     from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING, plan_upcycling
+    from mlx_moe.validation import validate
 
     moe = validate(UpcyclePhaseConfig, {"n_experts": experts, "top_k": top_k, "router_init": router})
     if router == "zero":
@@ -160,8 +161,9 @@ def grow(
     allow_lossy: AllowLossy = False,
 ) -> None:
     """Make a checkpoint wider and deeper; it computes the same."""
-    from mlx_moe.config import GrowPhaseConfig, validate
+    from mlx_moe.config import GrowPhaseConfig
     from mlx_moe.transfer.growth import grow_config, plan_growth
+    from mlx_moe.validation import validate
 
     phase = validate(GrowPhaseConfig, {"split": split})
     _transfer(
@@ -244,7 +246,7 @@ def _stop(message: str, exit_code: int) -> NoReturn:
 
 
 def _load_run(preset: str, config: Path | None, overrides: list[str]) -> RunConfig:
-    from mlx_moe.config import load_run
+    from mlx_moe.presets import load_run
 
     return load_run(preset, config, overrides)
 

@@ -1,23 +1,13 @@
-"""What a run is: frozen, validated, saved beside its results.
-
-Precedence: preset < file < `-o key=value`. An architecture preset stands under all of them: it fills in whatever
-the `model` section leaves open. Unknown keys are refused.
-"""
+"""What a run is: frozen, validated, saved beside its results. Unknown keys are refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-
-from mlx_moe.errors import InputError
-from mlx_moe.validation import nearest, read_mapping, validate
-
-PRESETS = Path(__file__).parent / "presets"
 
 # The names that the registries of both backends know. A new component is one function in each backend's `layers`
 # or `attention`, and its name here.
@@ -145,12 +135,25 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(_Frozen):
-    """AdamW; decay on matrices only."""
+    """AdamW; or Muon for the matrices inside the blocks, with AdamW for the rest. Decay on matrices only."""
 
+    name: Literal["adamw", "muon"] = "adamw"
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
+    momentum: Beta = 0.95  # of Muon
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    transfer: Literal["carry", "reset"] = "carry"  # what becomes of the moments at a boundary
+
+
+class EngineConfig(_Frozen):
+    """How a step is computed. Up to rounding, what it computes does not depend on this."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    accumulation_steps: int = Field(1, ge=1)  # parts of a batch that go through the model one after the other
+    activation_checkpointing: bool = False  # keep only each block's input for the backward pass
+    compile: bool = False  # torch.compile; MLX always compiles
+    strategy: Literal["ddp", "zero1", "fsdp"] = "ddp"  # what several processes share out
 
 
 class PhaseConfig(_Frozen):
@@ -217,43 +220,10 @@ class RunConfig(_Frozen):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
     phases: PhasesConfig = PhasesConfig()
     training: TrainingConfig = TrainingConfig()
     verification: VerificationConfig = VerificationConfig()
-
-
-def preset_names(kind: Literal["architectures", "runs"]) -> list[str]:
-    return sorted(path.stem for path in (PRESETS / kind).glob("*.yaml"))
-
-
-def load_run(preset: str = "three-phase", file: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The merged config of a run: preset < file < overrides (`key.path=value`, the value read as YAML).
-
-    `preset` names a run, or an architecture, which then stands in the `three-phase` run.
-
-    Raises InputError, which names the key, the value, the limit and the nearest valid key.
-    """
-    if preset in preset_names("architectures"):
-        layers = [_read_preset("runs", "three-phase"), {"model": {"architecture": preset}}]
-    else:
-        layers = [_read_preset("runs", preset)]
-    if file is not None:
-        layers.append(read_mapping(file))
-    layers += [_parse_override(text) for text in overrides]
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        _merge(merged, layer)
-    model = merged.setdefault("model", {})
-    if isinstance(model, dict):
-        if "vocab_size" in model:
-            _merge(merged, {"data": {"fit_vocabulary": False}})
-        merged["model"] = _read_preset("architectures", model.get("architecture", "simple")) | model
-    return validate(RunConfig, merged)
-
-
-def load_architecture(name: str, **overrides: Any) -> ModelConfig:
-    """An architecture preset, with fields replaced."""
-    return validate(ModelConfig, _read_preset("architectures", name) | overrides)
 
 
 def save(config: BaseModel, path: Path) -> None:
@@ -261,31 +231,3 @@ def save(config: BaseModel, path: Path) -> None:
     values = config.model_dump(mode="json")
     text = json.dumps(values, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
     path.write_text(text, encoding="utf-8")
-
-
-def _read_preset(kind: Literal["architectures", "runs"], name: Any) -> dict[str, Any]:
-    known = preset_names(kind) + (preset_names("architectures") if kind == "runs" else [])
-    if name not in known:
-        raise InputError(f"no preset named {name!r}; {nearest(str(name), known)}known: {', '.join(known)}")
-    return read_mapping(PRESETS / kind / f"{name}.yaml")
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    path, equals, value = text.partition("=")
-    if not equals or not path:
-        raise InputError(f"override {text!r} is not of the form key.path=value, e.g. model.n_layers=4")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(f"override {text!r}: the value {value!r} is not valid YAML; quote it") from None
-    for key in reversed(path.split(".")):
-        nested = {key: nested}
-    return nested
-
-
-def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
-    for key, value in layer.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value

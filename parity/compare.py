@@ -8,16 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_moe.config import (
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    VerificationConfig,
-    load_architecture,
-    preset_names,
-)
+from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, VerificationConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, initialize, normal
+from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Trainer, choose_backend
 from mlx_moe.training.boundary import certify, random_probes

@@ -3,8 +3,9 @@ import math
 import pytest
 
 from mlx_moe.accounting import count_parameters
-from mlx_moe.config import MoEConfig, load_architecture, load_run, preset_names
+from mlx_moe.config import MoEConfig
 from mlx_moe.parameters import initialize, table
+from mlx_moe.presets import load_architecture, load_run, preset_names
 from mlx_moe.training.boundary import phase_model
 from parity.compare import small_model
 

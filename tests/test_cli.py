@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mlx_moe.config import preset_names
+from mlx_moe.presets import preset_names
 
 TRAIN = ("train", "--preset", "demo", "-o", "data.n_documents=300", "--backend", "torch", "--steps", 2)
 

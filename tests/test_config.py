@@ -4,19 +4,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mlx_moe.config import (
-    ModelConfig,
-    RunConfig,
-    UpcyclePhaseConfig,
-    load_architecture,
-    load_run,
-    preset_names,
-    read_mapping,
-    save,
-    validate,
-)
+from mlx_moe.config import ModelConfig, RunConfig, UpcyclePhaseConfig, save
 from mlx_moe.errors import InputError
+from mlx_moe.presets import load_architecture, load_run, preset_names
 from mlx_moe.training.boundary import phase_model
+from mlx_moe.validation import read_mapping, validate
 
 # position encoding, normalization, activation, FFN type, norm position
 STATED = {

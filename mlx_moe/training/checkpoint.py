@@ -25,6 +25,7 @@ from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, table
+from mlx_moe.validation import read_mapping, validate
 
 MODEL, OPTIMIZER, CONFIG, STATE, MANIFEST = (
     "model.safetensors",
@@ -183,9 +184,9 @@ def verify(path: Path) -> None:
 
 
 def _parse(kind: type[Parsed], file: Path) -> Parsed:
-    values = configs.read_mapping(file)
+    values = read_mapping(file)
     try:
-        return configs.validate(kind, values)
+        return validate(kind, values)
     except InputError as error:
         raise InputError(f"cannot read {file}: {'; '.join(str(error).splitlines())}") from None
 

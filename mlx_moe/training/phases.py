@@ -22,6 +22,7 @@ from mlx_moe.training.console import Console
 from mlx_moe.training.generation import generate
 from mlx_moe.training.loop import Phase, TrainingStopped, load_imbalance, phase_result, train_phase
 from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING
+from mlx_moe.validation import read_mapping, validate
 
 PROMPTS = (
     "Once upon a time, there was a little",
@@ -226,7 +227,7 @@ def open_run(directory: Path) -> RunConfig:
     """The config of a run to resume. Raises InputError where there is none."""
     if not (directory / "config.yaml").is_file():
         raise InputError(f"cannot resume {directory}: there is no config.yaml in it; name a run's folder")
-    return configs.validate(RunConfig, configs.read_mapping(directory / "config.yaml"))
+    return validate(RunConfig, read_mapping(directory / "config.yaml"))
 
 
 def begin(

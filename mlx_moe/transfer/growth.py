@@ -16,10 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_moe.config import ModelConfig, validate
+from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Axis, Parameter, normal, table
 from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, fresh_tensor
+from mlx_moe.validation import validate
 
 Split = Literal["uneven", "even"]
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mlx_moe.config import MoEConfig, OptimizerConfig, preset_names
+from mlx_moe.config import MoEConfig, OptimizerConfig
+from mlx_moe.presets import preset_names
 from mlx_moe.training.backend import choose_backend
 from parity.compare import rough_weights, small_model
 

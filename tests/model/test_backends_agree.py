@@ -22,8 +22,9 @@ import mlx_moe.model.moe
 import mlx_moe.model.transformer
 import torch_ref.moe
 import torch_ref.transformer
-from mlx_moe.config import COMPONENTS, ModelConfig, MoEConfig, OptimizerConfig, preset_names
+from mlx_moe.config import COMPONENTS, ModelConfig, MoEConfig, OptimizerConfig
 from mlx_moe.parameters import table
+from mlx_moe.presets import preset_names
 from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_upcycling

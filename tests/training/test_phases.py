@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from mlx_moe import config as configs
 from mlx_moe.config import RunConfig
 from mlx_moe.training import checkpoint, log
+from mlx_moe.validation import read_mapping, validate
 
 BACKENDS = ("mlx", "torch")
 STEPS = 30
@@ -76,7 +76,7 @@ def test_the_folder_holds_everything(finished):
 
 def test_the_saved_config_is_the_run(finished):
     directory, _ = finished
-    run = configs.validate(RunConfig, configs.read_mapping(directory / "config.yaml"))
+    run = validate(RunConfig, read_mapping(directory / "config.yaml"))
     assert run.model.vocab_size == 400
     assert run.phases.moe.steps == STEPS
 

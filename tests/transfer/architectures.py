@@ -4,8 +4,9 @@ import forward
 import numpy as np
 from hypothesis import strategies as st
 
-from mlx_moe.config import COMPONENTS, MoEConfig, load_architecture
+from mlx_moe.config import COMPONENTS, MoEConfig
 from mlx_moe.parameters import table
+from mlx_moe.presets import load_architecture
 
 HEAD_DIM = 4
 

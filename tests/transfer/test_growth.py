@@ -5,9 +5,10 @@ from architectures import architectures, experts, logit_difference, small, token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_moe.config import MoEConfig, load_architecture
+from mlx_moe.config import MoEConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Axis, table
+from mlx_moe.presets import load_architecture
 from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_upcycling

@@ -1,0 +1,81 @@
+"""Runs and architectures by name, and what a user lays over them.
+
+Precedence: preset < file < `-o key=value`. An architecture preset stands under all of them: it fills in whatever
+the `model` section leaves open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mlx_moe.config import ModelConfig, RunConfig
+from mlx_moe.errors import InputError
+from mlx_moe.validation import nearest, read_mapping, validate
+
+FOLDER = Path(__file__).parent
+
+
+def preset_names(kind: Literal["architectures", "runs"]) -> list[str]:
+    return sorted(path.stem for path in (FOLDER / kind).glob("*.yaml"))
+
+
+def load_run(preset: str = "three-phase", file: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The merged config of a run: preset < file < overrides (`key.path=value`, the value read as YAML).
+
+    `preset` names a run, or an architecture, which then stands in the `three-phase` run.
+
+    Raises InputError, which names the key, the value, the limit and the nearest valid key.
+    """
+    if preset in preset_names("architectures"):
+        layers = [_read_preset("runs", "three-phase"), {"model": {"architecture": preset}}]
+    else:
+        layers = [_read_preset("runs", preset)]
+    if file is not None:
+        layers.append(read_mapping(file))
+    layers += [_parse_override(text) for text in overrides]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer)
+    model = merged.setdefault("model", {})
+    if isinstance(model, dict):
+        if "vocab_size" in model:
+            _merge(merged, {"data": {"fit_vocabulary": False}})
+        merged["model"] = _read_preset("architectures", model.get("architecture", "simple")) | model
+    return validate(RunConfig, merged)
+
+
+def load_architecture(name: str, **overrides: Any) -> ModelConfig:
+    """An architecture preset, with fields replaced."""
+    return validate(ModelConfig, _read_preset("architectures", name) | overrides)
+
+
+def _read_preset(kind: Literal["architectures", "runs"], name: Any) -> dict[str, Any]:
+    known = preset_names(kind) + (preset_names("architectures") if kind == "runs" else [])
+    if name not in known:
+        raise InputError(f"no preset named {name!r}; {nearest(str(name), known)}known: {', '.join(known)}")
+    return read_mapping(FOLDER / kind / f"{name}.yaml")
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise InputError(f"override {text!r} is not of the form key.path=value, e.g. model.n_layers=4")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"override {text!r}: the value {value!r} is not valid YAML; quote it") from None
+    for key in reversed(path.split(".")):
+        nested = {key: nested}
+    return nested
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
