@@ -1,11 +1,10 @@
-"""The model, AdamW and one step, on PyTorch. B batch, T time, V vocabulary, L layers, E experts."""
+"""The model, its optimizers and one step, on PyTorch. B batch, T time, V vocabulary, L layers, E experts."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +14,12 @@ from torch import Tensor
 
 from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, table
+from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
 from mlx_moe.transfer.plan import Plan, TensorPlan
 from torch_ref.attention import KVCache
 from torch_ref.moe import Routing, auxiliary_loss, load
+from torch_ref.optimizers import build_optimizers, load_optimizer_state, optimizer_state
 from torch_ref.transformer import Transformer
 
 
@@ -45,14 +45,15 @@ class Trainer:
             for name, array in weights.items()
         }
         self._model.load_state_dict(tensors, assign=True)
-        self._optimizer = _adamw(self._model, config, optimizer)
+        self._optimizers = build_optimizers(self._model.named_parameters(), config, optimizer)
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         self._model.train()
         if self.config.dropout:
             torch.manual_seed(dropout_seed)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
         tokens = self._tensor(tokens_BT1)
         logits_BTV, routings = self._model(tokens[:, :-1])
         cross_entropy = _cross_entropy(logits_BTV, tokens[:, 1:])
@@ -60,11 +61,12 @@ class Trainer:
         if self.config.moe:
             for routing in routings:
                 loss = loss + auxiliary_loss(routing, self.config.moe)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._model.zero_grad(set_to_none=True)
         loss.backward()
         parameters = list(self._model.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._optimizer_config.max_grad_norm)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         loss, cross_entropy, load_LE = loss.detach(), cross_entropy.detach(), _loads(routings)
 
         def fetch() -> StepMetrics:
@@ -109,22 +111,12 @@ class Trainer:
         return {name: _array(tensor) for name, tensor in self._model.state_dict().items()}
 
     def optimizer_state(self) -> Arrays:
-        arrays: Arrays = {"step": np.zeros((), np.float32)}
-        for name, parameter in self._model.named_parameters():
-            state = self._optimizer.state.get(parameter)  # PyTorch makes it in the first step
-            arrays[f"m.{name}"] = _array(state["exp_avg"] if state else torch.zeros_like(parameter))
-            arrays[f"v.{name}"] = _array(state["exp_avg_sq"] if state else torch.zeros_like(parameter))
-            if state:
-                arrays["step"] = _array(state["step"])
-        return arrays
+        named, config, optimizer = self._model.named_parameters(), self.config, self._optimizer_config
+        return optimizer_state(self._optimizers, named, config, optimizer)
 
     def load_optimizer_state(self, state: Arrays) -> None:
-        for name, parameter in self._model.named_parameters():
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"]), device=self._torch_device),
-                "exp_avg": torch.tensor(state[f"m.{name}"], device=self._torch_device),
-                "exp_avg_sq": torch.tensor(state[f"v.{name}"], device=self._torch_device),
-            }
+        named, config, optimizer = self._model.named_parameters(), self.config, self._optimizer_config
+        load_optimizer_state(self._optimizers, named, config, optimizer, state)
 
     def transferred(self, plan: Plan) -> Trainer:
         source = self._model.state_dict()
@@ -174,18 +166,6 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
             scale = torch.from_numpy(axis_map.scale.astype(np.float32)).to(tensor.device)
             tensor = tensor * scale.view([-1 if axis == axis_map.axis else 1 for axis in range(tensor.ndim)])
     return tensor.clone() if tensor is source[plan.source] else tensor
-
-
-def _adamw(model: Transformer, config: ModelConfig, optimizer: OptimizerConfig) -> torch.optim.AdamW:
-    parameters = dict(model.named_parameters())
-    matrices = {parameter.name for parameter in table(config) if parameter.is_matrix}
-    groups: list[dict[str, Any]] = [
-        {"params": [parameters[name] for name in parameters if name in matrices]},
-        {"params": [parameters[name] for name in parameters if name not in matrices], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay, fused=True
-    )
 
 
 def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

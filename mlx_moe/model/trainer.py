@@ -1,4 +1,4 @@
-"""The model, AdamW and one compiled step, on MLX. B batch, T time, V vocabulary, L layers, E experts."""
+"""The model, its optimizer and one compiled step, on MLX. B batch, T time, V vocabulary, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig, OptimizerConfig
@@ -17,8 +17,9 @@ from mlx_moe.errors import InputError
 from mlx_moe.model.attention import KVCache
 from mlx_moe.model.elementwise import logsumexp
 from mlx_moe.model.moe import Routing, auxiliary_loss, load
+from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from mlx_moe.model.transformer import Transformer
-from mlx_moe.parameters import Arrays, table
+from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
 from mlx_moe.transfer.plan import Plan, TensorPlan
 
@@ -41,7 +42,7 @@ class Trainer:
         self._model = Transformer(config)
         self._model.load_weights([(name, mx.array(array)) for name, array in weights.items()])
         mx.eval(self._model.parameters())
-        self._optimizer = _adamw(config, optimizer)
+        self._optimizer = build_optimizer(config, optimizer)
         self._optimizer.init(self._model.trainable_parameters())
         self._step = self._compile_step()
         self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
@@ -95,25 +96,10 @@ class Trainer:
         return {name: np.array(array) for name, array in tree_flatten(self._model.parameters())}
 
     def optimizer_state(self) -> Arrays:
-        arrays: Arrays = {}
-        for state in self._optimizer.state["states"]:
-            for path, array in tree_flatten(state):
-                name, _, moment = path.rpartition(".")
-                if moment in ("m", "v"):
-                    arrays[f"{moment}.{name}"] = np.array(array)
-                elif path == "step":
-                    arrays["step"] = np.array(array, dtype=np.float32)
-        return arrays
+        return optimizer_state(self._optimizer)
 
     def load_optimizer_state(self, state: Arrays) -> None:
-        def restore(path: str, value: mx.array) -> mx.array:
-            name, _, moment = path.rpartition(".")
-            if path == "step":
-                return mx.array(int(state["step"]), dtype=value.dtype)
-            return mx.array(state[f"{moment}.{name}"]) if moment in ("m", "v") else value
-
-        states = [tree_map_with_path(restore, group) for group in self._optimizer.state["states"]]
-        self._optimizer.state = {"states": states}
+        load_optimizer_state(self._optimizer, self.config, self._optimizer_config, state)
         self._step = self._compile_step()  # the old one is bound to the old state
 
     def transferred(self, plan: Plan) -> Trainer:
@@ -175,17 +161,6 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
             scale = mx.array(axis_map.scale.astype(np.float32))
             array = array * scale.reshape([-1 if axis == axis_map.axis else 1 for axis in range(array.ndim)])
     return array
-
-
-def _adamw(config: ModelConfig, optimizer: OptimizerConfig) -> optim.MultiOptimizer:
-    matrices = {parameter.name for parameter in table(config) if parameter.is_matrix}
-
-    def adamw(weight_decay: float) -> optim.AdamW:
-        betas = list(optimizer.betas)
-        return optim.AdamW(0.0, betas, optimizer.eps, weight_decay, bias_correction=True)
-
-    groups = [adamw(optimizer.weight_decay), adamw(0.0)]
-    return optim.MultiOptimizer(groups, [lambda name, _: name in matrices])
 
 
 def _cross_entropy(logits_BTV: mx.array, targets_BT: mx.array) -> mx.array:
