@@ -126,14 +126,17 @@ def optimizer_table(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str
 def check_optimizer_state(config: ModelConfig, optimizer: OptimizerConfig, state: Arrays) -> None:
     """Raise InputError unless `state` holds just what this optimizer keeps for this model."""
     expected = optimizer_table(config, optimizer)
-    way_out = f"go on with the model and the optimizer that wrote it, not optimizer.name {optimizer.name}"
+    way_out = "go on with the optimizer and the model that wrote it"
     for name, shape in expected.items():
         if name not in state:
-            raise InputError(f"optimizer state: tensor {name} is missing; {way_out}")
+            raise InputError(f"optimizer state: no {name}, which optimizer.name {optimizer.name} needs; {way_out}")
         if state[name].shape != shape:
             raise InputError(f"optimizer state: {name} has shape {state[name].shape}, not {shape}; {way_out}")
-    if extra := [name for name in state if name not in expected]:
-        raise InputError(f"optimizer state: {min(extra)} belongs to no parameter here ({len(extra)} such); {way_out}")
+    if extra := sorted(state.keys() - expected.keys()):
+        raise InputError(
+            f"optimizer state: {extra[0]} ({len(extra)} such) is nothing that optimizer.name {optimizer.name} keeps; "
+            f"{way_out}"
+        )
 
 
 def _table(config: ModelConfig) -> Iterator[Parameter]:
