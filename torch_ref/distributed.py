@@ -12,7 +12,6 @@ fsdp  shares out weights, gradients and state, each tensor in slices (FSDP2, `fu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -40,13 +39,17 @@ class World:
         share = len(tokens_BT1) // self.size
         return tokens_BT1[self.rank * share : (self.rank + 1) * share]
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over the processes, outside of differentiation."""
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, outside of differentiation."""
         if self.size == 1:
             return tensor
         tensor = tensor.detach().clone()
         dist.all_reduce(tensor)
-        return tensor / self.size
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the processes, outside of differentiation."""
+        return tensor if self.size == 1 else self.sum(tensor) / self.size
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process; asks the hosts and leaves the devices alone."""
@@ -85,7 +88,11 @@ def distribute(model: Transformer, world: World, strategy: str) -> nn.Module:
 
 
 def share_out(
-    optimizer: type[torch.optim.Optimizer], groups: list[dict[str, Any]], world: World, strategy: str, **defaults: Any
+    optimizer: type[torch.optim.Optimizer],
+    groups: list[dict[str, Any]],
+    defaults: dict[str, Any],
+    world: World,
+    strategy: str,
 ) -> torch.optim.Optimizer:
     """The optimizer over parameter groups; in `zero1`, this process's part of it."""
     if world.size == 1 or strategy != "zero1":
@@ -95,12 +102,10 @@ def share_out(
     return ZeroRedundancyOptimizer(groups, optimizer, **defaults)
 
 
-def states(optimizers: Iterable[torch.optim.Optimizer]) -> dict[Tensor, dict[str, Tensor]]:
-    """What the optimizers of this process hold for each parameter."""
-    held: dict[Tensor, dict[str, Tensor]] = {}
-    for optimizer in optimizers:
-        held |= getattr(optimizer, "optim", optimizer).state  # ZeRO-1 wraps the optimizer of its own part
-    return held
+def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this process's state: in `zero1`, the one inside."""
+    part: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)
+    return part
 
 
 def gathered(tensor: Tensor) -> Tensor:

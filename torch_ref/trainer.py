@@ -1,4 +1,4 @@
-"""The model, AdamW and one step, on PyTorch. B batch, T time, V vocabulary, L layers, E experts."""
+"""The model, its optimizers and one step, on PyTorch. B batch, T time, V vocabulary, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, table
+from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
-from mlx_moe.training.precision import LossScale, choose_precision
+from mlx_moe.training.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.transfer.plan import Plan, TensorPlan
 from torch_ref.attention import KVCache
-from torch_ref.distributed import connect, distribute, gathered, like, whole
+from torch_ref.distributed import connect, distribute, gathered, whole
 from torch_ref.moe import Routing, auxiliary_loss, entropy, load
+from torch_ref.optimizers import build_optimizers, load_optimizer_state, optimizer_state
 from torch_ref.transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,14 +64,15 @@ class Trainer:
                 layer.compile()  # each block by itself: the second one finds the first one's code
             self._cross_entropy = torch.compile(_cross_entropy)
         self._trained = distribute(self._model, self.world, engine.strategy)
-        self._optimizers = [_adamw(self._model, config, optimizer)]
+        named = self._model.named_parameters()
+        self._optimizers = build_optimizers(named, config, optimizer, self.world, engine.strategy)
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         self._model.train()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            optimizer.zero_grad(set_to_none=True)
+        self._model.zero_grad(set_to_none=True)
         n_parts = self._engine.accumulation_steps
         parts = self._tensor(self.world.rows(tokens_BT1)).chunk(n_parts)
         seeds = [dropout_seed + self.world.rank * n_parts + part for part in range(n_parts)]
@@ -182,26 +183,15 @@ class Trainer:
         return {name: whole(tensor) for name, tensor in self._model.state_dict().items()}
 
     def optimizer_state(self) -> Arrays:
-        arrays: Arrays = {"step": np.zeros((), np.float32)}
-        for name, parameter in self._model.named_parameters():
-            state = self._optimizers[0].state.get(parameter)  # PyTorch makes it in the first step
-            arrays[f"m.{name}"] = whole(state["exp_avg"] if state else torch.zeros_like(parameter))
-            arrays[f"v.{name}"] = whole(state["exp_avg_sq"] if state else torch.zeros_like(parameter))
-            if state:
-                arrays["step"] = whole(state["step"])
-        if self._loss_scale:
-            arrays |= self._loss_scale.arrays()
-        return arrays
+        named = self._model.named_parameters()
+        state = optimizer_state(self._optimizers, named, self.config, self._optimizer_config, self.world)
+        return state | (self._loss_scale.arrays() if self._loss_scale else {})
 
     def load_optimizer_state(self, state: Arrays) -> None:
-        for name, parameter in self._model.named_parameters():
-            self._optimizers[0].state[parameter] = {
-                "step": torch.tensor(float(state["step"]), device=self._torch_device),
-                "exp_avg": like(parameter, state[f"m.{name}"]),
-                "exp_avg_sq": like(parameter, state[f"v.{name}"]),
-            }
         if self._loss_scale:
             self._loss_scale.load(state)
+        named, moments = self._model.named_parameters(), without_loss_scale(state)
+        load_optimizer_state(self._optimizers, named, self.config, self._optimizer_config, moments)
 
     def transferred(self, plan: Plan) -> Trainer:
         source = {name: gathered(tensor) for name, tensor in self._model.state_dict().items()}
@@ -251,18 +241,6 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
             scale = torch.from_numpy(axis_map.scale.astype(np.float32)).to(tensor.device)
             tensor = tensor * scale.view([-1 if axis == axis_map.axis else 1 for axis in range(tensor.ndim)])
     return tensor.clone() if tensor is source[plan.source] else tensor
-
-
-def _adamw(model: Transformer, config: ModelConfig, optimizer: OptimizerConfig) -> torch.optim.AdamW:
-    parameters = dict(model.named_parameters())
-    matrices = {parameter.name for parameter in table(config) if parameter.is_matrix}
-    groups: list[dict[str, Any]] = [
-        {"params": [parameters[name] for name in parameters if name in matrices]},
-        {"params": [parameters[name] for name in parameters if name not in matrices], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay, fused=True
-    )
 
 
 def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

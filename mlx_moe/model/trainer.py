@@ -1,4 +1,4 @@
-"""The model, AdamW and one compiled step, on MLX. B batch, T time, V vocabulary, L layers, E experts."""
+"""The model, its optimizer and one compiled step, on MLX. B batch, T time, V vocabulary, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
@@ -20,10 +19,11 @@ from mlx_moe.model.attention import KVCache
 from mlx_moe.model.distributed import connect
 from mlx_moe.model.elementwise import logsumexp
 from mlx_moe.model.moe import Routing, auxiliary_loss, entropy, load
+from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from mlx_moe.model.transformer import Transformer
-from mlx_moe.parameters import Arrays, table
+from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
-from mlx_moe.training.precision import LossScale, choose_precision
+from mlx_moe.training.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.transfer.plan import Plan, TensorPlan
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
@@ -53,7 +53,7 @@ class Trainer:
         self._model.load_weights([(name, mx.array(array)) for name, array in weights.items()])
         self._model.activation_checkpointing = engine.activation_checkpointing
         mx.eval(self._model.parameters())
-        self._optimizer = _adamw(config, optimizer)
+        self._optimizer = build_optimizer(config, optimizer)
         self._optimizer.init(self._model.trainable_parameters())
         self._step = self._compile_step()
         self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
@@ -145,28 +145,13 @@ class Trainer:
         return {name: np.array(array) for name, array in tree_flatten(self._model.parameters())}
 
     def optimizer_state(self) -> Arrays:
-        arrays: Arrays = {}
-        for state in self._optimizer.state["states"]:
-            for path, array in tree_flatten(state):
-                name, _, moment = path.rpartition(".")
-                if moment in ("m", "v"):
-                    arrays[f"{moment}.{name}"] = np.array(array)
-                elif path == "step":
-                    arrays["step"] = np.array(array, dtype=np.float32)
-        return arrays | (self._loss_scale.arrays() if self._loss_scale else {})
+        return optimizer_state(self._optimizer) | (self._loss_scale.arrays() if self._loss_scale else {})
 
     def load_optimizer_state(self, state: Arrays) -> None:
-        def restore(path: str, value: mx.array) -> mx.array:
-            name, _, moment = path.rpartition(".")
-            if path == "step":
-                return mx.array(int(state["step"]), dtype=value.dtype)
-            return mx.array(state[f"{moment}.{name}"]) if moment in ("m", "v") else value
-
-        states = [tree_map_with_path(restore, group) for group in self._optimizer.state["states"]]
-        self._optimizer.state = {"states": states}
-        self._step = self._compile_step()  # the old one is bound to the old state
         if self._loss_scale:
             self._loss_scale.load(state)
+        load_optimizer_state(self._optimizer, self.config, self._optimizer_config, without_loss_scale(state))
+        self._step = self._compile_step()  # the old one is bound to the old state
 
     def transferred(self, plan: Plan) -> Trainer:
         source = dict(tree_flatten(self._model.parameters()))
@@ -195,18 +180,17 @@ class Trainer:
 
         differentiate = nn.value_and_grad(model, losses)
 
-        def update(gradients: Any, factor: mx.array | None) -> mx.array:
+        def update(gradients: Any, factor: mx.array | float) -> mx.array:
             gradients = nn.average_gradients(gradients)
-            if factor is not None:
-                gradients = tree_map(lambda gradient: gradient * factor, gradients)
-            gradients, grad_norm = optim.clip_grad_norm(gradients, self._optimizer_config.max_grad_norm)
-            optimizer.update(model, gradients)
+            grad_norm = _norm(gradients) * factor
+            factor = factor * mx.minimum(self._optimizer_config.max_grad_norm / (grad_norm + 1e-6), 1.0)
+            optimizer.update(model, tree_map(lambda gradient: gradient * factor, gradients))
             return grad_norm
 
         @partial(mx.compile, inputs=state, outputs=state)
         def whole(tokens_BT1: mx.array) -> tuple[mx.array, mx.array, mx.array]:
             (_, reported, load_LE), gradients = differentiate(tokens_BT1, None, None)
-            return reported, load_LE, update(gradients, None)
+            return reported, load_LE, update(gradients, 1.0)
 
         @partial(mx.compile, inputs=state, outputs=[mx.random.state])
         def load_of(tokens_BT1: mx.array) -> mx.array:
@@ -260,17 +244,6 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
     return array
 
 
-def _adamw(config: ModelConfig, optimizer: OptimizerConfig) -> optim.MultiOptimizer:
-    matrices = {parameter.name for parameter in table(config) if parameter.is_matrix}
-
-    def adamw(weight_decay: float) -> optim.AdamW:
-        betas = list(optimizer.betas)
-        return optim.AdamW(0.0, betas, optimizer.eps, weight_decay, bias_correction=True)
-
-    groups = [adamw(optimizer.weight_decay), adamw(0.0)]
-    return optim.MultiOptimizer(groups, [lambda name, _: name in matrices])
-
-
 def _cross_entropy(logits_BTV: mx.array, targets_BT: mx.array) -> mx.array:
     logits_BTV = logits_BTV.astype(mx.float32)
     chosen_BT = mx.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1).squeeze(-1)
@@ -278,7 +251,8 @@ def _cross_entropy(logits_BTV: mx.array, targets_BT: mx.array) -> mx.array:
 
 
 def _norm(gradients: Any) -> mx.array:
-    squares = [mx.square(gradient).sum() for _, gradient in tree_flatten(gradients)]
+    # One axis first: on CPU, one sum over a million squares is wrong in the third digit.
+    squares = [mx.square(gradient).sum(axis=-1).sum() for _, gradient in tree_flatten(gradients)]
     return mx.sqrt(mx.stack(squares).sum())
 
 

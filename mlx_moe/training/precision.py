@@ -44,6 +44,11 @@ def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device:
     return Precision("fp16", "fp16 with loss scaling: this GPU has no bf16")
 
 
+def without_loss_scale(state: Arrays) -> Arrays:
+    """The optimizer's own part of a state, for the optimizer to check."""
+    return {name: array for name, array in state.items() if name not in ("loss_scale", "good_steps")}
+
+
 @dataclass
 class LossScale:
     """Dynamic loss scaling (Micikevicius et al. 2018): halved when a gradient overflows, and that step is left out;
