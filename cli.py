@@ -84,8 +84,11 @@ def train(
         if directory.exists() and any(directory.iterdir()):
             raise InputError(f"{directory} is not empty; name another folder, or go on with it: --resume {directory}")
     chosen = choose_backend(backend)
+    world = chosen.connect()
+    if world.size > 1 and out is None and resume is None:
+        raise InputError(f"{world.size} processes need one folder between them; name it with --out")
     try:
-        run_phases(run, directory, chosen, phases, Options(device, allow_lossy), Console())
+        run_phases(run, directory, chosen, phases, Options(device, allow_lossy), Console(quiet=world.rank > 0))
     except TrainingStopped as stopped:
         _stop(str(stopped), stopped.exit_code)
 

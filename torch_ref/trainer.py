@@ -150,9 +150,9 @@ class Trainer:
     @torch.no_grad()
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
-        tokens = self._tensor(tokens_BT1)
+        tokens = self._tensor(self.world.rows(tokens_BT1))
         logits_BTV, _ = self._model(tokens[:, :-1])
-        return _cross_entropy(logits_BTV, tokens[:, 1:]).item()
+        return self.world.mean(_cross_entropy(logits_BTV, tokens[:, 1:])).item()
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tokens) -> Logits:

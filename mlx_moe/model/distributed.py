@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_moe.training.backend import Tokens
+from mlx_moe.training.backend import Tokens, launcher
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,23 @@ class World:
     size: int
 
     def rows(self, tokens_BT1: Tokens) -> Tokens:
-        """This process's share of a global batch."""
-        share = len(tokens_BT1) // self.size
-        return tokens_BT1[self.rank * share : (self.rank + 1) * share]
+        """This process's share of a global batch; all of one that does not come in equal shares."""
+        share, rest = divmod(len(tokens_BT1), self.size)
+        return tokens_BT1 if rest else tokens_BT1[self.rank * share : (self.rank + 1) * share]
 
     def mean(self, array: mx.array) -> mx.array:
         """The mean over the processes, outside of differentiation."""
         return array if self.size == 1 else mx.distributed.all_sum(mx.stop_gradient(array)) / self.size
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so in any process; asks the hosts and leaves the devices alone."""
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values; asks the hosts and leaves the devices alone."""
         if self.size == 1:
-            return flag
-        return bool(mx.distributed.all_sum(mx.array(int(flag)), stream=mx.cpu).item())
+            return value
+        return int(np.array(mx.distributed.all_max(mx.array(value), stream=mx.cpu)))
 
 
 @cache
 def connect() -> World:
     """Meet the other processes, once. Alone without `mlx.launch`."""
-    group = mx.distributed.init()
+    group = mx.distributed.init(strict=launcher() == "mlx.launch")
     return World(group.rank(), group.size())

@@ -105,7 +105,7 @@ class Trainer:
             mx.eval(summed, losses)
         mean_losses = mx.stack(losses).mean(axis=0)
         if self._loss_scale:
-            overflowed = self.world.any(not math.isfinite(_float(_norm(summed))))
+            overflowed = bool(self.world.largest(not math.isfinite(_float(_norm(summed)))))
             self._loss_scale.update(overflowed)
             if overflowed:
                 return mean_losses, load_LE, mx.array(mx.inf)
@@ -117,8 +117,8 @@ class Trainer:
 
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
-        tokens = mx.array(tokens_BT1)
-        return _float(_cross_entropy(self._logits(tokens[:, :-1]), tokens[:, 1:]))
+        tokens = mx.array(self.world.rows(tokens_BT1))
+        return _float(self.world.mean(_cross_entropy(self._logits(tokens[:, :-1]), tokens[:, 1:])))
 
     def logits(self, tokens_BT: Tokens) -> Logits:
         self._model.eval()

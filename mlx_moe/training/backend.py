@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
 BackendName = Literal["mlx", "torch"]
 
+LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "MLX_RANK": "mlx.launch"}  # by a variable that each sets
+LAUNCHES: dict[str, BackendName] = {"torchrun": "torch", "mlx.launch": "mlx"}
 TRAINERS: dict[BackendName, str] = {"mlx": "mlx_moe.model.trainer", "torch": "torch_ref.trainer"}
 
 
@@ -67,8 +70,8 @@ class World(Protocol):
     @property
     def size(self) -> int: ...
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so in any process; asks the hosts and leaves the devices alone."""
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values; asks the hosts and leaves the devices alone."""
 
 
 class Trainer(Protocol):
@@ -104,7 +107,7 @@ class Trainer(Protocol):
     def weights(self) -> Arrays: ...
 
     def optimizer_state(self) -> Arrays:
-        """Adam's moments as `m.{name}` and `v.{name}`; the number of steps taken as `step`, shape ()."""
+        """What `parameters.optimizer_table` names, and in fp16 the loss scale."""
 
     def load_optimizer_state(self, state: Arrays) -> None: ...
 
@@ -137,9 +140,23 @@ class Backend:
         factory: TrainerFactory = importlib.import_module(TRAINERS[self.name]).Trainer
         return factory
 
+    def connect(self) -> World:
+        """Meet the other processes of `torchrun` or `mlx.launch`; alone without them."""
+        package = TRAINERS[self.name].rpartition(".")[0]
+        world: World = importlib.import_module(f"{package}.distributed").connect()
+        return world
+
 
 def choose_backend(requested: str = "auto") -> Backend:
-    """MLX on Apple Silicon, else PyTorch; or the one requested. Raises InputError where it is not installed."""
+    """MLX on Apple Silicon, else PyTorch; or the one requested, or the one whose launcher started this process.
+
+    Raises InputError where it is not installed.
+    """
+    if (started_by := launcher()) is not None:
+        name = LAUNCHES[started_by]
+        if requested not in ("auto", name):
+            raise InputError(f"--backend {requested}: {started_by} starts processes for {name}; take --backend {name}")
+        return Backend(name, f"{name}, as {started_by} started it")
     if requested == "auto":
         apple = sys.platform == "darwin" and platform.machine() == "arm64"
         order: list[BackendName] = ["mlx", "torch"] if apple else ["torch", "mlx"]
@@ -158,6 +175,11 @@ def choose_backend(requested: str = "auto") -> Backend:
                 )
             return Backend(name, f"{name} as asked for")
     raise InputError(f"--backend {requested!r}: must be one of auto, {', '.join(TRAINERS)}")
+
+
+def launcher() -> str | None:
+    """`torchrun` or `mlx.launch`, where one of them started this process among others."""
+    return next((name for variable, name in LAUNCHERS.items() if variable in os.environ), None)
 
 
 def is_installed(name: BackendName) -> bool:
