@@ -5,13 +5,15 @@ Every process holds everything and takes as many rows of the global batch; gradi
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_moe.training.backend import Tokens, launcher
+from mlx_moe.errors import InputError
+from mlx_moe.training.backend import Tokens
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class World:
 
 @cache
 def connect() -> World:
-    """Meet the other processes, once. Alone without `mlx.launch`."""
-    group = mx.distributed.init(strict=launcher() == "mlx.launch")
+    """Meet the other processes, once. Alone without `mlx.launch`. Raises InputError where they are not to be found."""
+    group = mx.distributed.init()
+    if group.size() == 1 and os.environ.get("MLX_RANK", "0") != "0":
+        raise InputError(
+            "mlx.launch started several processes, and they do not find each other; try its --backend ring"
+        )
     return World(group.rank(), group.size())

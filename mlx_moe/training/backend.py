@@ -27,8 +27,11 @@ Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
 BackendName = Literal["mlx", "torch"]
 
-LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "MLX_RANK": "mlx.launch"}  # by a variable that each sets
-LAUNCHES: dict[str, BackendName] = {"torchrun": "torch", "mlx.launch": "mlx"}
+# What starts several processes, and for which backend, by a variable that it sets.
+LAUNCHERS: dict[str, tuple[str, BackendName]] = {
+    "TORCHELASTIC_RUN_ID": ("torchrun", "torch"),
+    "MLX_RANK": ("mlx.launch", "mlx"),
+}
 TRAINERS: dict[BackendName, str] = {"mlx": "mlx_moe.model.trainer", "torch": "torch_ref.trainer"}
 
 
@@ -152,11 +155,11 @@ def choose_backend(requested: str = "auto") -> Backend:
 
     Raises InputError where it is not installed.
     """
-    if (started_by := launcher()) is not None:
-        name = LAUNCHES[started_by]
-        if requested not in ("auto", name):
-            raise InputError(f"--backend {requested}: {started_by} starts processes for {name}; take --backend {name}")
-        return Backend(name, f"{name}, as {started_by} started it")
+    for variable, (launcher, name) in LAUNCHERS.items():
+        if variable in os.environ:
+            if requested not in ("auto", name):
+                raise InputError(f"--backend {requested}: {launcher} starts {name}; leave --backend out")
+            return Backend(name, f"{name}, as {launcher} started it")
     if requested == "auto":
         apple = sys.platform == "darwin" and platform.machine() == "arm64"
         order: list[BackendName] = ["mlx", "torch"] if apple else ["torch", "mlx"]
@@ -175,11 +178,6 @@ def choose_backend(requested: str = "auto") -> Backend:
                 )
             return Backend(name, f"{name} as asked for")
     raise InputError(f"--backend {requested!r}: must be one of auto, {', '.join(TRAINERS)}")
-
-
-def launcher() -> str | None:
-    """`torchrun` or `mlx.launch`, where one of them started this process among others."""
-    return next((name for variable, name in LAUNCHERS.items() if variable in os.environ), None)
 
 
 def is_installed(name: BackendName) -> bool:
