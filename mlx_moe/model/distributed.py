@@ -44,7 +44,5 @@ def connect() -> World:
     """Meet the other processes, once. Alone without `mlx.launch`. Raises InputError where they are not to be found."""
     group = mx.distributed.init()
     if group.size() == 1 and os.environ.get("MLX_RANK", "0") != "0":
-        raise InputError(
-            "mlx.launch started several processes, and they do not find each other; try its --backend ring"
-        )
+        raise InputError("mlx.launch started several processes that do not find each other; try its --backend ring")
     return World(group.rank(), group.size())
