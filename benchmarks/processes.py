@@ -2,8 +2,8 @@
 
     python benchmarks/processes.py [--steps 20]
 
-Runs `mlxmoe train` alone, under `torchrun` with each strategy, and under `mlx.launch` over a ring, all on this machine, and
-prints the largest difference of a loss from that of the run alone. The bar is 1e-5.
+Runs `mlxmoe train` alone, under `torchrun` with each strategy, and under `mlx.launch` over a ring, all on this machine,
+and prints the largest difference of a loss from that of the run alone. The bar is 1e-5.
 """
 
 import argparse
@@ -45,9 +45,8 @@ def main() -> None:
         }
     print(json.dumps(found))
     for name, value in found.items():
-        print(
-            f"{name:18} max |Δloss| over {steps} steps of each phase: {value:.1e}  {'ok' if value < LIMIT else 'FAILED'}"
-        )
+        verdict = "ok" if value < LIMIT else "FAILED"
+        print(f"{name:18} max |Δloss| over {steps} steps of each phase: {value:.1e}  {verdict}")
     sys.exit(max(found.values()) >= LIMIT)
 
 
