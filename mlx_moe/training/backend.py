@@ -36,6 +36,7 @@ class StepMetrics:
     cross_entropy: float
     grad_norm: float
     expert_load_LE: NDArray[np.float32] | None  # share of each layer's assignments; None in a dense model
+    router_entropy_L: NDArray[np.float32] | None = None  # mean over tokens, nats; None in a dense model
 
 
 @dataclass(frozen=True)
