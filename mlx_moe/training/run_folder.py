@@ -144,8 +144,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            what = f"cannot write {error.filename or self.path}: {error.strerror or error}"
-            raise InputError(f"{what}; {self._way_out()}") from None
+            raise InputError(f"cannot write {self.path}: {error.strerror or error}; {self._way_out()}") from None
 
     def _way_out(self) -> str:
         if not (self.path / CONFIG).is_file():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import re
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +45,9 @@ class Tracker:
         if position > self.sent:
             self.sent = position
             step = self.first_steps[row["phase"]] + row["step"]
-            self._try(lambda: self.service.log(dict(_scalars(row)), step=step))
+            # Trackers keep the name `step` for the one they are given.
+            values = {"phase_step" if name == "step" else name: value for name, value in _scalars(row)}
+            self._try(lambda: self.service.log(values, step=step))
 
     def finish(self) -> None:
         self._try(self.service.finish)
@@ -62,7 +64,7 @@ class Tracker:
 
 def check_installed(name: str) -> None:
     """Raise InputError where the tracker of a config is not installed."""
-    if name != "none" and importlib.util.find_spec(name) is None:
+    if name != "none" and find_spec(name) is None:
         raise InputError(f"training.tracker {name}: it is not installed; pip install {name}, or take none")
 
 
@@ -94,7 +96,7 @@ def _start_trackio(identity: str, directory: Path, config: dict[str, Any]) -> Se
 
 def _start_wandb(identity: str, directory: Path, config: dict[str, Any]) -> Service:
     wandb = importlib.import_module("wandb")
-    settings = wandb.Settings(silent=True, login_timeout=LOGIN_TIMEOUT_S)
+    settings = wandb.Settings(silent=True, console="off", login_timeout=LOGIN_TIMEOUT_S)
     service: Service = wandb.init(
         project=PROJECT, id=identity, name=identity, resume="allow", dir=directory, config=config, settings=settings
     )
