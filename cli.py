@@ -74,18 +74,18 @@ def train(
     if steps is not None:
         shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
     overrides = [f"{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
-    if resume is not None:
-        if preset or config or overrides or override or out:
-            raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")
-        run, directory = open_run(resume), resume
-    else:
+    chosen = choose_backend(backend)
+    if resume is not None and (preset or config or overrides or override or out):
+        raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")
+    if resume is None:
         run = _load_run(preset or "three-phase", config, [*overrides, *(override or [])])
         directory = out or Path("runs") / f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}"
         if directory.exists() and any(directory.iterdir()):
             raise InputError(f"{directory} is not empty; name another folder, or go on with it: --resume {directory}")
-    chosen = choose_backend(backend)
     world = chosen.connect()
-    if world.size > 1 and out is None and resume is None:
+    if resume is not None:
+        run, directory = open_run(resume, world), resume
+    elif out is None and world.size > 1:
         raise InputError(f"{world.size} processes need one folder between them; name it with --out")
     try:
         run_phases(run, directory, chosen, phases, Options(device, allow_lossy), Console(quiet=world.rank > 0))
