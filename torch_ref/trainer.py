@@ -17,7 +17,7 @@ from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, table
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
-from mlx_moe.transfer.plan import Plan, TensorPlan
+from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 from torch_ref.attention import KVCache
 from torch_ref.moe import Routing, auxiliary_loss, load
 from torch_ref.transformer import Transformer
@@ -126,10 +126,13 @@ class Trainer:
                 "exp_avg_sq": torch.tensor(state[f"v.{name}"], device=self._torch_device),
             }
 
-    def transferred(self, plan: Plan) -> Trainer:
+    def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
         source = self._model.state_dict()
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        return Trainer(plan.target_config, self._optimizer_config, weights, self._torch_device.type)
+        trainer = Trainer(plan.target_config, self._optimizer_config, weights, self._torch_device.type)
+        if carry:
+            trainer.load_optimizer_state(carry_moments(plan, self.optimizer_state(), trainer.optimizer_state().keys()))
+        return trainer
 
     def peak_memory_bytes(self) -> int:
         if self._torch_device.type == "cuda":

@@ -20,7 +20,7 @@ from mlx_moe.model.moe import Routing, auxiliary_loss, load
 from mlx_moe.model.transformer import Transformer
 from mlx_moe.parameters import Arrays, table
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
-from mlx_moe.transfer.plan import Plan, TensorPlan
+from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 
 CACHE_LIMIT_BYTES = 2 << 30  # freed buffers that the allocator may keep
 
@@ -116,10 +116,13 @@ class Trainer:
         self._optimizer.state = {"states": states}
         self._step = self._compile_step()  # the old one is bound to the old state
 
-    def transferred(self, plan: Plan) -> Trainer:
+    def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
         source = dict(tree_flatten(self._model.parameters()))
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        return Trainer(plan.target_config, self._optimizer_config, weights, self.device)
+        trainer = Trainer(plan.target_config, self._optimizer_config, weights, self.device)
+        if carry:
+            trainer.load_optimizer_state(carry_moments(plan, self.optimizer_state(), trainer.optimizer_state().keys()))
+        return trainer
 
     def peak_memory_bytes(self) -> int:
         return mx.get_peak_memory()
