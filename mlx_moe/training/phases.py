@@ -114,7 +114,8 @@ class Experiment:
     def cross_boundary(self, phase: int, trainer: Trainer) -> Trainer:
         """Upcycle after phase 1, grow after phase 2; go on only if nothing changed."""
         plan = plan_boundary(self.run, phase, trainer.config)
-        grown = trainer.transferred(plan)
+        carry = self.run.optimizer.transfer == "carry"
+        grown = trainer.transferred(plan, carry)
         limits = self.run.verification
         probes = fixed_windows(self.data.validation, limits.probe_sequences, trainer.config.context_length)
         certificate = certify(limits, trainer, grown, probes)
@@ -135,7 +136,8 @@ class Experiment:
         log.append(self.directory / "history.jsonl", {"event": "boundary", "phase": phase + 1, **record})
         path = checkpoint.folder(self.directory, phase + 1, 0)
         state = TrainerState(phase + 1, 0, self.backend.name)
-        checkpoint.save(path, grown.config, state, grown.weights(), None)
+        optimizer_state = grown.optimizer_state() if carry else None
+        checkpoint.save(path, grown.config, state, grown.weights(), optimizer_state)
         return grown
 
     def summarize(self) -> None:
