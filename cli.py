@@ -55,6 +55,9 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of every phase.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
+    optimizer_transfer: Annotated[
+        str | None, typer.Option(help="carry or reset the moments at boundaries.", show_default="carry")
+    ] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-TIME")] = None,
@@ -71,6 +74,7 @@ def train(
     if phases not in (1, 2, 3):
         raise InputError(f"--phases {phases}: must be 1 (dense), 2 (then experts) or 3 (then larger experts)")
     shortcuts = {"data.source": data, "data.tokenizer": tokenizer, "seed": seed}
+    shortcuts |= {"optimizer.transfer": optimizer_transfer}
     if steps is not None:
         shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
     overrides = [f"{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]

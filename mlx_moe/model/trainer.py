@@ -17,10 +17,10 @@ from mlx_moe.model.distributed import connect
 from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from mlx_moe.model.step import CompiledStep, compile_step, cross_entropy, loads_of, norm_of
 from mlx_moe.model.transformer import Transformer
-from mlx_moe.parameters import Arrays
+from mlx_moe.parameters import Arrays, optimizer_table
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
 from mlx_moe.training.precision import LossScale, choose_precision, without_loss_scale
-from mlx_moe.transfer.plan import Plan, TensorPlan
+from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 CACHE_LIMIT_BYTES = 2 << 30  # freed buffers that the allocator may keep
@@ -149,10 +149,14 @@ class Trainer:
         load_optimizer_state(self._optimizer, self.config, self._optimizer_config, without_loss_scale(state))
         self._step = self._compile_step()  # the old one is bound to the old state
 
-    def transferred(self, plan: Plan) -> Trainer:
+    def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
         source = dict(tree_flatten(self._model.parameters()))
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        return Trainer(plan.target_config, self._optimizer_config, weights, self.device, self._engine)
+        trainer = Trainer(plan.target_config, self._optimizer_config, weights, self.device, self._engine)
+        if carry:
+            kept = optimizer_table(plan.target_config, self._optimizer_config)
+            trainer.load_optimizer_state(carry_moments(plan, self.optimizer_state(), kept.keys()))
+        return trainer
 
     def peak_memory_bytes(self) -> int:
         return mx.get_peak_memory()

@@ -131,8 +131,11 @@ class Trainer(Protocol):
 
     def load_optimizer_state(self, state: Arrays) -> None: ...
 
-    def transferred(self, plan: Plan) -> Trainer:
-        """A new trainer with the plan applied to these weights, on this device, with a fresh optimizer."""
+    def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
+        """A new trainer on this device, with the plan applied to these weights.
+
+        Its optimizer starts fresh; or, to `carry`, with these moments through the plan and the same count of steps.
+        """
 
     def peak_memory_bytes(self) -> int: ...
 

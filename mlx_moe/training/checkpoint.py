@@ -1,7 +1,8 @@
 """Checkpoints: a folder that is there whole or not at all, and that says what it holds.
 
-`config.json` (the model), `model.safetensors`, `optimizer.safetensors` (absent at a phase's birth), `trainer.json`
-(phase, step) and `manifest.json` (bytes and SHA-256 of each). Written by either backend, read by the other.
+`config.json` (the model), `model.safetensors`, `optimizer.safetensors` (absent where the optimizer starts fresh),
+`trainer.json` (phase, step) and `manifest.json` (bytes and SHA-256 of each). Written by either backend, read by the
+other.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Checkpoint:
 
     @cached_property
     def optimizer_state(self) -> Arrays | None:
-        """Adam's moments, read when asked for: only training needs them. None at a phase's birth."""
+        """Adam's moments, read when asked for: only training needs them. None where the optimizer starts fresh."""
         return _read(self.path / OPTIMIZER) if (self.path / OPTIMIZER).exists() else None
 
     @property

@@ -119,7 +119,8 @@ class Experiment:
     def cross_boundary(self, phase: int, trainer: Trainer) -> Trainer:
         """Upcycle after phase 1, grow after phase 2; go on only if nothing changed."""
         plan = plan_boundary(self.run, phase, trainer.config)
-        grown = trainer.transferred(plan)
+        carry = self.run.optimizer.transfer == "carry"
+        grown = trainer.transferred(plan, carry)
         limits = self.run.verification
         probes = fixed_windows(self.data.validation, limits.probe_sequences, trainer.config.context_length)
         certificate = certify(limits, trainer, grown, probes)
@@ -138,7 +139,8 @@ class Experiment:
         # Before the birth is saved: resuming without it drops this row and crosses again; after it, both are there.
         self.folder.log_event({"event": "boundary", "phase": phase + 1, **record})
         state = TrainerState(phase + 1, 0, self.backend.name)
-        self.folder.save(grown.config, state, grown.weights(), None, self.run.training.keep_checkpoints)
+        optimizer_state = grown.optimizer_state() if carry else None
+        self.folder.save(grown.config, state, grown.weights(), optimizer_state, self.run.training.keep_checkpoints)
         return grown
 
     def _trainer(self, model: ModelConfig, weights: Arrays) -> Trainer:
