@@ -106,6 +106,6 @@ def test_a_signal_stops_all_after_the_same_step(tmp_path):
 def test_a_batch_must_come_in_equal_shares(tmp_path):
     run = load_run("demo", overrides=["training.batch_size=12", "engine.accumulation_steps=4"])
     folder = RunFolder(tmp_path / "run", Alone(size=2))
-    with pytest.raises(InputError, match="batch_size 12 does not come in 8 equal parts: 2 processes times .* take 16"):
+    with pytest.raises(InputError, match=r"batch_size 12 does not come in 8 equal parts: 2 processes times .* take 16"):
         begin(run, folder, choose_backend("torch"), 3, Options(), Console(quiet=True))
     assert not folder.path.exists()
