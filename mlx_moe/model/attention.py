@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.model.elementwise import widened
 from mlx_moe.model.layers import Linear
 
 
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         v_BGSd = self._split_heads(self.v_proj(x_BTD))
         if cache:
             k_BGSd, v_BGSd = cache.extend(k_BGSd, v_BGSd)
-        out_BHTd = self._attend(q_BHTd, k_BGSd, v_BGSd)
+        out_BHTd = widened(self._attend, q_BHTd, k_BGSd, v_BGSd)
         return self.o_proj(out_BHTd.swapaxes(1, 2).flatten(2))
 
     def _split_heads(self, x_BTC: mx.array) -> mx.array:

@@ -54,6 +54,17 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
+def widened(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
+    """`function` of the arrays; on CPU in float32, rounded back to their dtype.
+
+    MLX's CPU kernels for half precision are ten times slower, or missing. GPUs, too, add up products in float32.
+    """
+    dtype = arrays[0].dtype
+    if dtype == mx.float32 or not on_cpu():
+        return function(*arrays)
+    return function(*(array.astype(mx.float32) for array in arrays)).astype(dtype)
+
+
 def _by_polynomial(x: mx.array) -> bool:
     return x.dtype == mx.float32 and on_cpu()
 

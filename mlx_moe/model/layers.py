@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.model.elementwise import gelu, gelu_tanh, silu
+from mlx_moe.model.elementwise import gelu, gelu_tanh, silu, widened
 from mlx_moe.parameters import FFN_INPUTS, NORMS_WITH_BIAS
 
 NORMALIZATIONS: dict[str, Callable[[mx.array, mx.array, mx.array | None, float], mx.array]] = {
@@ -19,9 +19,9 @@ NORMALIZATIONS: dict[str, Callable[[mx.array, mx.array, mx.array | None, float],
 }
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": gelu,
-    "gelu_tanh": gelu_tanh,
-    "silu": silu,
+    "gelu": partial(widened, gelu),
+    "gelu_tanh": partial(widened, gelu_tanh),
+    "silu": partial(widened, silu),
     "relu": nn.relu,
     "leaky_relu": partial(nn.leaky_relu, negative_slope=0.01),
 }
@@ -56,7 +56,9 @@ class Linear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         weight = self.weight.astype(x.dtype).T
-        return mx.addmm(self.bias.astype(x.dtype), x, weight) if "bias" in self else x @ weight
+        if "bias" in self:
+            return widened(mx.addmm, self.bias.astype(x.dtype), x, weight)
+        return widened(mx.matmul, x, weight)
 
 
 class Norm(nn.Module):

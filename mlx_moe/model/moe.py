@@ -7,13 +7,14 @@ P rows of the blocked layout: the assignments sorted by expert, each expert's pa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig, MoEConfig
-from mlx_moe.model.elementwise import on_cpu
+from mlx_moe.model.elementwise import on_cpu, widened
 from mlx_moe.model.layers import ACTIVATIONS, FFN_TYPES
 from mlx_moe.parameters import FFN_INPUTS
 
@@ -78,11 +79,7 @@ class ExpertLinear(nn.Module):
     def __call__(self, x: mx.array, expert: mx.array) -> mx.array:
         """x (M, rows, in), one expert for each of the M groups of rows, in rising order."""
         weight = self.weight.astype(x.dtype).swapaxes(-1, -2)
-        if on_cpu():  # where gather_mm knows float32 only: rounded alike before and after
-            y = mx.gather_mm(x.astype(mx.float32), weight.astype(mx.float32), rhs_indices=expert, sorted_indices=True)
-            y = y.astype(x.dtype)
-        else:
-            y = mx.gather_mm(x, weight, rhs_indices=expert, sorted_indices=True)
+        y = widened(partial(mx.gather_mm, rhs_indices=expert, sorted_indices=True), x, weight)
         return y + self.bias.astype(x.dtype)[expert][:, None] if "bias" in self else y
 
 

@@ -11,6 +11,7 @@ from mlx.nn.utils import checkpoint
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.model.attention import Attention, KVCache
+from mlx_moe.model.elementwise import widened
 from mlx_moe.model.layers import FFN, Linear, Norm, dropout
 from mlx_moe.model.moe import MoE, Routing
 
@@ -98,4 +99,4 @@ class Transformer(nn.Module):
         if route_only:
             return x_BTD, routings
         head = self.lm_head if "lm_head" in self else self.embed_tokens
-        return x_BTD @ head.weight.astype(dtype).T, routings
+        return widened(mx.matmul, x_BTD, head.weight.astype(dtype).T), routings
