@@ -225,6 +225,16 @@ class RunConfig(_Frozen):
     training: TrainingConfig = TrainingConfig()
     verification: VerificationConfig = VerificationConfig()
 
+    @model_validator(mode="after")
+    def _batches_come_in_equal_parts(self) -> RunConfig:
+        batch_size, parts = self.training.batch_size, self.engine.accumulation_steps
+        if batch_size % parts:
+            raise ValueError(
+                f"training.batch_size {batch_size} does not come in {parts} equal parts (engine.accumulation_steps); "
+                f"take batch_size {-(-batch_size // parts) * parts}"
+            )
+        return self
+
 
 def save(config: BaseModel, path: Path) -> None:
     """Write a config as YAML or JSON, by the file's ending; `read_mapping` and `validate` read it back."""

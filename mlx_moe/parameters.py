@@ -1,7 +1,8 @@
 """Every tensor of a model: its name, its shape, what each axis means, how it starts.
 
-The one table behind both backends' initial weights, the parameter counts, the checks on checkpoints, and the plans
-of `transfer`. The names are the contract between the backends and with every safetensors file.
+The one table behind both backends' initial weights, their optimizers' groups and state, the parameter counts, the
+checks on checkpoints, and the plans of `transfer`. The names are the contract between the backends and with every
+safetensors file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_moe.config import ModelConfig
+from mlx_moe.config import ModelConfig, OptimizerConfig
+from mlx_moe.errors import InputError
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -48,6 +50,28 @@ class Parameter:
         """Whether it multiplies activations or holds embeddings: what weight decay applies to."""
         return self.start in ("normal", "residual")
 
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it takes activations to activations inside a block, or is a stack of such, one per expert.
+
+        The router is none: like `lm_head` it is E probes side by side that a softmax reads. Orthogonalised, they would
+        all move equally far in every step, also those of experts that hardly any token chose.
+        """
+        return self.is_matrix and not {Axis.VOCAB, Axis.POSITION, Axis.EXPERT} & set(self.axes[-2:])
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """Parameters that one rule updates in the same way."""
+
+    rule: Literal["muon", "adamw"]
+    weight_decay: float
+    names: list[str]
+
+
+# What each rule remembers of a parameter: the mean of its gradients (m), and of their squares (v).
+MOMENTS = {"muon": ("m",), "adamw": ("m", "v")}
+
 
 def table(config: ModelConfig) -> list[Parameter]:
     """All parameters of a model, in the order of the forward pass."""
@@ -79,6 +103,40 @@ def normal(name: str, seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Standard normal float32 numbers that depend on (name, seed, shape) only: a stream of Philox per tensor."""
     generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
     return generator.standard_normal(shape, dtype=np.float32)
+
+
+def optimizer_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[OptimizerGroup]:
+    """Who updates what: Muon the hidden matrices where it is chosen, AdamW the rest; only matrices decay."""
+    chosen = {p.name for p in table(config) if p.is_hidden_matrix} if optimizer.name == "muon" else set()
+    matrices = [p.name for p in table(config) if p.is_matrix]
+    muon = [OptimizerGroup("muon", optimizer.weight_decay, [name for name in matrices if name in chosen])]
+    return (muon if chosen else []) + [
+        OptimizerGroup("adamw", optimizer.weight_decay, [name for name in matrices if name not in chosen]),
+        OptimizerGroup("adamw", 0.0, [p.name for p in table(config) if not p.is_matrix]),
+    ]
+
+
+def optimizer_table(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of an optimizer's state and their shapes: `m.{name}`, `v.{name}`, and `step`, the steps taken."""
+    rules = {name: group.rule for group in optimizer_groups(config, optimizer) for name in group.names}
+    moments = {f"{moment}.{p.name}": p.shape for p in table(config) for moment in MOMENTS[rules[p.name]]}
+    return {"step": ()} | moments
+
+
+def check_optimizer_state(config: ModelConfig, optimizer: OptimizerConfig, state: Arrays) -> None:
+    """Raise InputError unless `state` holds just what this optimizer keeps for this model."""
+    expected = optimizer_table(config, optimizer)
+    way_out = "go on with the optimizer and the model that wrote it"
+    for name, shape in expected.items():
+        if name not in state:
+            raise InputError(f"optimizer state: no {name}, which optimizer.name {optimizer.name} needs; {way_out}")
+        if state[name].shape != shape:
+            raise InputError(f"optimizer state: {name} has shape {state[name].shape}, not {shape}; {way_out}")
+    if extra := sorted(state.keys() - expected.keys()):
+        raise InputError(
+            f"optimizer state: {extra[0]} ({len(extra)} such) is nothing that optimizer.name {optimizer.name} keeps; "
+            f"{way_out}"
+        )
 
 
 def _table(config: ModelConfig) -> Iterator[Parameter]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlx_moe.config import ModelConfig
+from torch_ref.layers import Linear
 
 
 class KVCache:
@@ -97,10 +98,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.d_model, q_width, config.bias)
-        self.k_proj = nn.Linear(config.d_model, kv_width, config.bias)
-        self.v_proj = nn.Linear(config.d_model, kv_width, config.bias)
-        self.o_proj = nn.Linear(q_width, config.d_model, config.bias)
+        self.q_proj = Linear(config.d_model, q_width, config.bias)
+        self.k_proj = Linear(config.d_model, kv_width, config.bias)
+        self.v_proj = Linear(config.d_model, kv_width, config.bias)
+        self.o_proj = Linear(q_width, config.d_model, config.bias)
         self._head_dim = config.head_dim
         self._theta = config.rope_theta
         self._rotate = POSITION_ENCODINGS[config.position_encoding]

@@ -51,6 +51,13 @@ FFN_TYPES: dict[str, Callable[[Projection, Activation], Tensor]] = {
 }
 
 
+class Linear(nn.Linear):
+    """Float32 weights, multiplied in the dtype of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class Norm(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -68,8 +75,8 @@ class FFN(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         for name in FFN_INPUTS[config.ffn_type]:
-            self.add_module(name, nn.Linear(config.d_model, config.d_ff, config.bias))
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, config.bias)
+            self.add_module(name, Linear(config.d_model, config.d_ff, config.bias))
+        self.down_proj = Linear(config.d_ff, config.d_model, config.bias)
         self._combine = FFN_TYPES[config.ffn_type]
         self._activate = ACTIVATIONS[config.activation]
 

@@ -40,12 +40,24 @@ def load(routing: Routing) -> Tensor:
     return F.one_hot(experts_NK, n_experts).float().mean(dim=(0, 1))
 
 
-def auxiliary_loss(routing: Routing, config: MoEConfig) -> Tensor:
-    """α·E·Σ fᵢPᵢ (Switch, Fedus et al. 2021) + β·mean(logsumexp²) (ST-MoE, Zoph et al. 2022), for one layer."""
+def entropy(routing: Routing) -> Tensor:
+    """Of the router's softmax over all experts, in nats, the mean over tokens, (); ln E for a router that is unsure."""
+    log_probability_NE = routing.logits_NE.log_softmax(dim=-1)
+    return -(log_probability_NE.exp() * log_probability_NE).sum(dim=-1).mean()
+
+
+def auxiliary_loss(routing: Routing, load_E: Tensor, config: MoEConfig) -> Tensor:
+    """α·E·Σ fᵢPᵢ (Switch, Fedus et al. 2021) + β·mean(logsumexp²) (ST-MoE, Zoph et al. 2022), for one layer.
+
+    fᵢ is `load_E`, over the whole batch, of which `routing` may be a part.
+    """
     mean_probability_E = routing.logits_NE.softmax(dim=-1).mean(dim=0)
-    balance = config.n_experts * (load(routing) * mean_probability_E).sum()
+    balance = config.n_experts * (load_E * mean_probability_E).sum()
     z_loss = routing.logits_NE.logsumexp(dim=-1).square().mean()
     return config.load_balance_coefficient * balance + config.z_loss_coefficient * z_loss
+
+
+_grouped_mm_uncompiled = torch.compiler.disable(F.grouped_mm)  # PyTorch 2.13 can trace bfloat16 only
 
 
 class ExpertLinear(nn.Module):
@@ -58,17 +70,18 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x_AC: Tensor, expert_A: Tensor, end_E: Tensor) -> Tensor:
         """Rows sorted by expert; the rows of expert e end before `end_E[e]`."""
-        weight = self.weight.transpose(-1, -2)
+        weight = self.weight.to(x_AC.dtype).transpose(-1, -2)
         if self.weight.shape[1] * x_AC.itemsize % 16 or self.weight.shape[2] * x_AC.itemsize % 16:
             # grouped_mm takes rows of whole 16 bytes only
             rows = x_AC.tensor_split(end_E[:-1].long().cpu())
             y_AC = torch.cat([x @ w for x, w in zip(rows, weight, strict=True)])
         else:
-            y_AC = F.grouped_mm(x_AC, weight, offs=end_E)
+            grouped_mm = F.grouped_mm if x_AC.dtype is torch.bfloat16 else _grouped_mm_uncompiled
+            y_AC = grouped_mm(x_AC, weight, offs=end_E)
         if self.bias is None:
             return y_AC
         # A product, and not an index, because its gradient is summed in the same order every time.
-        return y_AC + F.one_hot(expert_A, len(self.bias)).to(self.bias.dtype) @ self.bias
+        return y_AC + F.one_hot(expert_A, len(self.bias)).to(x_AC.dtype) @ self.bias.to(x_AC.dtype)
 
 
 class Experts(nn.Module):

@@ -1,26 +1,33 @@
-"""The model, AdamW and one step, on PyTorch. B batch, T time, V vocabulary, L layers, E experts."""
+"""The model, its optimizers and one step, on PyTorch. B batch, T time, V vocabulary, L layers, E experts."""
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from mlx_moe.config import ModelConfig, OptimizerConfig
+from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, table
+from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
+from mlx_moe.training.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.transfer.plan import Plan, TensorPlan
 from torch_ref.attention import KVCache
-from torch_ref.moe import Routing, auxiliary_loss, load
+from torch_ref.distributed import connect, distribute, gathered, whole
+from torch_ref.moe import Routing, auxiliary_loss, entropy, load
+from torch_ref.optimizers import build_optimizers, load_optimizer_state, optimizer_state
 from torch_ref.transformer import Transformer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -32,11 +39,16 @@ class Trainer:
         optimizer: OptimizerConfig,
         weights: Arrays | dict[str, Tensor],
         device: str = "auto",
+        engine: EngineConfig = EngineConfig(),
     ):
         self.config = config
+        self.world = connect()
         self._torch_device = _choose_device(device)
         self.device = {"cuda": "CUDA", "mps": "Metal (MPS)"}.get(self._torch_device.type, "CPU")
-        self._optimizer_config = optimizer
+        self.precision = choose_precision(engine.precision, self.device, _has_bf16(self._torch_device))
+        self._dtype = DTYPES[self.precision.name]
+        self._loss_scale = LossScale() if self.precision.name == "fp16" else None
+        self._optimizer_config, self._engine = optimizer, engine
         with torch.device("meta"):
             self._model = Transformer(config)
         # NumPy's arrays belong to the caller; tensors come from a transfer, which made them for this model.
@@ -45,33 +57,95 @@ class Trainer:
             for name, array in weights.items()
         }
         self._model.load_state_dict(tensors, assign=True)
-        self._optimizer = _adamw(self._model, config, optimizer)
+        self._model.activation_checkpointing = engine.activation_checkpointing
+        self._cross_entropy = _cross_entropy
+        if engine.compile:
+            for layer in self._model.layers:
+                layer.compile()  # each block by itself: the second one finds the first one's code
+            self._cross_entropy = torch.compile(_cross_entropy)
+        self._trained = distribute(self._model, self.world, engine.strategy)
+        named = self._model.named_parameters()
+        self._optimizers = build_optimizers(named, config, optimizer, self.world, engine.strategy)
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         self._model.train()
-        if self.config.dropout:
-            torch.manual_seed(dropout_seed)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        tokens = self._tensor(tokens_BT1)
-        logits_BTV, routings = self._model(tokens[:, :-1])
-        cross_entropy = _cross_entropy(logits_BTV, tokens[:, 1:])
-        loss = cross_entropy
-        if self.config.moe:
-            for routing in routings:
-                loss = loss + auxiliary_loss(routing, self.config.moe)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        parameters = list(self._model.parameters())
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._optimizer_config.max_grad_norm)
-        self._optimizer.step()
-        loss, cross_entropy, load_LE = loss.detach(), cross_entropy.detach(), _loads(routings)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+        self._model.zero_grad(set_to_none=True)
+        n_parts = self._engine.accumulation_steps
+        parts = self._tensor(self.world.rows(tokens_BT1)).chunk(n_parts)
+        seeds = [dropout_seed + self.world.rank * n_parts + part for part in range(n_parts)]
+        load_LE = self._load_of_all(parts, seeds) if self.config.moe and n_parts > 1 else None
+        scale = (self._loss_scale.scale if self._loss_scale else 1.0) / n_parts
+        losses = []
+        for part, seed in zip(parts, seeds, strict=True):
+            with self._gradients_stay_here() if part is not parts[-1] else nullcontext():
+                loss, cross_entropy, load_LE, entropy_L = self._losses(part, seed, load_LE)
+                (loss * scale).backward()
+            losses.append(torch.cat([torch.stack([loss, cross_entropy]), entropy_L]).detach())
+        grad_norm = self._update()
 
         def fetch() -> StepMetrics:
-            expert_load_LE = None if load_LE is None else load_LE.cpu().numpy()
-            return StepMetrics(loss.item(), cross_entropy.item(), grad_norm.item(), expert_load_LE)
+            loss, cross_entropy, *entropy_L = self.world.mean(torch.stack(losses).mean(dim=0)).tolist()
+            norm = float(whole(grad_norm))
+            if load_LE is None:
+                return StepMetrics(loss, cross_entropy, norm)
+            return StepMetrics(loss, cross_entropy, norm, load_LE.cpu().numpy(), np.array(entropy_L, np.float32))
 
         return fetch
+
+    def _losses(
+        self, tokens_BT1: Tensor, seed: int, load_LE: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """(loss, cross entropy, each layer's load and router entropy), for a part of a batch; with the whole's load."""
+        self._seed_dropout(seed)
+        logits_BTV, routings = self._trained(tokens_BT1[:, :-1], dtype=self._dtype)
+        loss = cross_entropy = self._cross_entropy(logits_BTV, tokens_BT1[:, 1:])
+        if self.config.moe is None:
+            return loss, cross_entropy, None, cross_entropy.new_zeros(0)
+        if load_LE is None:
+            load_LE = self.world.mean(_loads(routings))
+        for routing, load_E in zip(routings, load_LE, strict=True):
+            loss = loss + auxiliary_loss(routing, load_E, self.config.moe)
+        return loss, cross_entropy, load_LE, torch.stack([entropy(routing) for routing in routings])
+
+    @torch.no_grad()
+    def _load_of_all(self, parts: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
+        """Each layer's load over all parts and processes: balance is asked of the batch, not of each part."""
+        loads = []
+        for part, seed in zip(parts, seeds, strict=True):
+            self._seed_dropout(seed)
+            _, routings = self._model(part[:, :-1], dtype=self._dtype, route_only=True)
+            loads.append(_loads(routings))
+        return self.world.mean(torch.stack(loads).mean(dim=0))
+
+    def _update(self) -> Tensor:
+        """Clip the gradients and let the optimizers step, unless a scaled gradient overflowed; returns their norm."""
+        parameters = list(self._model.parameters())
+        if self._loss_scale:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.div_(self._loss_scale.scale)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._optimizer_config.max_grad_norm)
+        if self._loss_scale:
+            overflowed = not math.isfinite(float(whole(grad_norm)))
+            self._loss_scale.update(overflowed)
+            if overflowed:
+                return grad_norm
+        for optimizer in self._optimizers:
+            optimizer.step()
+        return grad_norm
+
+    def _gradients_stay_here(self) -> AbstractContextManager[None]:
+        """Processes average their gradients once a step, with the last part."""
+        if isinstance(self._trained, DistributedDataParallel):
+            return self._trained.no_sync()
+        return nullcontext()
+
+    def _seed_dropout(self, seed: int) -> None:
+        if self.config.dropout:
+            torch.manual_seed(seed)
 
     @torch.no_grad()
     def loss(self, tokens_BT1: Tokens) -> float:
@@ -98,38 +172,31 @@ class Trainer:
     @torch.no_grad()
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()
-        load_LE = _loads(self._model(self._tensor(tokens_BT))[1])
-        return None if load_LE is None else load_LE.cpu().numpy()
+        _, routings = self._model(self._tensor(tokens_BT), route_only=True)
+        return _loads(routings).cpu().numpy() if routings else None
 
     def decoder(self) -> Decoder:
         self._model.eval()
         return Decoder(self._model, self._torch_device)
 
     def weights(self) -> Arrays:
-        return {name: _array(tensor) for name, tensor in self._model.state_dict().items()}
+        return {name: whole(tensor) for name, tensor in self._model.state_dict().items()}
 
     def optimizer_state(self) -> Arrays:
-        arrays: Arrays = {"step": np.zeros((), np.float32)}
-        for name, parameter in self._model.named_parameters():
-            state = self._optimizer.state.get(parameter)  # PyTorch makes it in the first step
-            arrays[f"m.{name}"] = _array(state["exp_avg"] if state else torch.zeros_like(parameter))
-            arrays[f"v.{name}"] = _array(state["exp_avg_sq"] if state else torch.zeros_like(parameter))
-            if state:
-                arrays["step"] = _array(state["step"])
-        return arrays
+        named = self._model.named_parameters()
+        state = optimizer_state(self._optimizers, named, self.config, self._optimizer_config, self.world)
+        return state | (self._loss_scale.arrays() if self._loss_scale else {})
 
     def load_optimizer_state(self, state: Arrays) -> None:
-        for name, parameter in self._model.named_parameters():
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"]), device=self._torch_device),
-                "exp_avg": torch.tensor(state[f"m.{name}"], device=self._torch_device),
-                "exp_avg_sq": torch.tensor(state[f"v.{name}"], device=self._torch_device),
-            }
+        if self._loss_scale:
+            self._loss_scale.load(state)
+        named, moments = self._model.named_parameters(), without_loss_scale(state)
+        load_optimizer_state(self._optimizers, named, self.config, self._optimizer_config, moments)
 
     def transferred(self, plan: Plan) -> Trainer:
-        source = self._model.state_dict()
+        source = {name: gathered(tensor) for name, tensor in self._model.state_dict().items()}
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        return Trainer(plan.target_config, self._optimizer_config, weights, self._torch_device.type)
+        return Trainer(plan.target_config, self._optimizer_config, weights, self._torch_device.type, self._engine)
 
     def peak_memory_bytes(self) -> int:
         if self._torch_device.type == "cuda":
@@ -176,28 +243,16 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
     return tensor.clone() if tensor is source[plan.source] else tensor
 
 
-def _adamw(model: Transformer, config: ModelConfig, optimizer: OptimizerConfig) -> torch.optim.AdamW:
-    parameters = dict(model.named_parameters())
-    matrices = {parameter.name for parameter in table(config) if parameter.is_matrix}
-    groups: list[dict[str, Any]] = [
-        {"params": [parameters[name] for name in parameters if name in matrices]},
-        {"params": [parameters[name] for name in parameters if name not in matrices], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay, fused=True
-    )
-
-
 def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
 
 
-def _loads(routings: list[Routing]) -> Tensor | None:
-    return torch.stack([load(routing) for routing in routings]).detach() if routings else None
+def _loads(routings: list[Routing]) -> Tensor:
+    return torch.stack([load(routing) for routing in routings])
 
 
-def _array(tensor: Tensor) -> NDArray[np.float32]:
-    return tensor.detach().float().cpu().numpy().copy()
+def _has_bf16(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _choose_device(requested: str) -> torch.device:

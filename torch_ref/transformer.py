@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlx_moe.config import ModelConfig
 from torch_ref.attention import Attention, KVCache
-from torch_ref.layers import FFN, Norm
+from torch_ref.layers import FFN, Linear, Norm
 from torch_ref.moe import MoE, Routing
 
 
@@ -23,14 +24,18 @@ class Block(nn.Module):
         self._pre_norm = config.norm_position == "pre"
 
     def forward(
-        self, x_BTD: Tensor, cache: KVCache | None = None, experts_NK: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        cache: KVCache | None = None,
+        experts_NK: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Routing | None]:
         if self._pre_norm:
-            x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), cache))
-            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD), experts_NK)
+            x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD).to(dtype), cache))
+            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD).to(dtype), experts_NK)
             return x_BTD + self.dropout(y_BTD), routing
-        x_BTD = self.input_layernorm(x_BTD + self.dropout(self.self_attn(x_BTD, cache)))
-        y_BTD, routing = self._feed_forward(x_BTD, experts_NK)
+        x_BTD = self.input_layernorm(x_BTD + self.dropout(self.self_attn(x_BTD.to(dtype), cache)))
+        y_BTD, routing = self._feed_forward(x_BTD.to(dtype), experts_NK)
         return self.post_attention_layernorm(x_BTD + self.dropout(y_BTD)), routing
 
     def _feed_forward(self, x_BTD: Tensor, experts_NK: Tensor | None) -> tuple[Tensor, Routing | None]:
@@ -45,15 +50,23 @@ class Transformer(nn.Module):
         self.embed_positions = nn.Embedding(config.context_length, config.d_model) if learned else None
         self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
         self.norm = Norm(config)
-        self.lm_head = None if config.weight_tying else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = None if config.weight_tying else Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
+        self.activation_checkpointing = False
 
     def forward(
-        self, tokens_BT: Tensor, cache: list[KVCache] | None = None, experts: list[Tensor] | None = None
+        self,
+        tokens_BT: Tensor,
+        cache: list[KVCache] | None = None,
+        experts: list[Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+        route_only: bool = False,
     ) -> tuple[Tensor, list[Routing]]:
-        """Returns (logits (B, T, V), the routing of every MoE layer).
+        """Returns (logits (B, T, V) in `dtype`, the routing of every MoE layer).
 
-        With a cache, tokens continue what it holds. `experts` forces every layer's choices.
+        With a cache, tokens continue what it holds. `experts` forces every layer's choices. Matrix products take and
+        give `dtype`; the residual stream, norms and routers stay in float32. `route_only` leaves the head out: the
+        first result is then what it would read.
         """
         x_BTD = self.embed_tokens(tokens_BT)
         if self.embed_positions is not None:
@@ -63,9 +76,14 @@ class Transformer(nn.Module):
         x_BTD = self.dropout(x_BTD)
         routings = []
         for i, layer in enumerate(self.layers):
-            x_BTD, routing = layer(x_BTD, cache[i] if cache else None, experts[i] if experts else None)
+            if self.activation_checkpointing and self.training:
+                x_BTD, routing = checkpoint(layer, x_BTD, dtype=dtype, use_reentrant=False)
+            else:
+                x_BTD, routing = layer(x_BTD, cache[i] if cache else None, experts[i] if experts else None, dtype)
             if routing is not None:
                 routings.append(routing)
-        x_BTD = self.norm(x_BTD)
-        logits_BTV = F.linear(x_BTD, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x_BTD)
-        return logits_BTV, routings
+        x_BTD = self.norm(x_BTD).to(dtype)
+        if route_only:
+            return x_BTD, routings
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(x_BTD, head.weight.to(dtype)), routings

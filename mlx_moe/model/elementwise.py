@@ -50,8 +50,12 @@ def silu(x: mx.array) -> mx.array:
     return x * _sigmoid(x) if _by_polynomial(x) else nn.silu(x)
 
 
+def on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
 def _by_polynomial(x: mx.array) -> bool:
-    return x.dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
+    return x.dtype == mx.float32 and on_cpu()
 
 
 def _with_gradient(

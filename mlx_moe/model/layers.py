@@ -46,6 +46,14 @@ FFN_TYPES: dict[str, Callable[[Projection, Activation], mx.array]] = {
 }
 
 
+class Linear(nn.Linear):
+    """Float32 weights, multiplied in the dtype of the input."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.weight.astype(x.dtype).T
+        return mx.addmm(self.bias.astype(x.dtype), x, weight) if "bias" in self else x @ weight
+
+
 class Norm(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -58,12 +66,25 @@ class Norm(nn.Module):
         return self._normalize(x_BTD, self.weight, self.bias, self._eps)
 
 
+class Dropout(nn.Module):
+    """Dropout by a key, so that a block that is computed again for its gradient drops the same features again."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self._p = p
+
+    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
+        if self._p == 0 or not self.training:
+            return x
+        return x * mx.random.bernoulli(1 - self._p, x.shape, key) / (1 - self._p)
+
+
 class FFN(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         for name in FFN_INPUTS[config.ffn_type]:
-            self[name] = nn.Linear(config.d_model, config.d_ff, config.bias)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, config.bias)
+            self[name] = Linear(config.d_model, config.d_ff, config.bias)
+        self.down_proj = Linear(config.d_ff, config.d_model, config.bias)
         self._combine = FFN_TYPES[config.ffn_type]
         self._activate = ACTIVATIONS[config.activation]
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig, MoEConfig
+from mlx_moe.model.elementwise import on_cpu
 from mlx_moe.model.layers import ACTIVATIONS, FFN_TYPES
 from mlx_moe.parameters import FFN_INPUTS
 
@@ -48,10 +49,19 @@ def load(routing: Routing) -> mx.array:
     return (experts_NK[..., None] == mx.arange(n_experts)).astype(mx.float32).mean(axis=(0, 1))
 
 
-def auxiliary_loss(routing: Routing, config: MoEConfig) -> mx.array:
-    """α·E·Σ fᵢPᵢ (Switch, Fedus et al. 2021) + β·mean(logsumexp²) (ST-MoE, Zoph et al. 2022), for one layer."""
+def entropy(routing: Routing) -> mx.array:
+    """Of the router's softmax over all experts, in nats, the mean over tokens, (); ln E for a router that is unsure."""
+    log_probability_NE = routing.logits_NE - mx.logsumexp(routing.logits_NE, axis=-1, keepdims=True)
+    return -(mx.exp(log_probability_NE) * log_probability_NE).sum(axis=-1).mean()
+
+
+def auxiliary_loss(routing: Routing, load_E: mx.array, config: MoEConfig) -> mx.array:
+    """α·E·Σ fᵢPᵢ (Switch, Fedus et al. 2021) + β·mean(logsumexp²) (ST-MoE, Zoph et al. 2022), for one layer.
+
+    fᵢ is `load_E`, over the whole batch, of which `routing` may be a part.
+    """
     mean_probability_E = mx.softmax(routing.logits_NE, axis=-1).mean(axis=0)
-    balance = config.n_experts * (load(routing) * mean_probability_E).sum()
+    balance = config.n_experts * (load_E * mean_probability_E).sum()
     z_loss = mx.square(mx.logsumexp(routing.logits_NE, axis=-1)).mean()
     return config.load_balance_coefficient * balance + config.z_loss_coefficient * z_loss
 
@@ -67,8 +77,13 @@ class ExpertLinear(nn.Module):
 
     def __call__(self, x: mx.array, expert: mx.array) -> mx.array:
         """x (M, rows, in), one expert for each of the M groups of rows, in rising order."""
-        y = mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=expert, sorted_indices=True)
-        return y + self.bias[expert][:, None] if "bias" in self else y
+        weight = self.weight.astype(x.dtype).swapaxes(-1, -2)
+        if on_cpu():  # where gather_mm knows float32 only: rounded alike before and after
+            y = mx.gather_mm(x.astype(mx.float32), weight.astype(mx.float32), rhs_indices=expert, sorted_indices=True)
+            y = y.astype(x.dtype)
+        else:
+            y = mx.gather_mm(x, weight, rhs_indices=expert, sorted_indices=True)
+        return y + self.bias.astype(x.dtype)[expert][:, None] if "bias" in self else y
 
 
 class Experts(nn.Module):
@@ -83,8 +98,7 @@ class Experts(nn.Module):
 
     def __call__(self, x_ND: mx.array, experts_NK: mx.array) -> mx.array:
         """The chosen experts' outputs, (N, K, D)."""
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        dispatch = in_blocks if on_cpu and experts_NK.size > BLOCK else in_rows
+        dispatch = in_blocks if on_cpu() and experts_NK.size > BLOCK else in_rows
         return dispatch(self._ffn, x_ND, experts_NK, self.down_proj.weight.shape[0])
 
     def _ffn(self, x: mx.array, expert: mx.array) -> mx.array:

@@ -1,27 +1,32 @@
-"""The model, AdamW and one compiled step, on MLX. B batch, T time, V vocabulary, L layers, E experts."""
+"""The model, its optimizer and one compiled step, on MLX. B batch, T time, V vocabulary, L layers, E experts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 
-from mlx_moe.config import ModelConfig, OptimizerConfig
+from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.model.attention import KVCache
+from mlx_moe.model.distributed import connect
 from mlx_moe.model.elementwise import logsumexp
-from mlx_moe.model.moe import Routing, auxiliary_loss, load
+from mlx_moe.model.moe import Routing, auxiliary_loss, entropy, load
+from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from mlx_moe.model.transformer import Transformer
-from mlx_moe.parameters import Arrays, table
+from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
+from mlx_moe.training.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.transfer.plan import Plan, TensorPlan
 
+DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 CACHE_LIMIT_BYTES = 2 << 30  # freed buffers that the allocator may keep
 
 
@@ -34,14 +39,21 @@ class Trainer:
         optimizer: OptimizerConfig,
         weights: Arrays | dict[str, mx.array],
         device: str = "auto",
+        engine: EngineConfig = EngineConfig(),
     ):
+        if engine.strategy != "ddp":
+            raise InputError(f"engine.strategy {engine.strategy!r}: mlx knows ddp only; take that, or --backend torch")
         self.config = config
+        self.world = connect()
         self.device = _choose_device(device)
-        self._optimizer_config = optimizer
+        self.precision = choose_precision(engine.precision, self.device, has_bf16=True)
+        self._loss_scale = LossScale() if self.precision.name == "fp16" else None
+        self._optimizer_config, self._engine = optimizer, engine
         self._model = Transformer(config)
         self._model.load_weights([(name, mx.array(array)) for name, array in weights.items()])
+        self._model.activation_checkpointing = engine.activation_checkpointing
         mx.eval(self._model.parameters())
-        self._optimizer = _adamw(config, optimizer)
+        self._optimizer = build_optimizer(config, optimizer)
         self._optimizer.init(self._model.trainable_parameters())
         self._step = self._compile_step()
         self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
@@ -49,21 +61,59 @@ class Trainer:
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         self._model.train()
-        if self.config.dropout:
-            mx.random.seed(dropout_seed)
         self._optimizer.learning_rate = learning_rate
-        results = self._step(mx.array(tokens_BT1))
-        mx.async_eval(results, self._model.state, self._optimizer.state)
+        n_parts = self._engine.accumulation_steps
+        parts = [mx.array(part) for part in np.split(self.world.rows(tokens_BT1), n_parts)]
+        seeds = [dropout_seed + self.world.rank * n_parts + part for part in range(n_parts)]
+        if n_parts == 1 and self._loss_scale is None:
+            self._seed_dropout(seeds[0])
+            losses, load_LE, grad_norm = self._step.whole(parts[0])
+        else:
+            losses, load_LE, grad_norm = self._step_in_parts(parts, seeds)
+        mx.async_eval(losses, load_LE, grad_norm, self._model.state, self._optimizer.state)
         if self._in_flight is not None:
             mx.eval(self._in_flight)  # never more than one step ahead of the device
-        self._in_flight = results[0]
+        self._in_flight = losses
 
         def fetch() -> StepMetrics:
-            loss, cross_entropy, grad_norm, load_LE = results
-            expert_load_LE = np.array(load_LE) if load_LE.size else None
-            return StepMetrics(_float(loss), _float(cross_entropy), _float(grad_norm), expert_load_LE)
+            loss, cross_entropy, *entropy_L = np.array(self.world.mean(losses)).tolist()
+            if self.config.moe is None:
+                return StepMetrics(loss, cross_entropy, _float(grad_norm))
+            entropies = np.array(entropy_L, np.float32)
+            return StepMetrics(loss, cross_entropy, _float(grad_norm), np.array(load_LE), entropies)
 
         return fetch
+
+    def _step_in_parts(self, parts: list[mx.array], seeds: list[int]) -> tuple[mx.array, mx.array, mx.array]:
+        """One part's gradients at a time; no update where a scaled gradient overflowed."""
+        load_LE = mx.zeros((0, 0))
+        if self.config.moe:
+            # Balance is asked of the batch, not of each part.
+            loads = []
+            for part, seed in zip(parts, seeds, strict=True):
+                self._seed_dropout(seed)
+                loads.append(self._step.load(part))
+                mx.eval(loads)
+            load_LE = self.world.mean(mx.stack(loads).mean(axis=0))
+        scale = mx.array(self._loss_scale.scale if self._loss_scale else 1.0)
+        summed, losses = None, []
+        for part, seed in zip(parts, seeds, strict=True):
+            self._seed_dropout(seed)
+            part_losses, gradients = self._step.gradients(part, load_LE, scale)
+            summed = gradients if summed is None else tree_map(mx.add, summed, gradients)
+            losses.append(part_losses)
+            mx.eval(summed, losses)
+        mean_losses = mx.stack(losses).mean(axis=0)
+        if self._loss_scale:
+            overflowed = self.world.any(not math.isfinite(_float(_norm(summed))))
+            self._loss_scale.update(overflowed)
+            if overflowed:
+                return mean_losses, load_LE, mx.array(mx.inf)
+        return mean_losses, load_LE, self._step.update(summed, 1 / (scale * len(parts)))
+
+    def _seed_dropout(self, seed: int) -> None:
+        if self.config.dropout:
+            mx.random.seed(seed)
 
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
@@ -84,7 +134,7 @@ class Trainer:
 
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()
-        _, routings = self._model(mx.array(tokens_BT))
+        _, routings = self._model(mx.array(tokens_BT), route_only=True)
         return np.array(_loads(routings)) if routings else None
 
     def decoder(self) -> Decoder:
@@ -95,55 +145,72 @@ class Trainer:
         return {name: np.array(array) for name, array in tree_flatten(self._model.parameters())}
 
     def optimizer_state(self) -> Arrays:
-        arrays: Arrays = {}
-        for state in self._optimizer.state["states"]:
-            for path, array in tree_flatten(state):
-                name, _, moment = path.rpartition(".")
-                if moment in ("m", "v"):
-                    arrays[f"{moment}.{name}"] = np.array(array)
-                elif path == "step":
-                    arrays["step"] = np.array(array, dtype=np.float32)
-        return arrays
+        return optimizer_state(self._optimizer) | (self._loss_scale.arrays() if self._loss_scale else {})
 
     def load_optimizer_state(self, state: Arrays) -> None:
-        def restore(path: str, value: mx.array) -> mx.array:
-            name, _, moment = path.rpartition(".")
-            if path == "step":
-                return mx.array(int(state["step"]), dtype=value.dtype)
-            return mx.array(state[f"{moment}.{name}"]) if moment in ("m", "v") else value
-
-        states = [tree_map_with_path(restore, group) for group in self._optimizer.state["states"]]
-        self._optimizer.state = {"states": states}
+        if self._loss_scale:
+            self._loss_scale.load(state)
+        load_optimizer_state(self._optimizer, self.config, self._optimizer_config, without_loss_scale(state))
         self._step = self._compile_step()  # the old one is bound to the old state
 
     def transferred(self, plan: Plan) -> Trainer:
         source = dict(tree_flatten(self._model.parameters()))
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        return Trainer(plan.target_config, self._optimizer_config, weights, self.device)
+        return Trainer(plan.target_config, self._optimizer_config, weights, self.device, self._engine)
 
     def peak_memory_bytes(self) -> int:
         return mx.get_peak_memory()
 
-    def _compile_step(self) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array, mx.array]]:
-        model, optimizer, config = self._model, self._optimizer, self.config
+    def _compile_step(self) -> _CompiledStep:
+        model, optimizer, config, world = self._model, self._optimizer, self.config, self.world
+        dtype = DTYPES[self.precision.name]
         state = [model.state, optimizer.state, mx.random.state]
 
-        def losses(tokens_BT1: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            logits_BTV, routings = model(tokens_BT1[:, :-1])
-            cross_entropy = _cross_entropy(logits_BTV, tokens_BT1[:, 1:])
-            loss = cross_entropy
+        def losses(tokens_BT1: mx.array, load_LE: mx.array | None, scale: mx.array | None) -> tuple[mx.array, ...]:
+            logits_BTV, routings = model(tokens_BT1[:, :-1], dtype=dtype)
+            loss = cross_entropy = _cross_entropy(logits_BTV, tokens_BT1[:, 1:])
             if config.moe:
-                loss = loss + sum(auxiliary_loss(routing, config.moe) for routing in routings)
-            return loss, cross_entropy, _loads(routings)
+                load_LE = world.mean(_loads(routings)) if load_LE is None else load_LE
+                loss = loss + sum(
+                    auxiliary_loss(routing, load_E, config.moe)
+                    for routing, load_E in zip(routings, load_LE, strict=True)
+                )
+            reported = mx.stack([loss, cross_entropy, *map(entropy, routings)])
+            return loss if scale is None else loss * scale, reported, mx.zeros((0, 0)) if load_LE is None else load_LE
+
+        differentiate = nn.value_and_grad(model, losses)
+
+        def update(gradients: Any, factor: mx.array | float) -> mx.array:
+            gradients = nn.average_gradients(gradients)
+            grad_norm = _norm(gradients) * factor
+            factor = factor * mx.minimum(self._optimizer_config.max_grad_norm / (grad_norm + 1e-6), 1.0)
+            optimizer.update(model, tree_map(lambda gradient: gradient * factor, gradients))
+            return grad_norm
 
         @partial(mx.compile, inputs=state, outputs=state)
-        def step(tokens_BT1: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-            (loss, cross_entropy, load_LE), gradients = nn.value_and_grad(model, losses)(tokens_BT1)
-            gradients, grad_norm = optim.clip_grad_norm(gradients, self._optimizer_config.max_grad_norm)
-            optimizer.update(model, gradients)
-            return loss, cross_entropy, grad_norm, load_LE
+        def whole(tokens_BT1: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            (_, reported, load_LE), gradients = differentiate(tokens_BT1, None, None)
+            return reported, load_LE, update(gradients, 1.0)
 
-        return step
+        @partial(mx.compile, inputs=state, outputs=[mx.random.state])
+        def load_of(tokens_BT1: mx.array) -> mx.array:
+            return _loads(model(tokens_BT1[:, :-1], dtype=dtype, route_only=True)[1])
+
+        @partial(mx.compile, inputs=state, outputs=[model.state, mx.random.state])
+        def gradients_of(tokens_BT1: mx.array, load_LE: mx.array, scale: mx.array) -> tuple[mx.array, Any]:
+            (_, reported, _), gradients = differentiate(tokens_BT1, load_LE, scale)
+            return reported, gradients
+
+        return _CompiledStep(whole, load_of, gradients_of, mx.compile(update, inputs=state, outputs=state))
+
+
+class _CompiledStep(NamedTuple):
+    """A step as a whole; and in pieces, for batches in parts. Losses are (loss, cross entropy, router entropies…)."""
+
+    whole: Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]  # (losses, load, norm of the gradients)
+    load: Callable[[mx.array], mx.array]
+    gradients: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, Any]]
+    update: Callable[[Any, mx.array], mx.array]
 
 
 class Decoder:
@@ -177,21 +244,16 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
     return array
 
 
-def _adamw(config: ModelConfig, optimizer: OptimizerConfig) -> optim.MultiOptimizer:
-    matrices = {parameter.name for parameter in table(config) if parameter.is_matrix}
-
-    def adamw(weight_decay: float) -> optim.AdamW:
-        betas = list(optimizer.betas)
-        return optim.AdamW(0.0, betas, optimizer.eps, weight_decay, bias_correction=True)
-
-    groups = [adamw(optimizer.weight_decay), adamw(0.0)]
-    return optim.MultiOptimizer(groups, [lambda name, _: name in matrices])
-
-
 def _cross_entropy(logits_BTV: mx.array, targets_BT: mx.array) -> mx.array:
     logits_BTV = logits_BTV.astype(mx.float32)
     chosen_BT = mx.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1).squeeze(-1)
     return (logsumexp(logits_BTV) - chosen_BT).mean()
+
+
+def _norm(gradients: Any) -> mx.array:
+    # One axis first: on CPU, one sum over a million squares is wrong in the third digit.
+    squares = [mx.square(gradient).sum(axis=-1).sum() for _, gradient in tree_flatten(gradients)]
+    return mx.sqrt(mx.stack(squares).sum())
 
 
 def _float(scalar: mx.array) -> float:

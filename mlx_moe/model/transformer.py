@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.utils import checkpoint
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.model.attention import Attention, KVCache
-from mlx_moe.model.layers import FFN, Norm
+from mlx_moe.model.layers import FFN, Dropout, Linear, Norm
 from mlx_moe.model.moe import MoE, Routing
 
 
@@ -18,22 +22,34 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = Norm(config)
         self.mlp = MoE(config, config.moe) if config.moe else FFN(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self._pre_norm = config.norm_position == "pre"
 
     def __call__(
-        self, x_BTD: mx.array, cache: KVCache | None = None, experts_NK: mx.array | None = None
+        self,
+        x_BTD: mx.array,
+        cache: KVCache | None = None,
+        experts_NK: mx.array | None = None,
+        dtype: mx.Dtype = mx.float32,
+        dropout_keys: Sequence[mx.array | None] = (None, None),
     ) -> tuple[mx.array, Routing | None]:
+        key_attention, key_ffn = dropout_keys
         if self._pre_norm:
-            x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), cache))
-            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD), experts_NK)
-            return x_BTD + self.dropout(y_BTD), routing
-        x_BTD = self.input_layernorm(x_BTD + self.dropout(self.self_attn(x_BTD, cache)))
-        y_BTD, routing = self._feed_forward(x_BTD, experts_NK)
-        return self.post_attention_layernorm(x_BTD + self.dropout(y_BTD)), routing
+            y_BTD = self.self_attn(self.input_layernorm(x_BTD).astype(dtype), cache)
+            x_BTD = x_BTD + self.dropout(y_BTD, key_attention)
+            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD).astype(dtype), experts_NK)
+            return x_BTD + self.dropout(y_BTD, key_ffn), routing
+        y_BTD = self.self_attn(x_BTD.astype(dtype), cache)
+        x_BTD = self.input_layernorm(x_BTD + self.dropout(y_BTD, key_attention))
+        y_BTD, routing = self._feed_forward(x_BTD.astype(dtype), experts_NK)
+        return self.post_attention_layernorm(x_BTD + self.dropout(y_BTD, key_ffn)), routing
 
     def _feed_forward(self, x_BTD: mx.array, experts_NK: mx.array | None) -> tuple[mx.array, Routing | None]:
         return self.mlp(x_BTD, experts_NK) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), None)
+
+
+def _with_keys(block: Block, dtype: mx.Dtype, x_BTD: mx.array, *keys: mx.array) -> tuple[mx.array, Routing | None]:
+    return block(x_BTD, dtype=dtype, dropout_keys=[mx.stop_gradient(key) for key in keys])
 
 
 class Transformer(nn.Module):
@@ -45,15 +61,23 @@ class Transformer(nn.Module):
         self.layers = [Block(config) for _ in range(config.n_layers)]
         self.norm = Norm(config)
         if not config.weight_tying:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+            self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.dropout = Dropout(config.dropout)
+        self.activation_checkpointing = False
 
     def __call__(
-        self, tokens_BT: mx.array, cache: list[KVCache] | None = None, experts: list[mx.array] | None = None
+        self,
+        tokens_BT: mx.array,
+        cache: list[KVCache] | None = None,
+        experts: list[mx.array] | None = None,
+        dtype: mx.Dtype = mx.float32,
+        route_only: bool = False,
     ) -> tuple[mx.array, list[Routing]]:
-        """Returns (logits (B, T, V), the routing of every MoE layer).
+        """Returns (logits (B, T, V) in `dtype`, the routing of every MoE layer).
 
-        With a cache, tokens continue what it holds. `experts` forces every layer's choices.
+        With a cache, tokens continue what it holds. `experts` forces every layer's choices. Matrix products take and
+        give `dtype`; the residual stream, norms and routers stay in float32. `route_only` leaves the head out: the
+        first result is then what it would read.
         """
         x_BTD = self.embed_tokens(tokens_BT)
         if "embed_positions" in self:
@@ -62,9 +86,15 @@ class Transformer(nn.Module):
         x_BTD = self.dropout(x_BTD)
         routings = []
         for i, layer in enumerate(self.layers):
-            x_BTD, routing = layer(x_BTD, cache[i] if cache else None, experts[i] if experts else None)
+            keys = [mx.random.randint(0, 1 << 31, (2,), mx.uint32) for _ in range(2)] if self.training else [None, None]
+            if self.activation_checkpointing and self.training:
+                x_BTD, routing = checkpoint(layer, partial(_with_keys, layer, dtype))(x_BTD, *keys)
+            else:
+                x_BTD, routing = layer(x_BTD, cache[i] if cache else None, experts[i] if experts else None, dtype, keys)
             if routing is not None:
                 routings.append(routing)
-        x_BTD = self.norm(x_BTD)
-        logits_BTV = self.lm_head(x_BTD) if "lm_head" in self else self.embed_tokens.as_linear(x_BTD)
-        return logits_BTV, routings
+        x_BTD = self.norm(x_BTD).astype(dtype)
+        if route_only:
+            return x_BTD, routings
+        head = self.lm_head if "lm_head" in self else self.embed_tokens
+        return x_BTD @ head.weight.astype(dtype).T, routings

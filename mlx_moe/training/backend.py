@@ -16,9 +16,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_moe.config import ModelConfig, OptimizerConfig
+from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays
+from mlx_moe.training.precision import Precision
 from mlx_moe.transfer.plan import Plan
 
 Tokens = NDArray[np.int32]
@@ -35,7 +36,8 @@ class StepMetrics:
     loss: float
     cross_entropy: float
     grad_norm: float
-    expert_load_LE: NDArray[np.float32] | None  # share of each layer's assignments; None in a dense model
+    expert_load_LE: NDArray[np.float32] | None = None  # share of each layer's assignments; None in a dense model
+    router_entropy_L: NDArray[np.float32] | None = None  # nats, mean over tokens; None in a dense model
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,31 @@ class Decoder(Protocol):
         """Append tokens; the logits (B, V) that follow the last one."""
 
 
+class World(Protocol):
+    """The processes that train together, this one among them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process; asks the hosts and leaves the devices alone."""
+
+
 class Trainer(Protocol):
-    """A model and its AdamW on one device."""
+    """A model and its optimizer, on one device or shared out over the devices of several processes.
+
+    Every process calls the same methods in the same order, with the same global batches, and gets the same results.
+    """
 
     config: ModelConfig
     device: str
+    precision: Precision
+
+    @property
+    def world(self) -> World: ...
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         """One step on a batch (B, T + 1). The metrics are fetched, and the device waited for, on calling the result."""
@@ -94,7 +116,12 @@ class Trainer(Protocol):
 
 class TrainerFactory(Protocol):
     def __call__(
-        self, config: ModelConfig, optimizer: OptimizerConfig, weights: Arrays, device: str = "auto"
+        self,
+        config: ModelConfig,
+        optimizer: OptimizerConfig,
+        weights: Arrays,
+        device: str = "auto",
+        engine: EngineConfig = EngineConfig(),
     ) -> Trainer: ...
 
 

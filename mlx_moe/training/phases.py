@@ -180,7 +180,7 @@ class Experiment:
         return log.read(self.directory / "history.jsonl")
 
     def _trainer(self, model: ModelConfig, weights: Arrays) -> Trainer:
-        return self.backend.trainer(model, self.run.optimizer, weights, self.options.device)
+        return self.backend.trainer(model, self.run.optimizer, weights, self.options.device, self.run.engine)
 
     def _report(self, phase: Phase, trainer: Trainer) -> None:
         result = phase_result(self.directory, phase.number)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlx_moe.config import MoEConfig, OptimizerConfig
+from mlx_moe.config import EngineConfig, MoEConfig, OptimizerConfig
 from mlx_moe.presets import preset_names
 from mlx_moe.training.backend import choose_backend
 from parity.compare import rough_weights, small_model
@@ -22,10 +22,11 @@ def every_model(**fields):
     ]
 
 
-def build(backend, config, weights=None, optimizer=None):
+def build(backend, config, weights=None, optimizer=None, engine=None):
     """A trainer on the CPU; the same rough weights for the same config, unless given."""
     weights = rough_weights(config, seed=0) if weights is None else weights
-    return choose_backend(backend).trainer(config, optimizer or OptimizerConfig(), weights, "cpu")
+    factory = choose_backend(backend).trainer
+    return factory(config, optimizer or OptimizerConfig(), weights, "cpu", engine or EngineConfig())
 
 
 def random_tokens(config, n_rows=2, n_columns=None, seed=0):

@@ -64,7 +64,10 @@ def mlx_gradients(config, weights, batch):
 
     def loss(tokens):
         logits, routings = model(tokens[:, :-1])
-        auxiliary = [mlx_moe.model.moe.auxiliary_loss(routing, config.moe) for routing in routings]
+        auxiliary = [
+            mlx_moe.model.moe.auxiliary_loss(routing, mlx_moe.model.moe.load(routing), config.moe)
+            for routing in routings
+        ]
         return mlx.nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean") + sum(auxiliary)
 
     value, gradients = mlx.nn.value_and_grad(model, loss)(mx.array(batch))
@@ -76,7 +79,7 @@ def torch_gradients(config, weights, batch):
     model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
     tokens = torch.from_numpy(batch).long()
     logits, routings = model(tokens[:, :-1])
-    auxiliary = [torch_ref.moe.auxiliary_loss(routing, config.moe) for routing in routings]
+    auxiliary = [torch_ref.moe.auxiliary_loss(routing, torch_ref.moe.load(routing), config.moe) for routing in routings]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + sum(auxiliary)
     loss.backward()
     return loss.item(), {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}

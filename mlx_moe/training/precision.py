@@ -1,0 +1,77 @@
+"""What a training step multiplies in, why, and what keeps float16 from underflowing.
+
+==== ==============================================================================
+fp32 everything in float32
+bf16 matrix products in bfloat16: projections, attention, experts, head
+fp16 the same in float16, with the loss scaled up so that small gradients survive
+==== ==============================================================================
+
+In all of them the weights, the residual stream, norms, routers, softmax, loss, the weights' gradients and the moments
+are float32, and so is everything outside a step: evaluation, certificates, generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mlx_moe.parameters import Arrays
+
+Name = Literal["fp32", "bf16", "fp16"]
+
+GROWTH_INTERVAL = 2000  # steps without an overflow, after which the scale doubles (PyTorch's GradScaler)
+LARGEST_SCALE = 2.0**24
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A chosen precision, and the reason in words."""
+
+    name: Name
+    reason: str
+
+
+def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device: str, has_bf16: bool) -> Precision:
+    """What `engine.precision` means on a device (`CUDA`, `Metal`, `CPU`)."""
+    if requested != "auto":
+        return Precision(requested, f"{requested} as asked for")
+    if device != "CUDA":
+        return Precision("fp32", f"fp32: half precision saves memory on {device}, and hardly time")
+    if has_bf16:
+        return Precision("bf16", "bf16: this GPU multiplies it many times faster than fp32")
+    return Precision("fp16", "fp16 with loss scaling: this GPU has no bf16")
+
+
+def without_loss_scale(state: Arrays) -> Arrays:
+    """The optimizer's own part of a state, for the optimizer to check."""
+    return {name: array for name, array in state.items() if name not in ("loss_scale", "good_steps")}
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al. 2018): halved when a gradient overflows, and that step is left out;
+    doubled after GROWTH_INTERVAL steps in which none did."""
+
+    scale: float = 2.0**16
+    good_steps: int = 0
+
+    def arrays(self) -> Arrays:
+        """What a checkpoint keeps, beside the optimizer's state."""
+        return {
+            "loss_scale": np.array(self.scale, np.float32),
+            "good_steps": np.array(self.good_steps, np.float32),
+        }
+
+    def load(self, state: Arrays) -> None:
+        """Go on from a checkpoint; one of another precision leaves the scale as it is."""
+        self.scale = float(state.get("loss_scale", self.scale))
+        self.good_steps = int(state.get("good_steps", self.good_steps))
+
+    def update(self, overflowed: bool) -> None:
+        self.good_steps = 0 if overflowed else self.good_steps + 1
+        if overflowed:
+            self.scale = max(1.0, self.scale / 2)
+        elif self.good_steps == GROWTH_INTERVAL:
+            self.scale, self.good_steps = min(LARGEST_SCALE, self.scale * 2), 0

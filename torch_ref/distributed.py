@@ -1,0 +1,129 @@
+"""The processes that train together, as `torchrun` starts them: who is who, and what each of them holds.
+
+A gradient is the mean over the rows of the global batch, so every process takes as many of them.
+
+===== ====================================================================================================
+ddp   every process holds everything; gradients are averaged (DistributedDataParallel)
+zero1 and shares out the optimizer's state, whole tensors to each (ZeroRedundancyOptimizer; Rajbhandari et al. 2020)
+fsdp  shares out weights, gradients and state, each tensor in slices (FSDP2, `fully_shard`; Zhao et al. 2023)
+===== ====================================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mlx_moe.training.backend import Tokens
+from torch_ref.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all; alone, every method leaves things as they are."""
+
+    rank: int
+    size: int
+
+    def rows(self, tokens_BT1: Tokens) -> Tokens:
+        """This process's share of a global batch."""
+        share = len(tokens_BT1) // self.size
+        return tokens_BT1[self.rank * share : (self.rank + 1) * share]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, outside of differentiation."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.detach().clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the processes, outside of differentiation."""
+        return tensor if self.size == 1 else self.sum(tensor) / self.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process; asks the hosts and leaves the devices alone."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags)
+        return bool(flags.item())
+
+
+@cache
+def connect() -> World:
+    """Meet the other processes, once. Alone without `torchrun`."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return World(0, 1)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    return World(dist.get_rank(), size)
+
+
+def distribute(model: Transformer, world: World, strategy: str) -> nn.Module:
+    """What to call in place of the model, so that gradients come out averaged over the processes."""
+    if world.size == 1:
+        return model
+    if strategy != "fsdp":
+        return DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard  # a second to load, which a run on one device need not wait for
+
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def share_out(
+    optimizer: type[torch.optim.Optimizer],
+    groups: list[dict[str, Any]],
+    defaults: dict[str, Any],
+    world: World,
+    strategy: str,
+) -> torch.optim.Optimizer:
+    """The optimizer over parameter groups; in `zero1`, this process's part of it."""
+    if world.size == 1 or strategy != "zero1":
+        return optimizer(groups, **defaults)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(groups, optimizer, **defaults)
+
+
+def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this process's state: in `zero1`, the one inside."""
+    part: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)
+    return part
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may hold a slice."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole(tensor: Tensor) -> NDArray[np.float32]:
+    """The same as an array of its own."""
+    return gathered(tensor.detach()).float().cpu().numpy().copy()
+
+
+def like(parameter: Tensor, array: NDArray[np.float32]) -> Tensor:
+    """An array on the device of a parameter, in the slices of that parameter."""
+    tensor = torch.tensor(array, device=parameter.device)
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, mesh, parameter.placements)  # type: ignore[attr-defined]
