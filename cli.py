@@ -119,6 +119,30 @@ def params(
 
 
 @app.command()
+def plan(
+    preset: Preset = "three-phase",
+    config: ConfigFile = None,
+    override: Overrides = None,
+    machine: Annotated[
+        str | None, typer.Option(help="Another machine and its memory, e.g. 'M2 Max 32GB'.", show_default="this one")
+    ] = None,
+    backend: BackendOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Estimate every phase's memory, time and largest batch, and say where it will not fit."""
+    from mlx_moe.training.backend import choose_backend
+    from mlx_moe.training.console import Console
+    from mlx_moe.training.planning import make_plan, show
+
+    run = _load_run(preset, config, override or [])
+    made = make_plan(run, None if machine else choose_backend(backend), machine)
+    if as_json:
+        typer.echo(json.dumps(made.to_json(), indent=2))
+        return
+    show(made, Console())
+
+
+@app.command()
 def upcycle(
     checkpoint: CheckpointArgument,
     out: OutArgument,

@@ -2,9 +2,9 @@
 
     python benchmarks/plan_memory.py [--backend mlx|torch] [--device cpu|gpu] [--case NAME …]
 
-Prints a JSON line per case, then a table. PyTorch on CPU is measured by the process's peak resident memory, with every
-array of 256 KiB or more in a mapping of its own, so that what is freed goes back (glibc's heap otherwise keeps up to 40 %
-more); on CUDA by its allocator's peak, MLX by its own.
+Prints a JSON line per case, then a table. PyTorch on CPU is measured by the process's peak resident memory, with
+every array of 256 KiB or more in a mapping of its own, so that what is freed goes back (glibc else keeps up to
+40 % more); on CUDA by its allocator's peak, MLX by its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mlx_moe.accounting.memory import Backend, Device, step_memory
-from mlx_moe.config import EngineConfig, OptimizerConfig, RunConfig
+from mlx_moe.config import OptimizerConfig, RunConfig
 from mlx_moe.parameters import initialize
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
@@ -74,9 +74,7 @@ CASES = {
 
 def run_config(case: Case) -> RunConfig:
     engine = {"precision": "fp32"} | case.engine
-    return validate(
-        RunConfig, {"model": case.model, "engine": engine, "training": {"batch_size": case.batch_size}}
-    )
+    return validate(RunConfig, {"model": case.model, "engine": engine, "training": {"batch_size": case.batch_size}})
 
 
 def measure(name: str, backend: Backend, device: Device) -> int:

@@ -1,7 +1,7 @@
 """Floating-point operations per token.
 
-A product of (m, k) with (k, n) is 2·m·n·k operations. Attention is counted over all T × T pairs, as PyTorch's flop counter
-does and as unfused kernels compute it; a kernel that skips what the causal mask hides does half of that.
+A product of (m, k) with (k, n) is 2·m·n·k operations. Attention is counted over all T × T pairs, as PyTorch's flop
+counter does and as unfused kernels compute it; a kernel that skips what the causal mask hides does half of that.
 
 D model, Q query heads' width, G key-value heads' width, F ffn, E experts, K experts per token, T time, V vocabulary.
 """
@@ -43,8 +43,8 @@ class Flops:
     def training(self) -> int:
         """Matrix products forward and backward, where every product has two gradients of its own size.
 
-        Products that a backward pass repeats (attention's scores in fused kernels, activation checkpointing) are left out,
-        as in the model FLOPs of PaLM (Chowdhery et al. 2022, appendix B).
+        Products that a backward pass repeats (attention's scores in fused kernels, activation checkpointing) are left
+        out, as in the model FLOPs of PaLM (Chowdhery et al. 2022, appendix B).
         """
         return 3 * self.forward
 

@@ -1,8 +1,8 @@
 """Memory of a training step, by counting the arrays that are alive when it is largest.
 
 A step has three moments that can be the largest: the loss, when everything for the backward pass is kept and the
-logits are at work; the backward pass of the last block; the update, when all gradients are there. What each backend keeps
-was read off its operations and checked by measurement: `benchmarks/plan_memory.py`.
+logits are at work; the backward pass of the last block; the update, when all gradients are there. What each backend
+keeps was read off its operations and checked by measurement: `benchmarks/plan_memory.py`.
 
 N tokens of a micro-batch, T time, D model, Q query heads' width, G key-value heads' width, H heads, F ffn, E experts,
 R rows that go through an FFN (N, or the assignments to experts), V vocabulary, L layers.
@@ -11,7 +11,9 @@ R rows that go through an FFN (N, or the assignments to experts), V vocabulary, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
@@ -30,8 +32,8 @@ MLX_KEPT_NEURONS = {
     "gpu": {"gelu": 4, "gelu_tanh": 5, "silu": 3, "relu": 2, "leaky_relu": 3},
 }
 # MLX frees an array when the device has passed it, and the program runs up to ten command buffers (of ten operations,
-# on CPU) ahead of the device. These many arrays, of D, F, T and V numbers a row, wait there when the loss is computed. On
-# CPU, GELU's and the loss's polynomials are more code than one kernel takes, and pass arrays between their kernels.
+# on CPU) ahead of the device. These many arrays, of D, F, T and V numbers a row, wait there when the loss is computed.
+# On CPU, GELU's and the loss's polynomials are more code than one kernel takes, and pass arrays between their kernels.
 MLX_WAITING_RESIDUAL = 16
 MLX_WAITING_SCORES = 1.5
 MLX_WAITING_NEURONS = {"gelu": 6, "gelu_tanh": 6, "silu": 3, "relu": 1, "leaky_relu": 1}
@@ -55,6 +57,11 @@ class StepMemory:
     moments: dict[str, int]
 
     @property
+    def kept(self) -> int:
+        """What the loss finds: activations and logits."""
+        return self.activations + self.logits
+
+    @property
     def peak(self) -> int:
         return max(self.moments.values())
 
@@ -76,7 +83,7 @@ def step_memory(
 ) -> StepMemory:
     """Bytes that training steps take at most, on one device; `engine.precision` "auto" counts as fp32."""
     half = 2 if engine.precision in ("bf16", "fp16") else FLOAT
-    parameters = table(config)
+    parameters = _parameters(config)
     weights = FLOAT * _count(parameters)
     moments = FLOAT * _optimizer_numbers(parameters, optimizer)
     n_sequences = math.ceil(batch_size / engine.accumulation_steps)
@@ -100,11 +107,11 @@ def step_memory(
     last_block = FLOAT * (_count(_in_block(parameters, config.n_layers - 1)) + config.vocab_size * config.d_model)
     largest = FLOAT * max(math.prod(parameter.shape) for parameter in parameters)
     if backend == "torch":
-        # Log-probabilities are kept; the logits and the gradients of both come on top. Half precision: the logits' own copy.
-        logits = NV * (4 * FLOAT + (half if half != FLOAT else 0))
-        backward = NV * FLOAT + recomputed + block.backward + last_block
+        # The log-probabilities, their gradient and that of the logits; the logits themselves are gone by then.
+        logits = NV * 3 * FLOAT
+        backward = recomputed + block.backward + last_block
         # The embedding's gradient is as large as the embedding, also where only the head's is added to it.
-        update = weights + NV * FLOAT + largest
+        update = weights + largest
     else:
         logits = NV * (MLX_LOGITS[device] * FLOAT + (half if half != FLOAT else 0))
         backward = logits + recomputed + block.waiting
@@ -176,7 +183,7 @@ class _Block:
         self.kept = residual + products + norms + attention + neurons + experts + dropout
 
 
-def _mlx_updates(parameters: list[Parameter], device: Device) -> int:
+def _mlx_updates(parameters: Sequence[Parameter], device: Device) -> int:
     """Bytes of new weights and moments that are there before the old ones are freed."""
     sizes = sorted((FLOAT * math.prod(parameter.shape) for parameter in parameters), reverse=True)
     if device == "cpu":
@@ -185,15 +192,20 @@ def _mlx_updates(parameters: list[Parameter], device: Device) -> int:
     return 3 * min(sum(sizes), ahead)
 
 
-def _optimizer_numbers(parameters: list[Parameter], optimizer: OptimizerConfig) -> int:
+@lru_cache(maxsize=8)
+def _parameters(config: ModelConfig) -> tuple[Parameter, ...]:
+    return tuple(table(config))
+
+
+def _optimizer_numbers(parameters: Sequence[Parameter], optimizer: OptimizerConfig) -> int:
     """AdamW keeps two moments of every weight; Muon one of the matrices inside the blocks."""
     inside = [parameter for parameter in parameters if parameter.is_matrix and parameter.name.startswith("layers.")]
     return 2 * _count(parameters) - (_count(inside) if optimizer.name == "muon" else 0)
 
 
-def _in_block(parameters: list[Parameter], layer: int) -> list[Parameter]:
+def _in_block(parameters: Sequence[Parameter], layer: int) -> list[Parameter]:
     return [parameter for parameter in parameters if parameter.name.startswith(f"layers.{layer}.")]
 
 
-def _count(parameters: list[Parameter]) -> int:
+def _count(parameters: Sequence[Parameter]) -> int:
     return sum(math.prod(parameter.shape) for parameter in parameters)

@@ -45,7 +45,7 @@ class Trainer:
             raise InputError(f"engine.strategy {engine.strategy!r}: mlx knows ddp only; take that, or --backend torch")
         self.config = config
         self.world = connect()
-        self.device = _choose_device(device)
+        self.device = choose_device(device)
         self.precision = choose_precision(engine.precision, self.device, has_bf16=True)
         self._loss_scale = LossScale() if self.precision.name == "fp16" else None
         self._optimizer_config, self._engine = optimizer, engine
@@ -264,7 +264,7 @@ def _loads(routings: list[Routing]) -> mx.array:
     return mx.stack([load(routing) for routing in routings]) if routings else mx.zeros((0, 0))
 
 
-def _choose_device(requested: str) -> str:
+def choose_device(requested: str) -> str:
     """`Metal`, `CUDA` or `CPU`; sets MLX's default device and bounds its allocator's cache."""
     gpu = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else None
     if requested not in ("auto", "cpu", "gpu", "Metal", "CUDA", "CPU"):
