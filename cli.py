@@ -131,15 +131,10 @@ def plan(
 ) -> None:
     """Estimate every phase's memory, time and largest batch, and say where it will not fit."""
     from mlx_moe.training.backend import choose_backend
-    from mlx_moe.training.console import Console
     from mlx_moe.training.planning import make_plan, show
 
     run = _load_run(preset, config, override or [])
-    made = make_plan(run, None if machine else choose_backend(backend), machine)
-    if as_json:
-        typer.echo(json.dumps(made.to_json(), indent=2))
-        return
-    show(made, Console())
+    show(make_plan(run, None if machine else choose_backend(backend), machine), as_json)
 
 
 @app.command()

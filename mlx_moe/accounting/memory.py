@@ -11,13 +11,12 @@ R rows that go through an FFN (N, or the assignments to experts), V vocabulary, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
-from mlx_moe.parameters import FFN_INPUTS, Parameter, table
+from mlx_moe.parameters import FFN_INPUTS, table
 
 FLOAT = 4
 Backend = Literal["mlx", "torch"]
@@ -83,60 +82,79 @@ def step_memory(
 ) -> StepMemory:
     """Bytes that training steps take at most, on one device; `engine.precision` "auto" counts as fp32."""
     half = 2 if engine.precision in ("bf16", "fp16") else FLOAT
-    parameters = _parameters(config)
-    weights = FLOAT * _count(parameters)
-    moments = FLOAT * _optimizer_numbers(parameters, optimizer)
-    n_sequences = math.ceil(batch_size / engine.accumulation_steps)
-    N = n_sequences * config.context_length
+    sizes = _sizes(config)
+    weights = FLOAT * sum(sizes.all)
+    moments = FLOAT * (2 * sum(sizes.all) - (sizes.hidden_matrices if optimizer.name == "muon" else 0))
+    N = math.ceil(batch_size / engine.accumulation_steps) * config.context_length
     NV = N * config.vocab_size
 
-    block = _Block(config, n_sequences, half, backend, device)
-    casts = half * _count([parameter for parameter in parameters if parameter.is_matrix]) if half != FLOAT else 0
-    layer_casts = casts * _count(_in_block(parameters, 0)) // _count(parameters)
-    outside = N * config.d_model * (FLOAT + half)  # the last norm's input and output
+    block = _Block(config, N, half, backend, device)
+    casts = half * sizes.matrices if half != FLOAT else 0  # the weights as the products read them
+    kept = N * config.d_model * (FLOAT + half)  # the last norm's input and output
     if engine.activation_checkpointing:
-        kept = config.n_layers * N * config.d_model * FLOAT + outside
-        recomputed, kept_casts = block.kept, layer_casts
+        kept += config.n_layers * N * config.d_model * FLOAT
+        recomputed = block.kept + casts // config.n_layers
     else:
-        kept = config.n_layers * block.kept + outside
-        recomputed, kept_casts = 0, casts
+        kept += config.n_layers * block.kept + casts
+        recomputed = 0
+    held = weights + moments + (TORCH_RUNTIME if (backend, device) == ("torch", "cpu") else 0)
     summed = weights if engine.accumulation_steps > 1 else 0  # the gradients of the parts before this one
-    runtime = TORCH_RUNTIME if backend == "torch" and device == "cpu" else 0
-    held = weights + moments + runtime
 
-    last_block = FLOAT * (_count(_in_block(parameters, config.n_layers - 1)) + config.vocab_size * config.d_model)
-    largest = FLOAT * max(math.prod(parameter.shape) for parameter in parameters)
     if backend == "torch":
         # The log-probabilities, their gradient and that of the logits; the logits themselves are gone by then.
         logits = NV * 3 * FLOAT
-        backward = recomputed + block.backward + last_block
+        loss = kept + logits
+        backward = kept + recomputed + block.working + FLOAT * (sizes.block + config.vocab_size * config.d_model)
         # The embedding's gradient is as large as the embedding, also where only the head's is added to it.
-        update = weights + largest
+        update = weights + FLOAT * max(sizes.all)
     else:
         logits = NV * (MLX_LOGITS[device] * FLOAT + (half if half != FLOAT else 0))
-        backward = logits + recomputed + block.waiting
-        update = weights + _mlx_updates(parameters, device)
+        loss = kept + logits + block.working
+        backward = kept + NV * FLOAT + recomputed + block.working
+        update = weights + max(summed, _mlx_updates(sizes, device))
     return StepMemory(
         weights=weights,
         gradients=weights,
         optimizer=moments,
-        activations=kept + kept_casts,
+        activations=kept,
         logits=logits,
-        runtime=runtime,
+        runtime=held - weights - moments,
         moments={
-            "loss": held + summed + kept + kept_casts + logits,
-            "backward": held + summed + kept + kept_casts + backward,
-            "update": held + update + summed * (backend == "mlx"),
+            "loss": held + summed + loss,
+            "backward": held + summed + backward,
+            "update": held + update,
         },
     )
 
 
-class _Block:
-    """Bytes that one block keeps for the backward pass (`kept`), and that come on top while it runs."""
+class _Sizes(NamedTuple):
+    """Numbers: of every parameter; of all matrices; of those that Muon trains; of all experts; of one block."""
 
-    def __init__(self, config: ModelConfig, n_sequences: int, half: int, backend: Backend, device: Device):
-        T, D, F = config.context_length, config.d_model, config.d_ff
-        N, H = n_sequences * T, config.n_heads
+    all: tuple[int, ...]
+    matrices: int
+    hidden_matrices: int
+    experts: int
+    block: int
+
+
+@lru_cache(maxsize=8)
+def _sizes(config: ModelConfig) -> _Sizes:
+    sizes = {parameter: math.prod(parameter.shape) for parameter in table(config)}
+    inside = {parameter: size for parameter, size in sizes.items() if parameter.name.startswith("layers.")}
+    return _Sizes(
+        all=tuple(sizes.values()),
+        matrices=sum(size for parameter, size in sizes.items() if parameter.is_matrix),
+        hidden_matrices=sum(size for parameter, size in inside.items() if parameter.is_matrix),
+        experts=sum(size for parameter, size in inside.items() if ".experts." in parameter.name),
+        block=sum(inside.values()) // config.n_layers,
+    )
+
+
+class _Block:
+    """Bytes that one block keeps for the backward pass (`kept`), and that come on top while it runs (`working`)."""
+
+    def __init__(self, config: ModelConfig, N: int, half: int, backend: Backend, device: Device):
+        T, D, F, H = config.context_length, config.d_model, config.d_ff, config.n_heads
         Q, G = H * config.head_dim, config.n_kv_heads * config.head_dim
         assignments = N * config.moe.top_k if config.moe else N
         on_mlx_cpu = (backend, device) == ("mlx", "cpu")
@@ -168,44 +186,23 @@ class _Block:
                 attention += N * Q * half  # the output again, in the order that o_proj reads
             in_and_out = 1 if config.activation == "relu" else 2  # ReLU's gradient needs only its output
             neurons = R * F * half * (in_and_out + (2 if gated else 0))
-            self.backward = 3 * N * D * FLOAT + R * (F * (3 if gated else 2) + (2 * D if config.moe else 0)) * half
-            self.waiting = 0
+            # Gradients of the neurons, of the experts' rows, and of the residual stream.
+            self.working = R * (F * (3 if gated else 2) + (2 * D if config.moe else 0)) * half + 3 * N * D * FLOAT
         else:
             attention = N * (Q + 2 * G + Q) * half + scores * half
             neurons = R * F * half * (MLX_KEPT_NEURONS[device][config.activation] + (2 if gated else 0))
-            self.backward = 0
             waiting_neurons = 3 if gated else MLX_WAITING_NEURONS[config.activation]
-            self.waiting = int(
-                MLX_WAITING_RESIDUAL * N * D * FLOAT
-                + waiting_neurons * R * F * half
-                + MLX_WAITING_SCORES * scores * half
-            )
+            self.working = MLX_WAITING_RESIDUAL * N * D * FLOAT + waiting_neurons * R * F * half
+            self.working += int(MLX_WAITING_SCORES * scores * half)
         self.kept = residual + products + norms + attention + neurons + experts + dropout
 
 
-def _mlx_updates(parameters: Sequence[Parameter], device: Device) -> int:
+def _mlx_updates(sizes: _Sizes, device: Device) -> int:
     """Bytes of new weights and moments that are there before the old ones are freed."""
-    sizes = sorted((FLOAT * math.prod(parameter.shape) for parameter in parameters), reverse=True)
+    total = sum(sizes.all)
+    # One of the three takes the place of the gradient where that is contiguous: with experts, not with projections.
+    arrays = 3 - sizes.experts / total
     if device == "cpu":
-        return int(3 * sum(sizes) * min(1.0, MLX_UPDATES_AHEAD / len(sizes)))
-    ahead = sum(max(size, METAL_COMMAND_BUFFER_BYTES) for size in sizes[:METAL_COMMAND_BUFFERS])
-    return 3 * min(sum(sizes), ahead)
-
-
-@lru_cache(maxsize=8)
-def _parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    return tuple(table(config))
-
-
-def _optimizer_numbers(parameters: Sequence[Parameter], optimizer: OptimizerConfig) -> int:
-    """AdamW keeps two moments of every weight; Muon one of the matrices inside the blocks."""
-    inside = [parameter for parameter in parameters if parameter.is_matrix and parameter.name.startswith("layers.")]
-    return 2 * _count(parameters) - (_count(inside) if optimizer.name == "muon" else 0)
-
-
-def _in_block(parameters: Sequence[Parameter], layer: int) -> list[Parameter]:
-    return [parameter for parameter in parameters if parameter.name.startswith(f"layers.{layer}.")]
-
-
-def _count(parameters: Sequence[Parameter]) -> int:
-    return sum(math.prod(parameter.shape) for parameter in parameters)
+        return int(arrays * FLOAT * total * min(1.0, MLX_UPDATES_AHEAD / len(sizes.all)))
+    largest = sorted((FLOAT * n for n in sizes.all), reverse=True)[:METAL_COMMAND_BUFFERS]
+    return int(arrays * min(FLOAT * total, sum(max(size, METAL_COMMAND_BUFFER_BYTES) for size in largest)))

@@ -13,9 +13,11 @@ from mlx_moe.accounting.parameters import ParameterCount, count_parameters
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 
 LARGEST_BATCH = 4096
-# The share of a machine's rate for large matrix products that whole training steps reach, attention, norms, the loss
-# and the optimizer included. Measured on CPU by `benchmarks/plan_memory.py`; on GPUs it is taken to be the same.
-EFFICIENCY = {"mlx": 0.3, "torch": 0.5}
+# The share of a machine's rate for large matrix products that whole training steps reach. Measured on two CPU cores at
+# width 512, dense and experts: PyTorch 0.50 to 0.62, MLX 0.47 to 0.54. On GPUs it is taken to be the same.
+EFFICIENCY = 0.5
+# The share of a stated peak that large matrix products reach: 2.9 of 3.8 TFLOP/s on an M4 (Hübner et al. 2025).
+PRODUCTS_OF_PEAK = 0.75
 TRAFFIC = 7  # times the update reads or writes each weight: weight, gradient and two moments in, three of them out
 
 
@@ -85,7 +87,7 @@ def site_of(machine: Machine, memory_gb: int, engine: EngineConfig) -> Site:
         device="gpu",
         precision=precision,
         usable_bytes=machine.usable_bytes(memory_gb),
-        flops_per_s=machine.flops_per_s(precision),
+        flops_per_s=PRODUCTS_OF_PEAK * machine.flops_per_s(precision),
         bytes_per_s=machine.bandwidth * 1e9,
     )
 
@@ -101,7 +103,7 @@ def fit(work: Work, site: Site) -> Fit:
 def seconds(work: Work, site: Site) -> float:
     """Expected time of a phase's steps: products at EFFICIENCY of the site's rate, then the update's memory traffic."""
     recomputed = 4 / 3 if work.engine.activation_checkpointing else 1.0
-    products = recomputed * work.tokens * work.flops.training / (EFFICIENCY[site.backend] * site.flops_per_s)
+    products = recomputed * work.tokens * work.flops.training / (EFFICIENCY * site.flops_per_s)
     updated = work.steps * TRAFFIC * 4 * work.parameters.total
     return products + (updated / site.bytes_per_s if site.bytes_per_s else 0.0)
 

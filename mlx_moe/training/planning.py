@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_moe.accounting import machines
-from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, Fit, Site, Work, fit, site_of
+from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
 from mlx_moe.config import RunConfig
 from mlx_moe.training.backend import TRAINERS, Backend
 from mlx_moe.training.boundary import phase_config, phase_model
@@ -15,6 +16,7 @@ from mlx_moe.training.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import Console, millions
 from mlx_moe.training.precision import choose_precision
 
+THIS = "this machine"
 EXAMPLES = ("M1 16GB", "M2 Max 32GB", "M4 Max 64GB", "RTX 4090 24GB", "H100 80GB")
 
 
@@ -43,7 +45,7 @@ class RunPlan:
                 "precision": site.precision,
                 "usable_bytes": site.usable_bytes,
                 "matmul_flops_per_s": round(site.flops_per_s),
-                "assumed_efficiency": EFFICIENCY[site.backend],
+                "assumed_efficiency": EFFICIENCY,
                 "phases": {work.name: fit.to_json() for work, fit in zip(self.works, fits, strict=True)},
             }
             for site, fits in zip(self.sites, self.fits, strict=True)
@@ -83,7 +85,7 @@ def this_machine(run: RunConfig, backend: Backend) -> Site:
     precision = choose_precision(run.engine.precision, place, has_bf16=True).name
     known = machines.lookup(speed.device_name())
     return Site(
-        label=f"this machine: {speed.device_name()}",
+        label=f"{THIS}: {speed.device_name()}",
         backend=backend.name,
         device="cpu" if place == "CPU" else "gpu",
         precision=precision,
@@ -93,8 +95,12 @@ def this_machine(run: RunConfig, backend: Backend) -> Site:
     )
 
 
-def show(plan: RunPlan, console: Console) -> None:
-    run, site = plan.run, plan.sites[0]
+def show(plan: RunPlan, as_json: bool) -> None:
+    """Print a plan; warnings come last."""
+    if as_json:
+        print(json.dumps(plan.to_json(), indent=2))
+        return
+    console, run, site = Console(), plan.run, plan.sites[0]
     console.facts(
         [
             ("run", f"{run.name}, batches of {run.training.batch_size} × {run.model.context_length} tokens"),
@@ -145,9 +151,11 @@ def show(plan: RunPlan, console: Console) -> None:
             for site, fits in zip(plan.sites[1:], plan.fits[1:], strict=True)
         ],
     )
-    rates = ", ".join(f"{name} {100 * share:.0f} %" for name, share in EFFICIENCY.items())
-    measured = f", here {site.flops_per_s / 1e12:.3g} TFLOP/s measured" if site.label.startswith("this") else ""
-    console.line(f"Times take training to reach a share of the rate of large matrix products: {rates}{measured}.")
+    measured = "measured" if site.label.startswith(THIS) else f"{100 * PRODUCTS_OF_PEAK:.0f} % of its peak"
+    console.line(
+        f"Times assume {100 * EFFICIENCY:.0f} % of the rate of large matrix products, "
+        f"here {site.flops_per_s / 1e12:.3g} TFLOP/s ({measured})."
+    )
     for warning in warnings(plan):
         console.warn(warning)
 
@@ -162,7 +170,9 @@ def warnings(plan: RunPlan) -> list[str]:
                 "nothing but a smaller model or a larger machine; weights, gradients and moments alone are too many"
             )
             peak, usable = _gb(here.memory.peak), _gb(site.usable_bytes)
-            lines.append(f"{work.name} needs {peak} GB and {usable} are usable. What helps: {ways}")
+            moment = {"loss": "at the loss", "backward": "in the backward pass", "update": "in the update"}
+            when = moment[here.memory.peak_moment]
+            lines.append(f"{work.name} needs {peak} GB {when} and {usable} are usable. What helps: {ways}")
     return lines
 
 
