@@ -130,11 +130,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Estimate every phase's memory, time and largest batch, and say where it will not fit."""
-    from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.planning import make_plan, show
 
-    run = _load_run(preset, config, override or [])
-    show(make_plan(run, None if machine else choose_backend(backend), machine), as_json)
+    show(make_plan(_load_run(preset, config, override or []), backend, machine), as_json)
 
 
 @app.command()

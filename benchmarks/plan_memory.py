@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mlx_moe.accounting.memory import Backend, Device, step_memory
-from mlx_moe.config import OptimizerConfig, RunConfig
+from mlx_moe.config import RunConfig
 from mlx_moe.parameters import initialize
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
@@ -41,6 +41,7 @@ class Case:
     batch_size: int
     model: dict[str, Any]
     engine: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
 
 def size(d_model: int, n_layers: int, vocab_size: int, **model: Any) -> dict[str, Any]:
@@ -64,6 +65,8 @@ CASES = {
     "experts, Llama": Case("activations", 8, size(256, 4, 2048, **EXPERTS, **LLAMA)),
     "experts, 50k words": Case("vocabulary", 4, size(256, 2, 50257, **EXPERTS)),
     "experts, large": Case("weights", 1, size(384, 6, 4096, **EXPERTS)),
+    "dense, large, Muon": Case("weights", 1, size(512, 20, 8192), optimizer={"name": "muon"}),
+    "experts, large, Muon": Case("weights", 1, size(384, 6, 4096, **EXPERTS), optimizer={"name": "muon"}),
     "dense, in 4 parts": Case("activations", 32, size(256, 6, 2048), {"accumulation_steps": 4}),
     "dense, recomputed": Case("activations", 16, size(256, 6, 2048), {"activation_checkpointing": True}),
     "experts, recomputed": Case("activations", 8, size(256, 4, 2048, **EXPERTS), {"activation_checkpointing": True}),
@@ -74,14 +77,15 @@ CASES = {
 
 def run_config(case: Case) -> RunConfig:
     engine = {"precision": "fp32"} | case.engine
-    return validate(RunConfig, {"model": case.model, "engine": engine, "training": {"batch_size": case.batch_size}})
+    batch = {"batch_size": case.batch_size}
+    return validate(RunConfig, {"model": case.model, "engine": engine, "optimizer": case.optimizer, "training": batch})
 
 
 def measure(name: str, backend: Backend, device: Device) -> int:
     """The peak of a few steps, in bytes, in this process."""
     run = run_config(CASES[name])
     trainer = choose_backend(backend).trainer(
-        run.model, OptimizerConfig(), initialize(run.model, 0), device, engine=run.engine
+        run.model, run.optimizer, initialize(run.model, 0), device, engine=run.engine
     )
     shape = (run.training.batch_size, run.model.context_length + 1)
     tokens_BT1 = np.random.default_rng(0).integers(0, run.model.vocab_size, shape).astype(np.int32)

@@ -40,6 +40,9 @@ MLX_LOGITS = {"cpu": 11, "gpu": 3}
 MLX_UPDATES_AHEAD = 140  # tensors whose old and new weights and moments are there at once, on CPU
 METAL_COMMAND_BUFFERS, METAL_COMMAND_BUFFER_BYTES = 10, 50 << 20  # mlx/backend/metal/device.cpp, scheduler.h
 
+MUON_ARRAYS = (
+    4  # of a matrix's size while PyTorch makes it orthogonal: its mean gradient, normed, before and after a step
+)
 TORCH_RUNTIME = 345 << 20  # a process that has trained a tiny model: PyTorch's code, its threads, NumPy
 
 
@@ -106,7 +109,7 @@ def step_memory(
         loss = kept + logits
         backward = kept + recomputed + block.working + FLOAT * (sizes.block + config.vocab_size * config.d_model)
         # The embedding's gradient is as large as the embedding, also where only the head's is added to it.
-        update = weights + FLOAT * max(sizes.all)
+        update = weights + FLOAT * max(sizes.all) * (MUON_ARRAYS if optimizer.name == "muon" else 1)
     else:
         logits = NV * (MLX_LOGITS[device] * FLOAT + (half if half != FLOAT else 0))
         loss = kept + logits + block.working
@@ -144,7 +147,7 @@ def _sizes(config: ModelConfig) -> _Sizes:
     return _Sizes(
         all=tuple(sizes.values()),
         matrices=sum(size for parameter, size in sizes.items() if parameter.is_matrix),
-        hidden_matrices=sum(size for parameter, size in inside.items() if parameter.is_matrix),
+        hidden_matrices=sum(size for parameter, size in sizes.items() if parameter.is_hidden_matrix),
         experts=sum(size for parameter, size in inside.items() if ".experts." in parameter.name),
         block=sum(inside.values()) // config.n_layers,
     )

@@ -10,7 +10,8 @@ from typing import Any
 from mlx_moe.accounting import machines
 from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
 from mlx_moe.config import RunConfig
-from mlx_moe.training.backend import TRAINERS, Backend
+from mlx_moe.errors import InputError
+from mlx_moe.training.backend import TRAINERS, Backend, choose_backend
 from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import Console, millions
@@ -53,12 +54,17 @@ class RunPlan:
         return {"run": self.run.name, "phases": phases, "machines": sites, "warnings": warnings(self)}
 
 
-def make_plan(run: RunConfig, backend: Backend | None, machine: str | None) -> RunPlan:
+def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None) -> RunPlan:
     """The plan of a run on this machine with a backend, or on a named one; and on some others for comparison.
 
-    Raises InputError for a machine that is not known.
+    Raises InputError for a machine that is not known, and for a backend that is not installed here.
     """
-    named = None if machine is None else machines.choose(machine)
+    if machine is None:
+        first = this_machine(run, choose_backend(backend))
+    elif backend != "auto":
+        raise InputError(f"--backend {backend} is for this machine; leave it out, or leave out --machine {machine!r}")
+    else:
+        first = site_of(*machines.choose(machine), run.engine)
     works = [
         Work(
             name=PHASE_FOLDERS[phase],
@@ -70,11 +76,8 @@ def make_plan(run: RunConfig, backend: Backend | None, machine: str | None) -> R
         )
         for phase in (1, 2, 3)
     ]
-    sites = [this_machine(run, backend)] if backend else []
-    if named:
-        sites.insert(0, site_of(*named, run.engine))
     examples = [site_of(*machines.choose(example), run.engine) for example in EXAMPLES]
-    sites += [site for site in examples if site.label != sites[0].label]
+    sites = [first, *(site for site in examples if site.label != first.label)]
     return RunPlan(run, works, sites, [[fit(work, site) for work in works] for site in sites])
 
 

@@ -24,9 +24,10 @@ def test_weights_gradients_and_moments_to_the_byte(backend, moe):
     memory = of(config, backend)
     assert memory.weights == memory.gradients == 4 * count_parameters(config).total
     assert memory.optimizer == 2 * memory.weights
-    inside = [parameter for parameter in table(config) if parameter.is_matrix and parameter.name.startswith("layers.")]
     muon = of(config, backend, optimizer=OptimizerConfig(name="muon"))
-    assert memory.optimizer - muon.optimizer == 4 * sum(math.prod(parameter.shape) for parameter in inside)
+    assert memory.optimizer - muon.optimizer == 4 * sum(
+        math.prod(parameter.shape) for parameter in table(config) if parameter.is_hidden_matrix
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "manual"])

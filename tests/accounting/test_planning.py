@@ -84,6 +84,7 @@ def test_time_follows_tokens_and_precision():
         (["--machine", "M2 Max 33GB"], "32, 64, 96 GB"),
         (["--machine", "Cray"], "known: M1"),
         (["--backend", "jax"], "auto, mlx, torch"),
+        (["--backend", "torch", "--machine", "M1 16GB"], "leave out --machine 'M1 16GB'"),
         (["-o", "model.d_modl=4"], "model.d_modl"),
     ],
 )
@@ -104,5 +105,5 @@ def test_speed_of_this_machine(module, monkeypatch):
 
 
 def test_half_precision_is_left_to_cuda():
-    plan = make_plan(load_run("demo"), None, "M1 16GB")
+    plan = make_plan(load_run("demo"), machine="M1 16GB")
     assert [site.precision for site in plan.sites] == ["fp32", "fp32", "fp32", "bf16", "bf16"]
