@@ -55,6 +55,9 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of every phase.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
+    optimizer_transfer: Annotated[
+        str | None, typer.Option(help="carry or reset the moments at boundaries.", show_default="carry")
+    ] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-TIME")] = None,
@@ -71,21 +74,25 @@ def train(
     if phases not in (1, 2, 3):
         raise InputError(f"--phases {phases}: must be 1 (dense), 2 (then experts) or 3 (then larger experts)")
     shortcuts = {"data.source": data, "data.tokenizer": tokenizer, "seed": seed}
+    shortcuts |= {"optimizer.transfer": optimizer_transfer}
     if steps is not None:
         shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
     overrides = [f"{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
-    if resume is not None:
-        if preset or config or overrides or override or out:
-            raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")
-        run, directory = open_run(resume), resume
-    else:
+    chosen = choose_backend(backend)
+    if resume is not None and (preset or config or overrides or override or out):
+        raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")
+    if resume is None:
         run = _load_run(preset or "three-phase", config, [*overrides, *(override or [])])
         directory = out or Path("runs") / f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}"
         if directory.exists() and any(directory.iterdir()):
             raise InputError(f"{directory} is not empty; name another folder, or go on with it: --resume {directory}")
-    chosen = choose_backend(backend)
+    world = chosen.connect()
+    if resume is not None:
+        run, directory = open_run(resume, world), resume
+    elif out is None and world.size > 1:
+        raise InputError(f"{world.size} processes need one folder between them; name it with --out")
     try:
-        run_phases(run, directory, chosen, phases, Options(device, allow_lossy), Console())
+        run_phases(run, directory, chosen, phases, Options(device, allow_lossy), Console(quiet=world.rank > 0))
     except TrainingStopped as stopped:
         _stop(str(stopped), stopped.exit_code)
 
@@ -123,9 +130,7 @@ def plan(
     preset: Preset = "three-phase",
     config: ConfigFile = None,
     override: Overrides = None,
-    machine: Annotated[
-        str | None, typer.Option(help="Another machine and its memory, e.g. 'M2 Max 32GB'.", show_default="this one")
-    ] = None,
+    machine: Annotated[str | None, typer.Option(help="Instead of this one, e.g. 'M2 Max 32GB'.")] = None,
     backend: BackendOption = "auto",
     as_json: Json = False,
 ) -> None:

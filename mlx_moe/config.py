@@ -204,6 +204,7 @@ class TrainingConfig(_Frozen):
     eval_sequences: int = Field(64, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    tracker: Literal["none", "trackio", "wandb"] = "none"  # gets the rows of metrics.jsonl too
 
 
 class VerificationConfig(_Frozen):

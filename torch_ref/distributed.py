@@ -35,9 +35,9 @@ class World:
     size: int
 
     def rows(self, tokens_BT1: Tokens) -> Tokens:
-        """This process's share of a global batch."""
-        share = len(tokens_BT1) // self.size
-        return tokens_BT1[self.rank * share : (self.rank + 1) * share]
+        """This process's share of a global batch; all of one that does not come in equal shares."""
+        share, rest = divmod(len(tokens_BT1), self.size)
+        return tokens_BT1 if rest else tokens_BT1[self.rank * share : (self.rank + 1) * share]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, outside of differentiation."""
@@ -51,13 +51,23 @@ class World:
         """The mean over the processes, outside of differentiation."""
         return tensor if self.size == 1 else self.sum(tensor) / self.size
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so in any process; asks the hosts and leaves the devices alone."""
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values; asks the hosts and leaves the devices alone."""
         if self.size == 1:
-            return flag
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags)
-        return bool(flags.item())
+            return value
+        values = torch.tensor(value)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values.item())
+
+    def from_first(self, data: bytes) -> bytes:
+        """What process 0 has; what the others have is not looked at."""
+        if self.size == 1:
+            return data
+        received = torch.zeros(self.largest(len(data) if self.rank == 0 else 0), dtype=torch.uint8)
+        if self.rank == 0:
+            received = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(received, src=0)
+        return received.numpy().tobytes()
 
 
 @cache

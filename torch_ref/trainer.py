@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays
+from mlx_moe.parameters import Arrays, optimizer_table
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
 from mlx_moe.training.precision import LossScale, choose_precision, without_loss_scale
-from mlx_moe.transfer.plan import Plan, TensorPlan
+from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 from torch_ref.attention import KVCache
 from torch_ref.distributed import connect, distribute, gathered, whole
 from torch_ref.moe import Routing, auxiliary_loss, entropy, load
@@ -151,9 +151,9 @@ class Trainer:
     @torch.no_grad()
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
-        tokens = self._tensor(tokens_BT1)
+        tokens = self._tensor(self.world.rows(tokens_BT1))
         logits_BTV, _ = self._model(tokens[:, :-1])
-        return _cross_entropy(logits_BTV, tokens[:, 1:]).item()
+        return self.world.mean(_cross_entropy(logits_BTV, tokens[:, 1:])).item()
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tokens) -> Logits:
@@ -194,10 +194,14 @@ class Trainer:
         named, moments = self._model.named_parameters(), without_loss_scale(state)
         load_optimizer_state(self._optimizers, named, self.config, self._optimizer_config, moments)
 
-    def transferred(self, plan: Plan) -> Trainer:
+    def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
         source = {name: gathered(tensor) for name, tensor in self._model.state_dict().items()}
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        return Trainer(plan.target_config, self._optimizer_config, weights, self._torch_device.type, self._engine)
+        trainer = Trainer(plan.target_config, self._optimizer_config, weights, self._torch_device.type, self._engine)
+        if carry:
+            kept = optimizer_table(plan.target_config, self._optimizer_config)
+            trainer.load_optimizer_state(carry_moments(plan, self.optimizer_state(), kept.keys()))
+        return trainer
 
     def peak_memory_bytes(self) -> int:
         if self._torch_device.type == "cuda":

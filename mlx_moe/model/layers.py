@@ -46,6 +46,11 @@ FFN_TYPES: dict[str, Callable[[Projection, Activation], mx.array]] = {
 }
 
 
+def dropout(x: mx.array, p: float, key: mx.array | None) -> mx.array:
+    """With a key, a block that is computed again for its gradient drops the same features again."""
+    return x if p == 0 else x * mx.random.bernoulli(1 - p, x.shape, key) / (1 - p)
+
+
 class Linear(nn.Linear):
     """Float32 weights, multiplied in the dtype of the input."""
 
@@ -64,19 +69,6 @@ class Norm(nn.Module):
 
     def __call__(self, x_BTD: mx.array) -> mx.array:
         return self._normalize(x_BTD, self.weight, self.bias, self._eps)
-
-
-class Dropout(nn.Module):
-    """Dropout by a key, so that a block that is computed again for its gradient drops the same features again."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self._p = p
-
-    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
-        if self._p == 0 or not self.training:
-            return x
-        return x * mx.random.bernoulli(1 - self._p, x.shape, key) / (1 - self._p)
 
 
 class FFN(nn.Module):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
@@ -17,14 +14,13 @@ from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.model.attention import KVCache
 from mlx_moe.model.distributed import connect
-from mlx_moe.model.elementwise import logsumexp
-from mlx_moe.model.moe import Routing, auxiliary_loss, entropy, load
 from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from mlx_moe.model.step import CompiledStep, compile_step, cross_entropy, loads_of, norm_of
 from mlx_moe.model.transformer import Transformer
-from mlx_moe.parameters import Arrays
+from mlx_moe.parameters import Arrays, optimizer_table
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
 from mlx_moe.training.precision import LossScale, choose_precision, without_loss_scale
-from mlx_moe.transfer.plan import Plan, TensorPlan
+from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 CACHE_LIMIT_BYTES = 2 << 30  # freed buffers that the allocator may keep
@@ -105,7 +101,7 @@ class Trainer:
             mx.eval(summed, losses)
         mean_losses = mx.stack(losses).mean(axis=0)
         if self._loss_scale:
-            overflowed = self.world.any(not math.isfinite(_float(_norm(summed))))
+            overflowed = bool(self.world.largest(not math.isfinite(_float(norm_of(summed)))))
             self._loss_scale.update(overflowed)
             if overflowed:
                 return mean_losses, load_LE, mx.array(mx.inf)
@@ -117,8 +113,8 @@ class Trainer:
 
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
-        tokens = mx.array(tokens_BT1)
-        return _float(_cross_entropy(self._logits(tokens[:, :-1]), tokens[:, 1:]))
+        tokens = mx.array(self.world.rows(tokens_BT1))
+        return _float(self.world.mean(cross_entropy(self._logits(tokens[:, :-1]), tokens[:, 1:])))
 
     def logits(self, tokens_BT: Tokens) -> Logits:
         self._model.eval()
@@ -135,7 +131,7 @@ class Trainer:
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()
         _, routings = self._model(mx.array(tokens_BT), route_only=True)
-        return np.array(_loads(routings)) if routings else None
+        return np.array(loads_of(routings)) if routings else None
 
     def decoder(self) -> Decoder:
         self._model.eval()
@@ -153,64 +149,21 @@ class Trainer:
         load_optimizer_state(self._optimizer, self.config, self._optimizer_config, without_loss_scale(state))
         self._step = self._compile_step()  # the old one is bound to the old state
 
-    def transferred(self, plan: Plan) -> Trainer:
+    def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
         source = dict(tree_flatten(self._model.parameters()))
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        return Trainer(plan.target_config, self._optimizer_config, weights, self.device, self._engine)
+        trainer = Trainer(plan.target_config, self._optimizer_config, weights, self.device, self._engine)
+        if carry:
+            kept = optimizer_table(plan.target_config, self._optimizer_config)
+            trainer.load_optimizer_state(carry_moments(plan, self.optimizer_state(), kept.keys()))
+        return trainer
 
     def peak_memory_bytes(self) -> int:
         return mx.get_peak_memory()
 
-    def _compile_step(self) -> _CompiledStep:
-        model, optimizer, config, world = self._model, self._optimizer, self.config, self.world
-        dtype = DTYPES[self.precision.name]
-        state = [model.state, optimizer.state, mx.random.state]
-
-        def losses(tokens_BT1: mx.array, load_LE: mx.array | None, scale: mx.array | None) -> tuple[mx.array, ...]:
-            logits_BTV, routings = model(tokens_BT1[:, :-1], dtype=dtype)
-            loss = cross_entropy = _cross_entropy(logits_BTV, tokens_BT1[:, 1:])
-            if config.moe:
-                load_LE = world.mean(_loads(routings)) if load_LE is None else load_LE
-                loss = loss + sum(
-                    auxiliary_loss(routing, load_E, config.moe)
-                    for routing, load_E in zip(routings, load_LE, strict=True)
-                )
-            reported = mx.stack([loss, cross_entropy, *map(entropy, routings)])
-            return loss if scale is None else loss * scale, reported, mx.zeros((0, 0)) if load_LE is None else load_LE
-
-        differentiate = nn.value_and_grad(model, losses)
-
-        def update(gradients: Any, factor: mx.array | float) -> mx.array:
-            gradients = nn.average_gradients(gradients)
-            grad_norm = _norm(gradients) * factor
-            factor = factor * mx.minimum(self._optimizer_config.max_grad_norm / (grad_norm + 1e-6), 1.0)
-            optimizer.update(model, tree_map(lambda gradient: gradient * factor, gradients))
-            return grad_norm
-
-        @partial(mx.compile, inputs=state, outputs=state)
-        def whole(tokens_BT1: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            (_, reported, load_LE), gradients = differentiate(tokens_BT1, None, None)
-            return reported, load_LE, update(gradients, 1.0)
-
-        @partial(mx.compile, inputs=state, outputs=[mx.random.state])
-        def load_of(tokens_BT1: mx.array) -> mx.array:
-            return _loads(model(tokens_BT1[:, :-1], dtype=dtype, route_only=True)[1])
-
-        @partial(mx.compile, inputs=state, outputs=[model.state, mx.random.state])
-        def gradients_of(tokens_BT1: mx.array, load_LE: mx.array, scale: mx.array) -> tuple[mx.array, Any]:
-            (_, reported, _), gradients = differentiate(tokens_BT1, load_LE, scale)
-            return reported, gradients
-
-        return _CompiledStep(whole, load_of, gradients_of, mx.compile(update, inputs=state, outputs=state))
-
-
-class _CompiledStep(NamedTuple):
-    """A step as a whole; and in pieces, for batches in parts. Losses are (loss, cross entropy, router entropies…)."""
-
-    whole: Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]  # (losses, load, norm of the gradients)
-    load: Callable[[mx.array], mx.array]
-    gradients: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, Any]]
-    update: Callable[[Any, mx.array], mx.array]
+    def _compile_step(self) -> CompiledStep:
+        dtype, max_grad_norm = DTYPES[self.precision.name], self._optimizer_config.max_grad_norm
+        return compile_step(self._model, self._optimizer, self.config, self.world, dtype, max_grad_norm)
 
 
 class Decoder:
@@ -244,24 +197,8 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
     return array
 
 
-def _cross_entropy(logits_BTV: mx.array, targets_BT: mx.array) -> mx.array:
-    logits_BTV = logits_BTV.astype(mx.float32)
-    chosen_BT = mx.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1).squeeze(-1)
-    return (logsumexp(logits_BTV) - chosen_BT).mean()
-
-
-def _norm(gradients: Any) -> mx.array:
-    # One axis first: on CPU, one sum over a million squares is wrong in the third digit.
-    squares = [mx.square(gradient).sum(axis=-1).sum() for _, gradient in tree_flatten(gradients)]
-    return mx.sqrt(mx.stack(squares).sum())
-
-
 def _float(scalar: mx.array) -> float:
     return float(np.array(scalar))
-
-
-def _loads(routings: list[Routing]) -> mx.array:
-    return mx.stack([load(routing) for routing in routings]) if routings else mx.zeros((0, 0))
 
 
 def choose_device(requested: str) -> str:

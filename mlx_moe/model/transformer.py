@@ -11,7 +11,7 @@ from mlx.nn.utils import checkpoint
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.model.attention import Attention, KVCache
-from mlx_moe.model.layers import FFN, Dropout, Linear, Norm
+from mlx_moe.model.layers import FFN, Linear, Norm, dropout
 from mlx_moe.model.moe import MoE, Routing
 
 
@@ -22,7 +22,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = Norm(config)
         self.mlp = MoE(config, config.moe) if config.moe else FFN(config)
-        self.dropout = Dropout(config.dropout)
+        self._dropout = config.dropout
         self._pre_norm = config.norm_position == "pre"
 
     def __call__(
@@ -34,15 +34,16 @@ class Block(nn.Module):
         dropout_keys: Sequence[mx.array | None] = (None, None),
     ) -> tuple[mx.array, Routing | None]:
         key_attention, key_ffn = dropout_keys
+        p = self._dropout if self.training else 0.0
         if self._pre_norm:
             y_BTD = self.self_attn(self.input_layernorm(x_BTD).astype(dtype), cache)
-            x_BTD = x_BTD + self.dropout(y_BTD, key_attention)
+            x_BTD = x_BTD + dropout(y_BTD, p, key_attention)
             y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD).astype(dtype), experts_NK)
-            return x_BTD + self.dropout(y_BTD, key_ffn), routing
+            return x_BTD + dropout(y_BTD, p, key_ffn), routing
         y_BTD = self.self_attn(x_BTD.astype(dtype), cache)
-        x_BTD = self.input_layernorm(x_BTD + self.dropout(y_BTD, key_attention))
+        x_BTD = self.input_layernorm(x_BTD + dropout(y_BTD, p, key_attention))
         y_BTD, routing = self._feed_forward(x_BTD.astype(dtype), experts_NK)
-        return self.post_attention_layernorm(x_BTD + self.dropout(y_BTD, key_ffn)), routing
+        return self.post_attention_layernorm(x_BTD + dropout(y_BTD, p, key_ffn)), routing
 
     def _feed_forward(self, x_BTD: mx.array, experts_NK: mx.array | None) -> tuple[mx.array, Routing | None]:
         return self.mlp(x_BTD, experts_NK) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), None)
@@ -62,7 +63,7 @@ class Transformer(nn.Module):
         self.norm = Norm(config)
         if not config.weight_tying:
             self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
-        self.dropout = Dropout(config.dropout)
+        self._dropout = config.dropout
         self.activation_checkpointing = False
 
     def __call__(
@@ -83,7 +84,7 @@ class Transformer(nn.Module):
         if "embed_positions" in self:
             start = cache[0].length if cache else 0
             x_BTD = x_BTD + self.embed_positions(mx.arange(start, start + tokens_BT.shape[1]))
-        x_BTD = self.dropout(x_BTD)
+        x_BTD = dropout(x_BTD, self._dropout if self.training else 0.0, None)
         routings = []
         for i, layer in enumerate(self.layers):
             keys = [mx.random.randint(0, 1 << 31, (2,), mx.uint32) for _ in range(2)] if self.training else [None, None]

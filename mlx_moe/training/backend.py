@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -26,6 +27,11 @@ Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
 BackendName = Literal["mlx", "torch"]
 
+# What starts several processes, and for which backend, by a variable that it sets.
+LAUNCHERS: dict[str, tuple[str, BackendName]] = {
+    "TORCHELASTIC_RUN_ID": ("torchrun", "torch"),
+    "MLX_RANK": ("mlx.launch", "mlx"),
+}
 TRAINERS: dict[BackendName, str] = {"mlx": "mlx_moe.model.trainer", "torch": "torch_ref.trainer"}
 
 
@@ -59,7 +65,7 @@ class Decoder(Protocol):
 
 
 class World(Protocol):
-    """The processes that train together, this one among them."""
+    """The processes that train together, this one among them; process 0 alone reads and writes the run's folder."""
 
     @property
     def rank(self) -> int: ...
@@ -67,8 +73,25 @@ class World(Protocol):
     @property
     def size(self) -> int: ...
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so in any process; asks the hosts and leaves the devices alone."""
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values; asks the hosts and leaves the devices alone."""
+
+    def from_first(self, data: bytes) -> bytes:
+        """What process 0 has; what the others have is not looked at."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A world of one."""
+
+    rank: int = 0
+    size: int = 1
+
+    def largest(self, value: int) -> int:
+        return value
+
+    def from_first(self, data: bytes) -> bytes:
+        return data
 
 
 class Trainer(Protocol):
@@ -104,12 +127,15 @@ class Trainer(Protocol):
     def weights(self) -> Arrays: ...
 
     def optimizer_state(self) -> Arrays:
-        """Adam's moments as `m.{name}` and `v.{name}`; the number of steps taken as `step`, shape ()."""
+        """What `parameters.optimizer_table` names, and in fp16 the loss scale."""
 
     def load_optimizer_state(self, state: Arrays) -> None: ...
 
-    def transferred(self, plan: Plan) -> Trainer:
-        """A new trainer with the plan applied to these weights, on this device, with a fresh optimizer."""
+    def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
+        """A new trainer on this device, with the plan applied to these weights.
+
+        Its optimizer starts fresh; or, to `carry`, with these moments through the plan and the same count of steps.
+        """
 
     def peak_memory_bytes(self) -> int: ...
 
@@ -137,9 +163,23 @@ class Backend:
         factory: TrainerFactory = importlib.import_module(TRAINERS[self.name]).Trainer
         return factory
 
+    def connect(self) -> World:
+        """Meet the other processes of `torchrun` or `mlx.launch`; alone without them."""
+        package = TRAINERS[self.name].rpartition(".")[0]
+        world: World = importlib.import_module(f"{package}.distributed").connect()
+        return world
+
 
 def choose_backend(requested: str = "auto") -> Backend:
-    """MLX on Apple Silicon, else PyTorch; or the one requested. Raises InputError where it is not installed."""
+    """MLX on Apple Silicon, else PyTorch; or the one requested, or the one whose launcher started this process.
+
+    Raises InputError where it is not installed.
+    """
+    for variable, (launcher, name) in LAUNCHERS.items():
+        if variable in os.environ:
+            if requested not in ("auto", name):
+                raise InputError(f"--backend {requested}: {launcher} starts {name}; leave --backend out")
+            return Backend(name, f"{name}, as {launcher} started it")
     if requested == "auto":
         apple = sys.platform == "darwin" and platform.machine() == "arm64"
         order: list[BackendName] = ["mlx", "torch"] if apple else ["torch", "mlx"]

@@ -74,7 +74,8 @@ def transfer_checkpoint(
 ) -> Certificate:
     """Apply a plan to a checkpoint, prove it lossless on random tokens, and write the result to `out`.
 
-    Raises InputError where `out` exists; writes nothing where the certificate fails and `allow_lossy` is not set.
+    Of the weights only: nothing trains on from a checkpoint outside a run. Raises InputError where `out` exists; writes
+    nothing where the certificate fails and `allow_lossy` is not set.
     """
     if out.exists():
         raise InputError(f"{out} exists already; name a folder that does not")

@@ -1,16 +1,17 @@
 """Checkpoints: a folder that is there whole or not at all, and that says what it holds.
 
-`config.json` (the model), `model.safetensors`, `optimizer.safetensors` (absent at a phase's birth), `trainer.json`
-(phase, step) and `manifest.json` (bytes and SHA-256 of each). Written by either backend, read by the other.
+`config.json` (the model), `model.safetensors`, `optimizer.safetensors` (absent where the optimizer starts fresh),
+`trainer.json` (phase, step) and `manifest.json` (bytes and SHA-256 of each). Written by either backend, read by the
+other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, table
+from mlx_moe.training.files import make_folder, remove, replacing, sweep
 from mlx_moe.validation import read_mapping, validate
 
 MODEL, OPTIMIZER, CONFIG, STATE, MANIFEST = (
@@ -58,7 +60,7 @@ class Checkpoint:
 
     @cached_property
     def optimizer_state(self) -> Arrays | None:
-        """Adam's moments, read when asked for: only training needs them. None at a phase's birth."""
+        """Adam's moments, read when asked for: only training needs them. None where the optimizer starts fresh."""
         return _read(self.path / OPTIMIZER) if (self.path / OPTIMIZER).exists() else None
 
     @property
@@ -80,56 +82,74 @@ def save(
     optimizer_state: Arrays | None,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write a checkpoint under a temporary name, flush it to disk and rename it, so that no half of it is ever seen.
+    """Write a checkpoint, so that no half of it is ever seen.
 
     `tokenizer`: a folder to copy in, for a checkpoint outside a run. Raises InputError where the disk does not let it.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write(weights, partial / MODEL)
-        if optimizer_state is not None:
-            _write(optimizer_state, partial / OPTIMIZER)
-        if tokenizer is not None:
-            shutil.copytree(tokenizer, partial / "tokenizer")
-        configs.save(config, partial / CONFIG)
-        (partial / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-        manifest = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(partial.iterdir())
-            if file.is_file()
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for entry in [*partial.rglob("*"), partial]:
-            _flush(entry)
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-        _flush(path.parent)
+        make_folder(path.parent)
+        with replacing(path) as partial:
+            partial.mkdir()
+            _write(weights, partial / MODEL)
+            if optimizer_state is not None:
+                _write(optimizer_state, partial / OPTIMIZER)
+            if tokenizer is not None:
+                shutil.copytree(tokenizer, partial / "tokenizer")
+            configs.save(config, partial / CONFIG)
+            (partial / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+            manifest = {
+                file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+                for file in sorted(partial.iterdir())
+                if file.is_file()
+            }
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
-        shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write checkpoint {path}: {reason}; nothing of it was kept") from None
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and verify a checkpoint; a run's folder stands for its latest one.
+    """Read and verify a checkpoint; a run's folder stands for its latest one, `best` in it for its best.
 
     Raises InputError when it is missing, incomplete, altered, or does not hold the tensors that its config asks for.
     """
     path = resolve(path)
     verify(path)
-    config, state = _parse(ModelConfig, path / CONFIG), _parse(TrainerState, path / STATE)
-    weights = _read(path / MODEL)
-    _check_shapes(path, config, weights)
-    return Checkpoint(path, config, state, weights)
+    return _load_verified(path)
+
+
+def load_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The last checkpoint of a run that is whole; None where none was saved yet.
+
+    Clears away what a kill left. Damaged ones that come later are renamed to `step-N.damaged`, with a warning. Raises
+    InputError where all are damaged: none is renamed then.
+    """
+    for checkpoints in run.glob("phases/*/checkpoints"):
+        sweep(checkpoints)
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(_folders(run)):
+        if (damage := _damage(path)) is not None:
+            damaged.append((path, damage))
+            continue
+        for later, damage in damaged:
+            aside = _set_aside(later)
+            warn(f"checkpoint {later} {damage}; it is now {aside.name}, and {path.relative_to(run)} takes its place")
+        return _load_verified(path)
+    if damaged:
+        path, damage = damaged[0]
+        raise InputError(f"no checkpoint in {run} is whole; {path} {damage}; put back a copy, or begin another run")
+    return None
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder that a path means: itself, or the latest of the run (or phase) that it is."""
+    """The checkpoint folder that a path means: itself; the latest of the run or phase that it is; the best for
+    `RUN/best`."""
     if (path / MANIFEST).is_file():
         return path
+    if path.name == "best" and path.parent.is_dir():
+        if (found := best(path.parent)) is None:
+            raise InputError(f"no checkpoint at {path}: none in {path.parent} has a validation loss")
+        return found
     if not path.exists():
         raise InputError(f"no checkpoint at {path}: there is no such folder")
     if (found := latest(path)) is None:
@@ -142,45 +162,93 @@ def latest(path: Path) -> Path | None:
     return next(reversed(list(complete_in(path))), None)
 
 
+def best(path: Path) -> Path | None:
+    """The checkpoint of a run or a phase with the lowest validation loss, the first of equals."""
+    return min(
+        (folder for folder in complete_in(path) if math.isfinite(_validation_loss(folder))),
+        key=_validation_loss,
+        default=None,
+    )
+
+
+def best_validation_loss(path: Path) -> float:
+    """That of `best`, nats per token; infinite where no checkpoint has one."""
+    found = best(path)
+    return math.inf if found is None else _validation_loss(found)
+
+
 def complete_in(path: Path) -> Iterator[Path]:
     """The complete checkpoints of a run, of a phase, or of its `checkpoints/`, the earliest first."""
+    yield from (folder for folder in _folders(path) if (folder / MANIFEST).is_file())
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders that should be checkpoints, in the order of `complete_in`."""
     found = [
-        manifest.parent
+        folder
         for level in ("phases/*/checkpoints", "checkpoints", ".")
-        for manifest in path.glob(f"{level}/step-*/{MANIFEST}")
-        if manifest.parent.name.removeprefix("step-").isdecimal()
+        for folder in path.glob(f"{level}/step-*")
+        if folder.name.removeprefix("step-").isdecimal()
     ]
-    yield from sorted(found, key=lambda folder: (folder.parts[:-1], int(folder.name.removeprefix("step-"))))
+    return sorted(found, key=lambda folder: (folder.parts[:-1], int(folder.name.removeprefix("step-"))))
 
 
 def keep_last(path: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints of a phase; its birth (step 0) stays."""
+    """Delete all but the last `keep` checkpoints of a phase; its birth (step 0) and its best stay."""
     later = [checkpoint for checkpoint in complete_in(path) if checkpoint.name != "step-0"]
+    lowest = best(path)
     for checkpoint in later[:-keep]:
-        shutil.rmtree(checkpoint)
+        if checkpoint != lowest:
+            remove(checkpoint)
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.with_name(f"{path.name}.damaged")
+    if aside.exists():
+        remove(aside)
+    return path.rename(aside)
+
+
+def _validation_loss(path: Path) -> float:
+    """Infinite where it was not measured, or cannot be read: what is damaged is nobody's best."""
+    try:
+        loss = json.loads((path / STATE).read_text(encoding="utf-8"))["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+    return loss if isinstance(loss, float) else math.inf
 
 
 def verify(path: Path) -> None:
     """Raise InputError unless every file is there with the size and hash that the manifest states."""
+    if (damage := _damage(path)) is not None:
+        raise InputError(f"checkpoint {path} {damage}; take an earlier one")
+
+
+def _damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name in sorted({CONFIG, MODEL, STATE} | manifest.keys()):
             file = path / name
             if not file.is_file():
-                raise InputError(f"checkpoint {path} is incomplete: {name} is missing; take an earlier one")
+                return f"is incomplete: {name} is missing"
             if (stated := manifest.get(name)) is None:
-                raise InputError(f"checkpoint {path} is damaged: {MANIFEST} does not list {name}; take an earlier one")
+                return f"is damaged: {MANIFEST} does not list {name}"
             if (size := file.stat().st_size) != stated["bytes"]:
-                raise InputError(
-                    f"checkpoint {path} is damaged: {name} has {size} bytes where {stated['bytes']} were written; "
-                    "take an earlier one"
-                )
+                return f"is damaged: {name} has {size} bytes where {stated['bytes']} were written"
             if _sha256(file) != stated["sha256"]:
-                raise InputError(f"checkpoint {path} is damaged: {name} was altered (SHA-256); take an earlier one")
+                return f"is damaged: {name} was altered (SHA-256)"
+    except FileNotFoundError:
+        return f"is incomplete: {MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"checkpoint {path} cannot be read: {MANIFEST}: {error}; take an earlier one") from None
+        return f"cannot be read: {MANIFEST}: {error}"
+    return None
+
+
+def _load_verified(path: Path) -> Checkpoint:
+    config, state = _parse(ModelConfig, path / CONFIG), _parse(TrainerState, path / STATE)
+    weights = _read(path / MODEL)
+    _check_shapes(path, config, weights)
+    return Checkpoint(path, config, state, weights)
 
 
 def _parse(kind: type[Parsed], file: Path) -> Parsed:
@@ -223,11 +291,3 @@ def _check_shapes(path: Path, config: ModelConfig, weights: Arrays) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

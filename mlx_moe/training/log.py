@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: metrics, history, environment."""
+"""Rows of JSON in a file, and what a run's environment is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_moe.training.backend import Backend, Trainer
+from mlx_moe.training.files import replacing
 
 LIBRARIES = ("mlxmoe", "mlx", "mlx-lm", "torch", "numpy", "tokenizers", "safetensors", "datasets", "transformers")
 
@@ -33,9 +34,8 @@ def rewind(path: Path, phase: int, step: int) -> None:
     """Drop the rows after a resumed step, so that nothing is logged twice."""
     if path.exists():
         kept = [row for row in read(path) if (row["phase"], row.get("step", 0)) <= (phase, step)]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def library_versions() -> dict[str, str | None]:
@@ -48,9 +48,9 @@ def library_versions() -> dict[str, str | None]:
     return versions
 
 
-def write_environment(path: Path, backend: Backend, trainer: Trainer) -> None:
-    """`environment.json`: the command, the code's git SHA, versions, backend and device."""
-    environment = {
+def environment(backend: Backend, trainer: Trainer) -> dict[str, Any]:
+    """The command, the code's git SHA, versions, backend and device."""
+    return {
         "command": sys.argv,
         "git_sha": _git_sha(),
         "python": platform.python_version(),
@@ -59,8 +59,9 @@ def write_environment(path: Path, backend: Backend, trainer: Trainer) -> None:
         "backend": backend.name,
         "backend_reason": backend.reason,
         "device": trainer.device,
+        "precision": trainer.precision.name,
+        "processes": trainer.world.size,
     }
-    path.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
 
 def _git_sha() -> str | None:

@@ -169,9 +169,7 @@ def warnings(plan: RunPlan) -> list[str]:
     lines = []
     for work, here in zip(plan.works, plan.fits[0], strict=True):
         if not here.fits:
-            ways = "; or ".join(here.ways_out) or (
-                "nothing but a smaller model or a larger machine; weights, gradients and moments alone are too many"
-            )
+            ways = "; or ".join(here.ways_out) or ("nothing but a smaller model or a larger machine")
             peak, usable = _gb(here.memory.peak), _gb(site.usable_bytes)
             moment = {"loss": "at the loss", "backward": "in the backward pass", "update": "in the update"}
             when = moment[here.memory.peak_moment]

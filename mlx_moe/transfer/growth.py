@@ -4,6 +4,15 @@ Copy units, and let whoever reads the copies share them out (Net2Net, Chen et al
 D, takes more (LEMON, Wang et al. 2024): D' = k·D + r holds k whole copies and r pads. A pad carries the mean of the
 stream where the norm subtracts it, else 0, and so is 0 once normalised. The norm then sees a variance of η² times the
 old, with η = √(k·D / D'), which γ' = η·γ and ε' = η²·ε undo.
+
+Gradients. A unit with n copies, read with coefficients cᵢ that sum to 1, has ∂L/∂h'ᵢ = cᵢ·∂L/∂h. So what reads it
+keeps its gradient (δ·h'ᵢ with h'ᵢ = h), what writes copy i gets cᵢ of it, and γ', which sees x̂ / η, gets cᵢ / η. In
+short, where a weight is multiplied by s and the share cᵢ comes back through it, the gradient is multiplied by cᵢ / s;
+over the copies s·(cᵢ / s) sums to 1, as the chain rule asks. FFN neurons, the final norm, and values where every query
+head has its own, have one reader, and cᵢ is its coefficient. Queries and keys mix their head's coordinates, the
+residual stream has many readers: there it is 1/n, exact for even shares and the mean of uneven ones. Pads start with no
+moments. Under RMSNorm they leave all other gradients exact; the mean that LayerNorm subtracts lets them shift those of
+whoever writes the stream, by the same for every coordinate.
 """
 
 from __future__ import annotations
@@ -125,6 +134,7 @@ class _Growth:
             source,
             pad=pads[0] if pads else None,
             maps=tuple(axis_map for axis_map in maps if axis_map is not None),
+            is_new=is_new,
         )
 
     def source_of(self, name: str) -> tuple[str, bool]:
@@ -151,21 +161,47 @@ class _Growth:
         kind, size_target = parameter.axes[axis], parameter.shape[axis]
         # Head groups are contiguous, so cycling through the rows duplicates whole groups.
         index = np.arange(size_target) % size
-        scale = np.ones(size_target)
         if kind in RESIDUAL:
             whole = size_target // size * size
             index[whole:] = size + np.arange(size_target - whole)
-        if kind in READ:
-            scale *= self.coefficients(parameter.name, index)
-        if kind is Axis.NORM:
-            if parameter.start == "ones":
-                scale *= residual_scale(size, size_target)
-            # A tied head is a writer first and repeats, so the norm before it shares the copies out.
-            if self.target.weight_tying and parameter.name.startswith("norm."):
-                scale *= self.coefficients(parameter.name, index)
-        if np.any(scale != 1):
-            return AxisMap(axis, index, scale)
-        return None if np.array_equal(index, np.arange(size_target)) else AxisMap(axis, index)
+        shares = self.shares(parameter, kind, index)
+        scale = shares.copy() if self.shares_out(parameter, kind) else np.ones(size_target)
+        if kind is Axis.NORM and parameter.start == "ones":
+            scale *= residual_scale(size, size_target)
+        if np.all(scale == 1) and np.array_equal(index, np.arange(size_target)):
+            return None
+        gradient = shares / scale
+        return AxisMap(
+            axis,
+            index,
+            None if np.all(scale == 1) else scale,
+            None if np.all(gradient == 1) else (gradient, gradient**2),
+        )
+
+    def shares_out(self, parameter: Parameter, kind: Axis) -> bool:
+        """Whether the tensor holds the coefficients of the copies that it reads.
+
+        A tied head is a writer first and repeats, so the norm before it shares the copies out.
+        """
+        return kind in READ or (self.target.weight_tying and parameter.name.startswith("norm."))
+
+    def shares(self, parameter: Parameter, kind: Axis, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What part of the unit's gradient comes back through each copy: the coefficients of whoever reads it.
+
+        Where several do, each with coefficients of its own, it is the mean, 1/n, and right on average.
+        """
+        if self.shares_out(parameter, kind):
+            return self.coefficients(parameter.name, index)
+        module, _, projection = parameter.name.rpartition(".")[0].rpartition(".")
+        if kind is Axis.FFN_WRITE:
+            return self.coefficients(f"{module}.down_proj.weight", index)
+        if projection == "v_proj" and kind is Axis.KV_HEADS_WRITE:
+            group = (self.target.n_kv_heads, -1, self.target.head_dim)
+            heads = np.arange(self.target.n_heads * self.target.head_dim) % (self.config.n_heads * self.config.head_dim)
+            return self.coefficients(f"{module}.o_proj.weight", heads).reshape(group).mean(axis=1).ravel()
+        if projection == "norm":
+            return self.coefficients("lm_head.weight", index)
+        return 1 / np.bincount(index)[index]
 
     def coefficients(self, name: str, index: NDArray[np.int64]) -> NDArray[np.float64]:
         """One for every target coordinate; those of the copies of one source coordinate sum to 1.

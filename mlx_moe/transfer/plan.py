@@ -6,8 +6,8 @@ float64 and rounded once, so that all executions give the same float32 numbers, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,12 +22,13 @@ class AxisMap:
     """`target[i] = scale[i] * source[index[i]]` along one axis; a scale of None is all ones.
 
     An index at or beyond the source's size points into the pad rows. Executions round the scale once, to the dtype of
-    the array.
+    the array. `gradient` is the scale for the mean of the loss's gradient, and that for the mean of its square.
     """
 
     axis: int
     index: NDArray[np.int64]
     scale: NDArray[np.float64] | None = None
+    gradient: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TensorPlan:
     """How one target tensor comes about.
 
     Take the source, view it as `source[None]` if `new_axis`, append the pad's rows, then apply the maps in order.
-    A tensor without a source is `fresh()`: nothing but pad.
+    A tensor without a source is `fresh()`: nothing but pad. `is_new`: it copies weights, but its gradient is its own.
     """
 
     target: str
@@ -73,6 +74,15 @@ class TensorPlan:
     new_axis: bool = False
     pad: Pad | None = None
     maps: tuple[AxisMap, ...] = ()
+    is_new: bool = False
+
+    def moments(self, power: int) -> TensorPlan:
+        """How the mean of the gradient (power 1) or of its square (2) comes about; 0 in pads and in what is new."""
+        if self.source is None or self.is_new:
+            return fresh_tensor(self.target, self.shape, "constant")
+        pad = Pad(self.pad.axis, self.pad.count, "constant") if self.pad else None
+        maps = (AxisMap(old.axis, old.index, old.gradient and old.gradient[power - 1]) for old in self.maps)
+        return replace(self, pad=pad, maps=tuple(maps))
 
     def fresh(self) -> NDArray[np.float32]:
         """The tensor that has no source, of shape `shape`."""
@@ -88,6 +98,10 @@ class Plan:
     target_config: ModelConfig
     tensors: tuple[TensorPlan, ...]
 
+    def moments(self, power: int) -> Plan:
+        """The plan for Adam's first moments (power 1; Muon's momentum too) or second moments (power 2)."""
+        return replace(self, tensors=tuple(tensor.moments(power) for tensor in self.tensors))
+
 
 def apply(plan: Plan, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The target's arrays, in the dtype of the source's, sharing no memory with them: the NumPy execution."""
@@ -98,6 +112,21 @@ def apply(plan: Plan, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[A
         else _execute(tensor, arrays[tensor.source])
         for tensor in plan.tensors
     }
+
+
+def carry_moments(plan: Plan, state: Mapping[str, NDArray[Any]], kept: Collection[str]) -> dict[str, NDArray[Any]]:
+    """An optimizer's state after a transfer: `m.{name}` and `v.{name}` through the plan, the rest as it was.
+
+    `kept` names what the target's optimizer remembers: Muon, for one, has no second moments.
+    """
+    carried = {name: array for name, array in state.items() if not name.startswith(("m.", "v."))}
+    for power, moment in ((1, "m."), (2, "v.")):
+        moments = plan.moments(power)
+        tensors = tuple(tensor for tensor in moments.tensors if moment + tensor.target in kept)
+        arrays = {name.removeprefix(moment): array for name, array in state.items() if name.startswith(moment)}
+        after = apply(replace(moments, tensors=tensors), arrays)
+        carried |= {moment + name: array for name, array in after.items()}
+    return carried
 
 
 def fresh_tensor(

@@ -2,6 +2,10 @@
 
 The gates sum to 1 and the experts are equal, so their weighted sum is the dense FFN under any router (Komatsuzaki et
 al. 2022, Sparse Upcycling).
+
+Gradients. The experts' gradients sum to the dense one, so in the mean over experts m' = m / E, exactly. Squares follow
+the noise of the batch, which is most of them: of N tokens' gradients, weighted by gates near 1/K, an expert averages
+N·K / E, so v' = v / (K·E), where a gradient without noise had v / E². Measured: docs/optimizer-transfer.md.
 """
 
 from __future__ import annotations
@@ -40,15 +44,17 @@ def plan_upcycling(
     target = config.model_copy(update={"moe": moe})
     dense = {parameter.name for parameter in table(config)}
     std = router_std if router_init == "random" else 0.0
-    return Plan(config, target, tuple(_tensor(parameter, dense, std, seed) for parameter in table(target)))
+    return Plan(config, target, tuple(_tensor(parameter, dense, moe.top_k, std, seed) for parameter in table(target)))
 
 
-def _tensor(parameter: Parameter, dense: set[str], router_std: float, seed: int) -> TensorPlan:
+def _tensor(parameter: Parameter, dense: set[str], top_k: int, router_std: float, seed: int) -> TensorPlan:
     if parameter.name in dense:
         return TensorPlan(parameter.name, parameter.shape, source=parameter.name)
     if parameter.axes == (Axis.EXPERT, Axis.RESIDUAL_READ):
         kind: Literal["constant", "normal"] = "normal" if router_std else "constant"
         return fresh_tensor(parameter.name, parameter.shape, kind, router_std, seed)
-    copies = AxisMap(axis=0, index=np.zeros(parameter.shape[0], np.int64))
+    n_experts, per_expert = parameter.shape[0], np.ones(parameter.shape[0])
+    gradient = (per_expert / n_experts, per_expert / (n_experts * top_k))
+    copies = AxisMap(axis=0, index=np.zeros(n_experts, np.int64), gradient=gradient)
     source = parameter.name.replace(".experts.", ".")
     return TensorPlan(parameter.name, parameter.shape, source, new_axis=True, maps=(copies,))

@@ -77,3 +77,20 @@ def test_a_blocked_module_counts_as_missing(monkeypatch, name):
     monkeypatch.delitem(backend.sys.modules, "mlx.core", raising=False)
     monkeypatch.setitem(backend.sys.modules, name, None)
     assert not is_installed(name)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name", "reason"),
+    [
+        ("TORCHELASTIC_RUN_ID", "torch", "torch, as torchrun started it"),
+        ("MLX_RANK", "mlx", "mlx, as mlx.launch started it"),
+    ],
+)
+def test_a_launcher_has_chosen(on, monkeypatch, variable, name, reason):
+    on("Mac", "mlx", "torch")
+    monkeypatch.setenv(variable, "1")
+    assert choose_backend().reason == reason
+    assert choose_backend(name).name == name
+    other = {"mlx": "torch", "torch": "mlx"}[name]
+    with pytest.raises(InputError, match=f"--backend {other}: .* starts {name}; leave --backend out"):
+        choose_backend(other)

@@ -1,7 +1,10 @@
 import errno
+import itertools
 import json
+import math
 import resource
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import initialize, normal, table
-from mlx_moe.training import checkpoint
+from mlx_moe.training import checkpoint, files
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.checkpoint import TrainerState, complete_in, folder, keep_last, load, resolve, save
 from mlx_moe.transfer.growth import plan_growth
@@ -121,7 +124,7 @@ def test_a_tokenizer_is_found_beside_the_checkpoint_and_in_its_run(tmp_path):
 # Whole or not at all
 
 
-@pytest.mark.parametrize("where", ["save_file", "configs.save", "_sha256", "_flush"])
+@pytest.mark.parametrize("where", ["save_file", "configs.save", "_sha256", "files.flush"])
 @pytest.mark.parametrize("succeed_first", [0, 1])
 def test_a_failure_in_the_middle_leaves_what_was_there(saved, monkeypatch, where, succeed_first):
     calls = []
@@ -132,8 +135,8 @@ def test_a_failure_in_the_middle_leaves_what_was_there(saved, monkeypatch, where
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*arguments, **options)
 
-    owner = checkpoint.configs if "." in where else checkpoint
-    name = where.rpartition(".")[2]
+    module, _, name = where.rpartition(".")
+    owner = {"configs": checkpoint.configs, "files": files, "": checkpoint}[module]
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, full)
     message = refusal(save, saved, CONFIG, STATE, initialize(CONFIG, 5), OPTIMIZER)
@@ -161,27 +164,71 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     assert str(tmp_path / "run") in refusal(save, tmp_path / "run" / "step-1", CONFIG, STATE, WEIGHTS, None)
 
 
-def test_what_a_kill_leaves_is_ignored_and_overwritten(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
+class Killed(BaseException):
+    """Passes every `except Exception`, so that nothing cleans up, as after kill -9."""
 
-    def kill(path):
-        raise Killed
 
-    path = folder(tmp_path, 1, 5)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_flush", kill)
-        with pytest.raises(Killed):
-            save(path, CONFIG, STATE, WEIGHTS, OPTIMIZER)
-    left = path.with_name(".step-5.partial")
-    assert (left / checkpoint.MANIFEST).is_file()  # the latest moment there is
-    (left / "stray").write_text("from before")
-    assert list(complete_in(tmp_path)) == []
-    assert "no checkpoint" in refusal(load, tmp_path)
-    save(path, CONFIG, STATE, WEIGHTS, OPTIMIZER)
-    assert [entry.name for entry in path.parent.iterdir()] == ["step-5"]
-    assert not (path / "stray").exists()
-    assert_same_arrays(load(tmp_path).weights, WEIGHTS)
+FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"}
+operations_left = [-1]
+
+
+def kill_at_operation(event, arguments):
+    if event in FILE_OPERATIONS and operations_left[0] >= 0:
+        if operations_left[0] == 0:
+            raise Killed
+        operations_left[0] -= 1
+
+
+@pytest.fixture(scope="module")
+def killed_at():
+    """Run a function and kill it at its n-th operation on files; whether it got that far."""
+    sys.addaudithook(kill_at_operation)  # Python cannot take it off again
+
+    def run(n, function):
+        operations_left[0] = n
+        try:
+            function()
+            return False
+        except Killed:
+            return True
+        finally:
+            operations_left[0] = -1
+
+    return run
+
+
+@pytest.mark.parametrize("step", [8, 7], ids=["another step", "the same step again"])
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(killed_at, tmp_path, step):
+    new = initialize(CONFIG, 5)
+    old_moments, new_moments = ({**OPTIMIZER, "step": np.array(n, np.float32)} for n in (7, 8))
+    for n in itertools.count():
+        run = tmp_path / str(n)
+        for old in (0, 3, 7):
+            save(folder(run, 2, old), CONFIG, STATE, WEIGHTS, old_moments)
+        path = folder(run, 2, step)
+
+        def write(path=path):
+            save(path, CONFIG, STATE, new, new_moments)
+            keep_last(path.parent, 1)
+
+        killed = killed_at(n, write)
+        found = load(run)
+        assert (found.path.name, n_steps(found)) in [("step-7", 7), (f"step-{step}", 8), ("step-3", 7)], n
+        warnings = []
+        loaded = checkpoint.load_latest(run, warnings.append)
+        assert (loaded.path.name, n_steps(loaded)) in [("step-7", 7), (f"step-{step}", 8)], n
+        assert_same_arrays(loaded.weights, new if n_steps(loaded) == 8 else WEIGHTS)
+        assert warnings == []  # a kill is not damage
+        assert {entry.name for entry in path.parent.iterdir()} <= {"step-0", "step-3", "step-7", f"step-{step}"}
+        write()
+        assert n_steps(load(run)) == 8
+        if not killed:
+            break
+    assert n > 20
+
+
+def n_steps(loaded):
+    return int(loaded.optimizer_state["step"])
 
 
 def test_saving_again_replaces_all_of_it(saved):
@@ -370,9 +417,103 @@ def test_a_path_without_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [0, 100]), (2, [0, 10, 100]), (9, [0, 9, 10, 100])])
-def test_the_last_few_stay_and_the_birth(tmp_path, saved, keep, kept):
+def test_the_last_few_stay_and_the_birth(tmp_path, keep, kept):
     for step in (0, 9, 10, 100):
-        shutil.copytree(saved, folder(tmp_path / "run", 2, step))
+        save_measured(tmp_path / "run", 2, step, None)
     phase = folder(tmp_path / "run", 2, 0).parent
     keep_last(phase, keep)
+    assert [path.name for path in phase.iterdir() if path.name[0] == "."] == []
     assert [path.name for path in complete_in(phase)] == [f"step-{step}" for step in kept]
+
+
+def test_the_best_stays_too_and_is_found_by_its_name(tmp_path):
+    run = tmp_path / "run"
+    for step, loss in [(0, None), (10, 1.5), (20, 1.25), (30, 1.25), (40, None), (50, 1.75)]:
+        save_measured(run, 2, step, loss)
+        keep_last(folder(run, 2, step).parent, 1)
+    assert [path.name for path in complete_in(run)] == ["step-0", "step-20", "step-50"]
+    save_measured(run, 3, 10, 1.5)
+    assert resolve(run / "best") == resolve(run / "phases" / "2-moe" / "best") == folder(run, 2, 20)
+    assert resolve(run / "phases" / "3-large-moe" / "best") == folder(run, 3, 10)
+    assert checkpoint.best_validation_loss(folder(run, 3, 0).parent) == 1.5
+    assert resolve(run) == folder(run, 3, 10)
+
+
+def test_without_a_validation_loss_there_is_no_best(tmp_path):
+    run = tmp_path / "run"
+    save_measured(run, 2, 0, None)
+    assert checkpoint.best(run) is None
+    assert checkpoint.best_validation_loss(run) == math.inf
+    message = refusal(resolve, run / "best")
+    for text in (str(run / "best"), "validation loss"):
+        assert text in message
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"validation_loss": "low"}'])
+def test_what_is_damaged_is_not_the_best(tmp_path, content):
+    run = tmp_path / "run"
+    save_measured(run, 2, 10, 1.5)
+    save_measured(run, 2, 20, 1.25)
+    (folder(run, 2, 20) / "trainer.json").write_text(content)
+    assert checkpoint.best(run) == folder(run, 2, 10)
+
+
+# Going on past damage
+
+
+@pytest.fixture
+def damaged_run(tmp_path):
+    """Steps 10, 20 and 30 of phase 2; the last two damaged in different ways."""
+    run = tmp_path / "run"
+    for step in (10, 20, 30):
+        save_measured(run, 2, step, None)
+    (folder(run, 2, 20) / checkpoint.MANIFEST).unlink()
+    with (folder(run, 2, 30) / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    return run
+
+
+def test_the_last_whole_checkpoint_is_used_with_a_warning(damaged_run):
+    warnings = []
+    assert checkpoint.load_latest(damaged_run, warnings.append).path == folder(damaged_run, 2, 10)
+    for warning, step, reason in zip(warnings, (30, 20), ("bytes where", "manifest.json is missing"), strict=True):
+        for text in (f"step-{step} ", reason, f"step-{step}.damaged", "2-moe/checkpoints/step-10 takes its place"):
+            assert text in warning
+    names = {path.name for path in folder(damaged_run, 2, 0).parent.iterdir()}
+    assert names == {"step-10", "step-20.damaged", "step-30.damaged"}
+    assert resolve(damaged_run) == folder(damaged_run, 2, 10)
+
+
+def test_damage_twice_at_the_same_step(damaged_run):
+    checkpoint.load_latest(damaged_run, lambda warning: None)
+    save_measured(damaged_run, 2, 20, None)
+    (folder(damaged_run, 2, 20) / "trainer.json").unlink()
+    assert checkpoint.load_latest(damaged_run, lambda warning: None).path == folder(damaged_run, 2, 10)
+    assert not (folder(damaged_run, 2, 20).with_name("step-20.damaged") / "trainer.json").exists()
+
+
+def test_where_all_are_damaged_nothing_is_touched(damaged_run):
+    (folder(damaged_run, 2, 10) / "model.safetensors").unlink()
+    message = refusal(checkpoint.load_latest, damaged_run, pytest.fail)
+    for text in ("no checkpoint in", "step-30", "another run"):
+        assert text in message
+    names = {path.name for path in folder(damaged_run, 2, 0).parent.iterdir()}
+    assert names == {"step-10", "step-20", "step-30"}
+
+
+def test_a_checkpoint_that_is_whole_but_not_ours_is_an_error_not_damage(damaged_run):
+    # Passing over it would start a run anew that an older version of the program could resume.
+    config = folder(damaged_run, 2, 10) / "config.json"
+    config.write_text('{"flux": 1}')
+    restate(config.parent)
+    assert "unknown key 'flux'" in refusal(checkpoint.load_latest, damaged_run, lambda warning: None)
+    assert config.exists()
+
+
+def test_a_run_without_checkpoints_has_no_latest(tmp_path):
+    assert checkpoint.load_latest(tmp_path, pytest.fail) is None
+
+
+def save_measured(run, phase, step, validation_loss):
+    state = TrainerState(phase, step, "torch", validation_loss)
+    save(folder(run, phase, step), CONFIG, state, WEIGHTS, None)

@@ -20,10 +20,13 @@ from mlx_moe.parameters import initialize
 from mlx_moe.training import checkpoint, log
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
-from mlx_moe.training.loop import Phase, TrainingStopped, evaluate, load_imbalance, phase_result, train_phase
+from mlx_moe.training.loop import Phase, evaluate, load_imbalance, train_phase
+from mlx_moe.training.results import phase_result
+from mlx_moe.training.run_folder import RunFolder
+from mlx_moe.training.stopping import TrainingStopped, interruptions
 
 CONTEXT, BATCH = 16, 8
-ROW = {"phase", "step", "loss", "cross_entropy", "learning_rate", "grad_norm", "tokens"}
+ROW = {"phase", "step", "loss", "cross_entropy", "auxiliary_loss", "learning_rate", "grad_norm", "tokens"}
 ROW |= {"tokens_per_s", "step_ms", "peak_memory_bytes"}
 
 
@@ -61,7 +64,9 @@ def train(data, backend):
     def train(run, directory, trainer=None, step=0):
         directory.mkdir(exist_ok=True)
         trainer = trainer or build(backend, run)
-        train_phase(run, Phase(1, run.phases.dense), trainer, data, directory, step, Console(quiet=True), backend)
+        phase, console = Phase(1, run.phases.dense), Console(quiet=True)
+        with interruptions() as interruption:
+            train_phase(run, phase, trainer, data, RunFolder(directory), step, console, backend, interruption)
         return trainer
 
     return train
@@ -152,7 +157,7 @@ def test_validation_loss_falls(make_run, train, tmp_path):
     losses = [row["validation_loss"] for row in rows(tmp_path) if "validation_loss" in row]
     assert len(losses) == 7
     assert losses[-1] < 0.75 * losses[0]
-    result = phase_result(tmp_path, 1)
+    result = phase_result(rows(tmp_path), 1)
     assert (result.first_validation_loss, result.last_validation_loss) == (losses[0], losses[-1])
     assert result.last_loss < result.first_loss
     assert result.tokens == 60 * BATCH * CONTEXT
@@ -201,7 +206,7 @@ def test_a_phase_that_starts_over_leaves_no_row_of_its_earlier_try(make_run, tra
     log.append(tmp_path / "metrics.jsonl", {"phase": 1, "step": 5, "loss": 9.0})
     train(run, tmp_path)
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 5, 6]
-    assert phase_result(tmp_path, 1).first_validation_loss < 9
+    assert phase_result(rows(tmp_path), 1).first_validation_loss < 9
 
 
 # Stopping
@@ -214,7 +219,7 @@ def test_an_interruption_saves_and_says_how_to_go_on(make_run, train, backend, t
     with pytest.raises(TrainingStopped) as caught:
         train(run, tmp_path, Wrapped(build(backend, run), 3, raise_signal(number)))
     assert caught.value.exit_code == exit_code
-    for text in (number.name, "step 3 ", f"--resume {tmp_path}"):
+    for text in (number.name, "after step 3 of phase 1 and saved", f"--resume {tmp_path}"):
         assert text in str(caught.value)
     assert checkpoint.load(tmp_path).state.step == 3  # the step was finished
     assert signal.getsignal(number) is before
@@ -251,7 +256,9 @@ def test_a_weight_that_is_not_finite_stops_the_run(make_run, train, backend, tmp
     run = make_run(50)
     weights = initialize(run.model, 0)
     weights["norm.weight"][0] = np.nan
-    with pytest.raises(TrainingStopped, match="loss became nan at step 1 of phase 1; there is no checkpoint yet"):
+    with pytest.raises(
+        TrainingStopped, match="validation loss became nan at step 0 of phase 1; there is no checkpoint yet"
+    ):
         train(run, tmp_path, build(backend, run, weights))
 
 

@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 
 from mlx_moe.config import RunConfig
 from mlx_moe.training import checkpoint, log
+from mlx_moe.training.boundary import plan_boundary
+from mlx_moe.transfer.plan import carry_moments
 from mlx_moe.validation import read_mapping, validate
 
 BACKENDS = ("mlx", "torch")
@@ -115,6 +118,46 @@ def test_stopping_between_phases_changes_nothing(finished, mlxmoe, tmp_path):
         np.testing.assert_array_equal(actual.weights[name], array)
     for rows in zip(log.read(whole / "metrics.jsonl"), log.read(pieces / "metrics.jsonl"), strict=True):
         assert rows[0].get("loss") == rows[1].get("loss")
+
+
+def test_a_phase_is_born_with_the_moments_of_the_one_before(finished):
+    directory, _ = finished
+    run = validate(RunConfig, read_mapping(directory / "config.yaml"))
+    for phase in (1, 2):
+        before = checkpoint.load(checkpoint.folder(directory, phase, STEPS))
+        born = checkpoint.load(checkpoint.folder(directory, phase + 1, 0))
+        expected = carry_moments(
+            plan_boundary(run, phase, before.config), before.optimizer_state, born.optimizer_state.keys()
+        )
+        assert born.optimizer_state.keys() == expected.keys()
+        assert born.optimizer_state["step"] == phase * STEPS
+        for name, array in born.optimizer_state.items():
+            np.testing.assert_array_equal(array, expected[name])
+
+
+def test_resuming_at_a_birth_changes_nothing(finished, mlxmoe, tmp_path):
+    whole, _ = finished
+    backend = json.loads((whole / "environment.json").read_text())["backend"]
+    pieces = tmp_path / "run"
+    shutil.copytree(whole, pieces)
+    for step in (24, STEPS):
+        shutil.rmtree(checkpoint.folder(pieces, 3, step))
+    result = mlxmoe("train", "--resume", pieces, "--backend", backend)
+    assert "resuming from phases/3-large-moe/checkpoints/step-0" in result.out
+    expected, actual = checkpoint.load(whole), checkpoint.load(pieces)
+    for name, array in expected.weights.items():
+        np.testing.assert_array_equal(actual.weights[name], array)
+
+
+def test_moments_are_reset_on_request(mlxmoe, tmp_path):
+    directory = tmp_path / "run"
+    arguments = [*TINY, "--optimizer-transfer", "reset", "--backend", "torch", "--phases", 2]
+    assert mlxmoe("train", *arguments, "--out", directory).code == 0
+    assert checkpoint.load(checkpoint.folder(directory, 2, 0)).optimizer_state is None
+    assert checkpoint.load(checkpoint.folder(directory, 2, STEPS)).optimizer_state["step"] == STEPS
+    result = mlxmoe("train", *TINY, "--optimizer-transfer", "keep", "--out", tmp_path / "other")
+    assert result.code == 2
+    assert "optimizer.transfer" in result.err
 
 
 @pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])

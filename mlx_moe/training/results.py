@@ -1,0 +1,149 @@
+"""What a phase and a run came to: figures, samples of text, the table at the end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from mlx_moe.accounting import count_parameters
+from mlx_moe.config import RunConfig
+from mlx_moe.data.tokens import TokenData, fixed_windows
+from mlx_moe.training import checkpoint
+from mlx_moe.training.backend import Trainer
+from mlx_moe.training.console import Console
+from mlx_moe.training.generation import generate
+from mlx_moe.training.loop import TITLES, Phase, load_imbalance
+from mlx_moe.training.run_folder import RunFolder
+
+PROMPTS = (
+    "Once upon a time, there was a little",
+    "One day, a girl named Lily went to",
+    "The dog was very happy because",
+)
+SAMPLE_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """Losses are mean cross entropies in nats per token; the first and last of training are single batches."""
+
+    first_loss: float
+    last_loss: float
+    first_validation_loss: float
+    last_validation_loss: float
+    tokens: int
+    seconds: float
+
+
+def phase_result(metrics: list[dict[str, Any]], phase: int) -> PhaseResult:
+    """What a finished phase came to, from the rows of `metrics.jsonl`."""
+    rows = [row for row in metrics if row["phase"] == phase]
+    steps = [row for row in rows if "loss" in row]
+    validations = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    return PhaseResult(
+        first_loss=steps[0]["cross_entropy"],
+        last_loss=steps[-1]["cross_entropy"],
+        first_validation_loss=validations[0],
+        last_validation_loss=validations[-1],
+        tokens=steps[-1]["tokens"],
+        seconds=sum(row["step_ms"] * (row["step"] - earlier["step"]) for earlier, row in pairwise(rows)) / 1e3,
+    )
+
+
+def report_phase(
+    run: RunConfig, phase: Phase, trainer: Trainer, data: TokenData, folder: RunFolder, console: Console
+) -> None:
+    """Say what a finished phase came to, and write it to `history.jsonl` and `samples.md`."""
+    result = phase_result(folder.metrics(), phase.number)
+    facts = [
+        (
+            "loss",
+            f"{result.first_loss:.4f} -> {result.last_loss:.4f} (drop {result.first_loss - result.last_loss:.4f})",
+        ),
+        (
+            "validation",
+            f"{result.first_validation_loss:.4f} -> {result.last_validation_loss:.4f} "
+            f"(drop {result.first_validation_loss - result.last_validation_loss:.4f})",
+        ),
+        ("tokens", f"{result.tokens:,} in {result.seconds:.0f} s of steps"),
+    ]
+    row = {"event": "phase", "phase": phase.number, "step": phase.config.steps, **asdict(result)}
+    row["parameters"] = count_parameters(trainer.config).to_json()
+    probes = fixed_windows(data.validation, run.training.eval_sequences, trainer.config.context_length)
+    expert_load_LE = trainer.expert_load(probes[:, :-1])
+    if expert_load_LE is not None:
+        row["validation_expert_load"] = expert_load_LE.tolist()
+        row["load_imbalance"] = load_imbalance(expert_load_LE)
+        row["dead_experts"] = int((expert_load_LE == 0).sum())
+        facts.append(
+            ("expert load", f"max/mean {row['load_imbalance']:.2f} in the worst layer, {row['dead_experts']} dead")
+        )
+    row["samples"] = {prompt: _sample(trainer, data, prompt) for prompt in PROMPTS}
+    console.title(f"{phase.title}, results")
+    console.facts(facts)
+    for prompt, continuation in row["samples"].items():
+        console.line(f"  {prompt}{continuation}".replace("\n", " "))
+    # The row comes last: a phase without one is reported again when the run is resumed.
+    folder.save_samples(_samples_as_markdown([*folder.history(), row]))
+    folder.log_event(row)
+
+
+def summarize(folder: RunFolder, console: Console) -> None:
+    """The table of all phases and boundaries so far, and where the best model is."""
+    history = folder.history()
+    console.title("Summary")
+    boundaries = [row for row in history if row["event"] == "boundary"]
+    if boundaries:
+        console.table(
+            ["boundary", "max |Δlogit|", "last loss before", "first loss after", "jump", "verdict"],
+            [
+                [
+                    f"{row['phase'] - 1}-{row['phase']}",
+                    f"{row['max_logit_difference']:.1e}",
+                    f"{row['loss_before']:.5f}",
+                    f"{row['loss_after']:.5f}",
+                    f"{row['loss_jump']:+.1e}",
+                    "lossless" if row["passed"] else "lossy",
+                ]
+                for row in boundaries
+            ],
+        )
+    console.table(
+        ["phase", "parameters", "first loss", "last loss", "drop", "validation", "drop"],
+        [
+            [
+                checkpoint.PHASE_FOLDERS[row["phase"]],
+                f"{row['parameters']['total'] / 1e6:,.2f} M",
+                f"{row['first_loss']:.4f}",
+                f"{row['last_loss']:.4f}",
+                f"{row['first_loss'] - row['last_loss']:.4f}",
+                f"{row['last_validation_loss']:.4f}",
+                f"{row['first_validation_loss'] - row['last_validation_loss']:.4f}",
+            ]
+            for row in history
+            if row["event"] == "phase"
+        ],
+    )
+    console.line(f"everything is in {folder.path}")
+    if (best := checkpoint.best(folder.path)) is not None:
+        loss = checkpoint.best_validation_loss(folder.path)
+        console.line(f"lowest validation loss {loss:.4f}: {best.relative_to(folder.path)}, also as {folder.path}/best")
+
+
+def _fall(first: float, last: float) -> str:
+    return f"{first:.4f} -> {last:.4f} (drop {first - last:.4f})"
+
+
+def _sample(trainer: Trainer, data: TokenData, prompt: str) -> str:
+    ids = generate(trainer, data.tokenizer.encode(prompt), SAMPLE_TOKENS, stop=data.tokenizer.eot_id)
+    return data.tokenizer.decode(list(ids))
+
+
+def _samples_as_markdown(history: list[dict[str, Any]]) -> str:
+    return "".join(
+        f"## {TITLES[row['phase']]}\n\n"
+        + "".join(f"**{prompt}**{continuation}\n\n" for prompt, continuation in row["samples"].items())
+        for row in history
+        if row["event"] == "phase"
+    )

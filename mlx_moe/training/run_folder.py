@@ -1,0 +1,219 @@
+"""A run's folder: all that a run writes while it goes, and what it reads back to go on.
+
+Of several processes only the first touches it, and tells the others what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_moe import config as configs
+from mlx_moe.config import ModelConfig, RunConfig
+from mlx_moe.data.tokens import SPLITS, TokenData
+from mlx_moe.errors import InputError
+from mlx_moe.parameters import Arrays
+from mlx_moe.training import checkpoint, log
+from mlx_moe.training.backend import Alone, World
+from mlx_moe.training.checkpoint import TrainerState
+from mlx_moe.training.files import flush, make_folder, replacing, sweep
+from mlx_moe.training.trackers import Tracker, open_tracker
+from mlx_moe.validation import read_mapping, validate
+
+CONFIG, DATA, ENVIRONMENT = "config.yaml", "data.json", "environment.json"
+METRICS, HISTORY, SAMPLES = "metrics.jsonl", "history.jsonl", "samples.md"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands, and all that it takes to go on. A phase is born without optimizer state."""
+
+    config: ModelConfig
+    state: TrainerState
+    weights: Arrays
+    optimizer_state: Arrays | None
+
+
+@dataclass
+class RunFolder:
+    """Every method that writes raises InputError where the disk does not let it, and names the last checkpoint."""
+
+    path: Path
+    world: World = Alone()
+    tracker: Tracker | None = None
+
+    def open(self) -> RunConfig:
+        """The config of a run to resume. Raises InputError where there is none."""
+        if self._is_ours and not (self.path / CONFIG).is_file():
+            raise InputError(f"cannot resume {self.path}: there is no {CONFIG} in it; name a run's folder")
+        return validate(RunConfig, self._told(lambda: read_mapping(self.path / CONFIG)))
+
+    def check_data(self, data: TokenData) -> None:
+        """Raise InputError where a run began with other tokens: its weights would mean nothing for these."""
+        hashes = [data.provenance[split]["sha256"] for split in SPLITS]
+        if hashes != self._told(lambda: hashes):
+            raise InputError(
+                f"process {self.world.rank} has other tokens than process 0; give all of them the same text, tokenizer "
+                "and version of mlxmoe"
+            )
+        if not self._is_ours or not (self.path / DATA).is_file():
+            return
+        before = read_mapping(self.path / DATA)
+        if any(before[split]["sha256"] != data.provenance[split]["sha256"] for split in SPLITS):
+            source = data.provenance["source"]["description"]
+            raise InputError(
+                f"cannot resume {self.path}: {source} gives other tokens than the run began with ({DATA}); put the "
+                "text and the tokenizer back as they were, or begin another run"
+            )
+
+    def introduce(self, run: RunConfig, data: TokenData, environment: dict[str, Any]) -> None:
+        """Write what the run is. The config comes first: from then on a killed run can be resumed."""
+        if not self._is_ours:
+            return
+        with self._writing():
+            make_folder(self.path)
+            for folder in (self.path, self.path / "boundaries"):
+                sweep(folder)
+            with replacing(self.path / CONFIG) as partial:
+                configs.save(run, partial)
+            with replacing(self.path / "tokenizer") as partial:
+                data.tokenizer.save(partial)
+            self._write_json(DATA, data.provenance)
+            self._write_json(ENVIRONMENT, environment)
+
+    def open_tracker(self, run: RunConfig, rows: list[dict[str, Any]], warn: Callable[[str], None]) -> None:
+        """`rows`: what the tracker has got already."""
+        if self._is_ours:
+            self.tracker = open_tracker(run, self.path, rows, warn)
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self.tracker.finish()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return self._told(lambda: log.read(self.path / METRICS))
+
+    def history(self) -> list[dict[str, Any]]:
+        return self._told(lambda: log.read(self.path / HISTORY))
+
+    def log_step(self, row: dict[str, Any]) -> None:
+        if not self._is_ours:
+            return
+        with self._writing():
+            log.append(self.path / METRICS, row)
+        if self.tracker is not None:
+            self.tracker.log(row)
+
+    def log_event(self, row: dict[str, Any]) -> None:
+        if not self._is_ours:
+            return
+        with self._writing():
+            log.append(self.path / HISTORY, row)
+
+    def rewind(self, phase: int, step: int) -> None:
+        """Drop the rows after a step, so that nothing is there twice."""
+        if not self._is_ours:
+            return
+        with self._writing():
+            for name in (METRICS, HISTORY):
+                log.rewind(self.path / name, phase, step)
+
+    def rewind_metrics(self, phase: int) -> None:
+        """Drop the rows of a phase that starts over."""
+        if not self._is_ours:
+            return
+        with self._writing():
+            log.rewind(self.path / METRICS, phase, -1)
+
+    def save_boundary(self, name: str, record: dict[str, Any]) -> Path:
+        file = self.path / "boundaries" / f"{name}.json"
+        if self._is_ours:
+            with self._writing():
+                make_folder(file.parent)
+                self._write_json(f"boundaries/{name}.json", record)
+        return file
+
+    def save_samples(self, text: str) -> None:
+        if not self._is_ours:
+            return
+        with self._writing(), replacing(self.path / SAMPLES) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def save(
+        self, config: ModelConfig, state: TrainerState, weights: Arrays, optimizer_state: Arrays | None, keep: int
+    ) -> None:
+        """Save a checkpoint, and of its phase keep the last few, the best and the birth."""
+        if not self._is_ours:
+            return
+        path = checkpoint.folder(self.path, state.phase, state.step)
+        with self._writing():
+            for name in (METRICS, HISTORY):  # no checkpoint without the rows that lead to it
+                if (self.path / name).exists():
+                    flush(self.path / name)
+            try:
+                checkpoint.save(path, config, state, weights, optimizer_state)
+            except InputError as error:
+                raise InputError(f"{error}; {self._way_out()}") from None
+            checkpoint.keep_last(path.parent, keep)
+
+    def best_validation_loss(self, phase: int) -> float:
+        """The lowest of the phase's checkpoints, nats per token; infinite before the first."""
+        folder = checkpoint.folder(self.path, phase, 0).parent
+        loss: float = self._told(lambda: checkpoint.best_validation_loss(folder))
+        return loss
+
+    def load_latest(self, warn: Callable[[str], None]) -> Position | None:
+        """Where the run stands: its last whole checkpoint, if there is one."""
+        with self._writing():
+            saved = checkpoint.load_latest(self.path, warn) if self._is_ours else None
+        if not self._told(lambda: saved is not None):
+            return None
+        config = validate(ModelConfig, self._told(lambda: saved.config.model_dump(mode="json") if saved else {}))
+        state = validate(TrainerState, self._told(lambda: asdict(saved.state) if saved else {}))
+        weights, optimizer_state = (saved.weights, saved.optimizer_state) if saved else (None, None)
+        has_moments = self._told(lambda: optimizer_state is not None)
+        return Position(config, state, self._arrays(weights), self._arrays(optimizer_state) if has_moments else None)
+
+    def last_saved(self) -> str:
+        """In words, for the line that says why a run stopped."""
+        saved = checkpoint.latest(self.path)
+        return f"the last checkpoint is {saved.relative_to(self.path)}" if saved else "there is no checkpoint yet"
+
+    @property
+    def _is_ours(self) -> bool:
+        return self.world.rank == 0
+
+    def _told(self, read: Callable[[], Any]) -> Any:
+        """What the first process reads."""
+        if self.world.size == 1:
+            return read()
+        return json.loads(self.world.from_first(json.dumps(read()).encode() if self._is_ours else b""))
+
+    def _arrays(self, arrays: Arrays | None) -> Arrays:
+        if self.world.size == 1:
+            return arrays or {}
+        shapes = self._told(lambda: {name: array.shape for name, array in (arrays or {}).items()})
+        told = {name: self.world.from_first(arrays[name].tobytes() if arrays else b"") for name in shapes}
+        return {name: np.frombuffer(told[name], np.float32).reshape(shape) for name, shape in shapes.items()}
+
+    def _write_json(self, name: str, values: dict[str, Any]) -> None:
+        with replacing(self.path / name) as partial:
+            partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror or error}; {self._way_out()}") from None
+
+    def _way_out(self) -> str:
+        if not (self.path / CONFIG).is_file():
+            return "nothing was begun; name another folder with --out"
+        return f"{self.last_saved()}; go on, once this is mended, with: mlxmoe train --resume {self.path}"

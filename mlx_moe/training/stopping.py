@@ -1,0 +1,88 @@
+"""How a run ends before its time: signals, and what they wait for."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from mlx_moe.training.backend import World
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingStopped(Exception):
+    """The run ended before its time; the message says why and how to go on."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass
+class Interruption:
+    """The signal that asks the run to stop, if one came."""
+
+    number: int | None = None
+
+    def came(self, world: World) -> bool:
+        """Whether one came to any of the processes; all of them learn of it in the same step."""
+        self.number = world.largest(self.number or 0) or None
+        return self.number is not None
+
+    @property
+    def name(self) -> str | None:
+        return None if self.number is None else signal.Signals(self.number).name
+
+    def stopped(self, where: str) -> TrainingStopped:
+        return TrainingStopped(f"{self.name}: stopped {where}", exit_code=128 + (self.number or 0))
+
+
+@contextmanager
+def interruptions() -> Iterator[Interruption]:
+    """Note SIGINT and SIGTERM, so that the work at hand can finish; a second one ends the program at once."""
+    interruption = Interruption()
+
+    def receive(number: int) -> None:
+        interruption.number = number
+        restore()
+
+    with _handling(receive) as restore:
+        yield interruption
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Raise TrainingStopped on SIGINT and SIGTERM, while there is nothing to save."""
+    interruption = Interruption()
+
+    def receive(number: int) -> None:
+        interruption.number = number
+        raise KeyboardInterrupt  # which no library on the way takes for a failure of its own
+
+    with _handling(receive):
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise interruption.stopped("before training began; nothing was lost") from None
+
+
+@contextmanager
+def _handling(receive: Callable[[int], None]) -> Iterator[Callable[[], None]]:
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        receive(number)
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
+    try:
+        yield restore
+    finally:
+        restore()

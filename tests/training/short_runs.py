@@ -1,0 +1,62 @@
+"""Runs of three phases that take a second, and what two of them have in common."""
+
+import contextlib
+
+from mlx_moe.presets import load_run
+from mlx_moe.training import checkpoint, log
+from mlx_moe.training.backend import choose_backend
+from mlx_moe.training.console import Console
+from mlx_moe.training.phases import Options, train
+
+SIZE = [
+    *("model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.context_length=16", "model.dropout=0.1"),
+    *("data.source=stories", "data.n_documents=60", "data.tokenizer=char", "data.validation_fraction=0.2"),
+    *("phases.moe.n_experts=4", "phases.large_moe.d_model=48", "phases.large_moe.n_layers=3"),
+    *("training.batch_size=4", "training.log_every=1", "training.eval_every=3", "training.checkpoint_every=5"),
+    *("training.eval_sequences=8",),
+]
+STEPS = {1: 12, 2: 10, 3: 8}
+LENGTHS = [f"phases.{name}.steps={STEPS[phase]}" for phase, name in enumerate(("dense", "moe", "large_moe"), start=1)]
+TIMING = {"tokens_per_s", "step_ms", "peak_memory_bytes", "mfu", "seconds"}
+
+
+def short_run(*overrides):
+    return load_run("demo", None, [*SIZE, *LENGTHS, *overrides])
+
+
+def start(run, directory, backend="torch", console=None, n_phases=3):
+    train(run, directory, choose_backend(backend), n_phases, Options("cpu"), console or Console(quiet=True))
+
+
+class AfterStep(Console):
+    """Does something when one step of a phase is done."""
+
+    def __init__(self, moment, act):
+        super().__init__(quiet=True)
+        self.moment, self.act = moment, act
+
+    @contextlib.contextmanager
+    def progress(self, title, n_steps, done):
+        def advance(step, row):
+            if (int(title[len("Phase ")]), step) == self.moment:
+                self.act()
+
+        yield advance
+
+
+def assert_same_run(one, other, weights_of=(1, 2, 3)):
+    """Rows, samples and weights agree to the last bit; only times may differ."""
+    for name in ("metrics.jsonl", "history.jsonl"):
+        assert _untimed(log.read(one / name)) == _untimed(log.read(other / name))
+    assert (one / "samples.md").read_text() == (other / "samples.md").read_text()
+    for phase in weights_of:
+        first, second = (checkpoint.load(checkpoint.folder(run, phase, STEPS[phase])) for run in (one, other))
+        assert first.state == second.state
+        for arrays in ("weights", "optimizer_state"):
+            for name, array in getattr(first, arrays).items():
+                assert array.tobytes() == getattr(second, arrays)[name].tobytes(), (phase, name)
+    assert checkpoint.load(one / "best").state == checkpoint.load(other / "best").state
+
+
+def _untimed(rows):
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]

@@ -1,0 +1,156 @@
+"""Disks that take no more, folders that cannot be written, data that changed: one line, and nothing is lost."""
+
+import contextlib
+import os
+import resource
+import tempfile
+from pathlib import Path
+
+import pytest
+from short_runs import AfterStep, assert_same_run, short_run, start
+
+from mlx_moe.data.tokens import prepare
+from mlx_moe.errors import InputError
+from mlx_moe.training import checkpoint, log
+from mlx_moe.training.phases import open_run
+from mlx_moe.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache, monkeypatch):
+    monkeypatch.setenv("MLXMOE_CACHE", str(cache))
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXMOE_CACHE", str(cache))
+        start(short_run(), directory, n_phases=2)
+    return directory
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Yields a function after which no file grows beyond so many bytes: the system refuses, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def go_on(directory):
+    start(open_run(directory), directory, n_phases=2)
+
+
+def refusal(function, *arguments, **options):
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("bytes_left", [0, 30])
+def test_a_disk_that_fills_while_rows_are_written(phase, bytes_left, whole, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with full_disk() as limit:
+        console = AfterStep((phase, 7), lambda: limit(metrics.stat().st_size + bytes_left))
+        message = refusal(start, short_run(), tmp_path / "run", console=console)
+    last = checkpoint.latest(tmp_path / "run")
+    assert last.name == "step-6"
+    for text in (
+        "File too large",
+        str(last.relative_to(tmp_path / "run")),
+        f"mlxmoe train --resume {tmp_path / 'run'}",
+    ):
+        assert text in message
+    assert metrics.read_bytes().endswith(b"\n") == (bytes_left == 0)  # half a row
+    go_on(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole, weights_of=(1, 2))
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_saved(whole, tmp_path):
+    with full_disk() as limit:
+        message = refusal(start, short_run(), tmp_path / "run", console=AfterStep((2, 5), lambda: limit(64 * 1024)))
+    for text in ("step-5: ", "nothing of it was kept", "the last checkpoint is phases/2-moe/checkpoints/step-3"):
+        assert text in message
+    names = {path.name for path in checkpoint.folder(tmp_path / "run", 2, 0).parent.iterdir()}
+    assert names == {"step-0", "step-3"}
+    go_on(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole, weights_of=(1, 2))
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, 1200, 3000])
+def test_a_disk_that_is_full_from_the_start(n_bytes, whole, tmp_path):
+    with full_disk() as limit:
+        limit(n_bytes)
+        message = refusal(start, short_run(), tmp_path / "run")
+    if "nothing was begun" in message:
+        assert "--out" in message
+        assert list((tmp_path / "run").iterdir()) == []
+    else:
+        assert "there is no checkpoint yet" in message
+        assert [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")] == []
+        start(open_run(tmp_path / "run"), tmp_path / "run", n_phases=1)
+        assert checkpoint.load(tmp_path / "run").state == checkpoint.load(whole / "phases" / "1-dense").state
+
+
+def test_a_folder_that_may_not_be_written():
+    run = short_run()
+    data = prepare(run.data)
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o555)
+        with as_nobody():  # root may write everywhere
+            message = refusal(RunFolder(Path(parent) / "run").introduce, run, data, {})
+    assert message == f"cannot write {parent}/run: Permission denied; nothing was begun; name another folder with --out"
+
+
+@contextlib.contextmanager
+def as_nobody():
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+    else:
+        yield
+
+
+def test_going_on_with_other_data_is_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once there was a text of no great length. " * 40)
+    run = short_run(f"data.source={text}")
+    start(run, tmp_path / "run", n_phases=1)
+    rows = log.read(tmp_path / "run" / "metrics.jsonl")
+    text.write_text("Once there was another text of some length. " * 40)
+    message = refusal(start, open_run(tmp_path / "run"), tmp_path / "run")
+    for part in (str(text), "data.json", "another run"):
+        assert part in message
+    assert log.read(tmp_path / "run" / "metrics.jsonl") == rows
+
+
+def test_going_on_past_a_damaged_checkpoint(whole, tmp_path):
+    start(short_run(), tmp_path / "run", n_phases=1)
+    weights = checkpoint.latest(tmp_path / "run") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    go_on(tmp_path / "run")
+    assert weights.parent.with_name("step-12.damaged").is_dir()
+    assert_same_run(tmp_path / "run", whole, weights_of=(1, 2))
+
+
+def test_a_damaged_birth_is_crossed_over_again(whole, tmp_path):
+    start(short_run(), tmp_path / "run", n_phases=1)
+    birth = checkpoint.folder(tmp_path / "run", 2, 0)
+    birth.mkdir(parents=True)  # without a manifest
+    folder = RunFolder(tmp_path / "run")
+    folder.log_event({"event": "boundary", "phase": 2, "passed": False})  # of the boundary that was lost
+    go_on(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole, weights_of=(1, 2))
