@@ -126,6 +126,21 @@ def params(
 
 
 @app.command()
+def plan(
+    preset: Preset = "three-phase",
+    config: ConfigFile = None,
+    override: Overrides = None,
+    machine: Annotated[str | None, typer.Option(help="Instead of this one, e.g. 'M2 Max 32GB'.")] = None,
+    backend: BackendOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Estimate every phase's memory, time and largest batch, and say where it will not fit."""
+    from mlx_moe.training.planning import make_plan, show
+
+    show(make_plan(_load_run(preset, config, override or []), backend, machine), as_json)
+
+
+@app.command()
 def upcycle(
     checkpoint: CheckpointArgument,
     out: OutArgument,

@@ -27,6 +27,7 @@ from torch_ref.moe import Routing, auxiliary_loss, entropy, load
 from torch_ref.optimizers import build_optimizers, load_optimizer_state, optimizer_state
 from torch_ref.transformer import Transformer
 
+DEVICES = {"cuda": "CUDA", "mps": "Metal (MPS)"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,8 +44,8 @@ class Trainer:
     ):
         self.config = config
         self.world = connect()
-        self._torch_device = _choose_device(device)
-        self.device = {"cuda": "CUDA", "mps": "Metal (MPS)"}.get(self._torch_device.type, "CPU")
+        self._torch_device = choose_device(device)
+        self.device = DEVICES.get(self._torch_device.type, "CPU")
         self.precision = choose_precision(engine.precision, self.device, _has_bf16(self._torch_device))
         self._dtype = DTYPES[self.precision.name]
         self._loss_scale = LossScale() if self.precision.name == "fp16" else None
@@ -259,7 +260,7 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _choose_device(requested: str) -> torch.device:
+def choose_device(requested: str) -> torch.device:
     """CUDA where there is one, else the CPU; Apple's MPS on request."""
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

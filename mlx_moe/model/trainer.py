@@ -41,7 +41,7 @@ class Trainer:
             raise InputError(f"engine.strategy {engine.strategy!r}: mlx knows ddp only; take that, or --backend torch")
         self.config = config
         self.world = connect()
-        self.device = _choose_device(device)
+        self.device = choose_device(device)
         self.precision = choose_precision(engine.precision, self.device, has_bf16=True)
         self._loss_scale = LossScale() if self.precision.name == "fp16" else None
         self._optimizer_config, self._engine = optimizer, engine
@@ -201,7 +201,7 @@ def _float(scalar: mx.array) -> float:
     return float(np.array(scalar))
 
 
-def _choose_device(requested: str) -> str:
+def choose_device(requested: str) -> str:
     """`Metal`, `CUDA` or `CPU`; sets MLX's default device and bounds its allocator's cache."""
     gpu = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else None
     if requested not in ("auto", "cpu", "gpu", "Metal", "CUDA", "CPU"):

@@ -1,4 +1,4 @@
-"""Arithmetic on a config: parameters, in all and at work for one token."""
+"""Parameters, in all and at work for one token."""
 
 from __future__ import annotations
 

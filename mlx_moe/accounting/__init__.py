@@ -1,0 +1,5 @@
+"""Arithmetic on a config: parameters, floating-point operations, memory, machines. Imports no framework."""
+
+from mlx_moe.accounting.parameters import ParameterCount, count_parameters
+
+__all__ = ["ParameterCount", "count_parameters"]

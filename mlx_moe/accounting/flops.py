@@ -1,0 +1,92 @@
+"""Floating-point operations per token.
+
+A product of (m, k) with (k, n) is 2·m·n·k operations. Attention is counted over all T × T pairs, as PyTorch's flop
+counter does and as unfused kernels compute it; a kernel that skips what the causal mask hides does half of that.
+
+D model, Q query heads' width, G key-value heads' width, F ffn, E experts, K experts per token, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.parameters import FFN_INPUTS
+
+# Operations per number, an exponential or error function as one.
+NORMALIZATION = {"layernorm": 7, "layernorm_nobias": 6, "rmsnorm": 4}
+ACTIVATION = {"gelu": 4, "gelu_tanh": 8, "silu": 3, "relu": 1, "leaky_relu": 2}
+SOFTMAX = 5  # maximum, difference, exponential, sum, quotient
+ROTATION = 3  # two products and a sum
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of the forward pass for one token.
+
+    `projections`, `attention`, `router`, `ffn` and `head` are matrix products, `elementwise` is all else.
+    """
+
+    projections: int
+    attention: int
+    router: int
+    ffn: int
+    head: int
+    elementwise: int
+
+    @property
+    def forward(self) -> int:
+        """Matrix products of the forward pass."""
+        return self.projections + self.attention + self.router + self.ffn + self.head
+
+    @property
+    def training(self) -> int:
+        """Matrix products forward and backward, where every product has two gradients of its own size.
+
+        Products that a backward pass repeats (attention's scores in fused kernels, activation checkpointing) are left
+        out, as in the model FLOPs of PaLM (Chowdhery et al. 2022, appendix B).
+        """
+        return 3 * self.forward
+
+    def to_json(self) -> dict[str, int]:
+        return {
+            "forward": self.forward,
+            "training": self.training,
+            "forward_elementwise": self.elementwise,
+            "forward_projections": self.projections,
+            "forward_attention": self.attention,
+            "forward_router": self.router,
+            "forward_ffn": self.ffn,
+            "forward_head": self.head,
+        }
+
+
+def flops_per_token(config: ModelConfig) -> Flops:
+    """Operations for one token of a sequence of `context_length`."""
+    D, T, F = config.d_model, config.context_length, config.d_ff
+    Q, G = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    ffns_per_token = config.moe.top_k if config.moe else 1
+    n_experts = config.moe.n_experts if config.moe else 0
+    n_inputs = len(FFN_INPUTS[config.ffn_type])
+
+    norms = (2 * config.n_layers + 1) * NORMALIZATION[config.normalization] * D
+    rotations = ROTATION * (Q + G) if config.position_encoding == "rope" else 0
+    neurons = ffns_per_token * F * (ACTIVATION[config.activation] + (config.ffn_type == "swiglu"))
+    biases = (Q + 2 * G + D + ffns_per_token * (n_inputs * F + D)) if config.bias else 0
+    softmaxes = SOFTMAX * (config.n_heads * T + n_experts)
+    residual = 2 * D + (2 * ffns_per_token * D if config.moe else 0)  # gates weigh and sum the experts' outputs
+    return Flops(
+        projections=config.n_layers * 2 * D * (Q + 2 * G + Q),
+        attention=config.n_layers * 2 * 2 * T * Q,
+        router=config.n_layers * 2 * D * n_experts,
+        ffn=config.n_layers * ffns_per_token * 2 * (n_inputs + 1) * D * F,
+        head=2 * D * config.vocab_size,
+        elementwise=norms
+        + config.n_layers * (rotations + neurons + biases + softmaxes + residual)
+        + SOFTMAX * config.vocab_size,
+    )
+
+
+def mfu(flops: Flops, tokens_per_s: float, peak_flops_per_s: float) -> float:
+    """Model FLOPs utilisation, 0 to 1: the share of a machine's peak that trains the model (Chowdhery et al. 2022)."""
+    return flops.training * tokens_per_s / peak_flops_per_s

@@ -1,0 +1,211 @@
+"""Memory of a training step, by counting the arrays that are alive when it is largest.
+
+A step has three moments that can be the largest: the loss, when everything for the backward pass is kept and the
+logits are at work; the backward pass of the last block; the update, when all gradients are there. What each backend
+keeps was read off its operations and checked by measurement: `benchmarks/plan_memory.py`.
+
+N tokens of a micro-batch, T time, D model, Q query heads' width, G key-value heads' width, H heads, F ffn, E experts,
+R rows that go through an FFN (N, or the assignments to experts), V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
+from mlx_moe.parameters import FFN_INPUTS, table
+
+FLOAT = 4
+Backend = Literal["mlx", "torch"]
+Device = Literal["cpu", "gpu"]
+
+MLX_BLOCK = 64  # rows of one product of experts on CPU, as in `mlx_moe.model.moe`
+
+# Arrays of R × F that MLX keeps per FFN: the activation's input, its output, and what its formula and its gradient both
+# compute, which `mx.compile` computes once and keeps. On CPU some activations are polynomials (`model/elementwise.py`).
+MLX_KEPT_NEURONS = {
+    "cpu": {"gelu": 3, "gelu_tanh": 5, "silu": 3, "relu": 2, "leaky_relu": 3},
+    "gpu": {"gelu": 4, "gelu_tanh": 5, "silu": 3, "relu": 2, "leaky_relu": 3},
+}
+# MLX frees an array when the device has passed it, and the program runs up to ten command buffers (of ten operations,
+# on CPU) ahead of the device. These many arrays, of D, F, T and V numbers a row, wait there when the loss is computed.
+# On CPU, GELU's and the loss's polynomials are more code than one kernel takes, and pass arrays between their kernels.
+MLX_WAITING_RESIDUAL = 16
+MLX_WAITING_SCORES = 1.5
+MLX_WAITING_NEURONS = {"gelu": 6, "gelu_tanh": 6, "silu": 3, "relu": 1, "leaky_relu": 1}
+MLX_LOGITS = {"cpu": 11, "gpu": 3}
+MLX_UPDATES_AHEAD = 140  # tensors whose old and new weights and moments are there at once, on CPU
+METAL_COMMAND_BUFFERS, METAL_COMMAND_BUFFER_BYTES = 10, 50 << 20  # mlx/backend/metal/device.cpp, scheduler.h
+
+MUON_ARRAYS = (
+    4  # of a matrix's size while PyTorch makes it orthogonal: its mean gradient, normed, before and after a step
+)
+TORCH_RUNTIME = 345 << 20  # a process that has trained a tiny model: PyTorch's code, its threads, NumPy
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes. `activations` is what the forward pass keeps, `logits` what the loss adds to it; `moments` are totals."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    runtime: int
+    moments: dict[str, int]
+
+    @property
+    def kept(self) -> int:
+        """What the loss finds: activations and logits."""
+        return self.activations + self.logits
+
+    @property
+    def peak(self) -> int:
+        return max(self.moments.values())
+
+    @property
+    def peak_moment(self) -> str:
+        return max(self.moments, key=lambda moment: self.moments[moment])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"peak": self.peak, "peak_moment": self.peak_moment}
+
+
+def step_memory(
+    config: ModelConfig,
+    optimizer: OptimizerConfig,
+    engine: EngineConfig,
+    batch_size: int,
+    backend: Backend,
+    device: Device,
+) -> StepMemory:
+    """Bytes that training steps take at most, on one device; `engine.precision` "auto" counts as fp32."""
+    half = 2 if engine.precision in ("bf16", "fp16") else FLOAT
+    sizes = _sizes(config)
+    weights = FLOAT * sum(sizes.all)
+    moments = FLOAT * (2 * sum(sizes.all) - (sizes.hidden_matrices if optimizer.name == "muon" else 0))
+    N = math.ceil(batch_size / engine.accumulation_steps) * config.context_length
+    NV = N * config.vocab_size
+
+    block = _Block(config, N, half, backend, device)
+    casts = half * sizes.matrices if half != FLOAT else 0  # the weights as the products read them
+    kept = N * config.d_model * (FLOAT + half)  # the last norm's input and output
+    if engine.activation_checkpointing:
+        kept += config.n_layers * N * config.d_model * FLOAT
+        recomputed = block.kept + casts // config.n_layers
+    else:
+        kept += config.n_layers * block.kept + casts
+        recomputed = 0
+    held = weights + moments + (TORCH_RUNTIME if (backend, device) == ("torch", "cpu") else 0)
+    summed = weights if engine.accumulation_steps > 1 else 0  # the gradients of the parts before this one
+
+    if backend == "torch":
+        # The log-probabilities, their gradient and that of the logits; the logits themselves are gone by then.
+        logits = NV * 3 * FLOAT
+        loss = kept + logits
+        backward = kept + recomputed + block.working + FLOAT * (sizes.block + config.vocab_size * config.d_model)
+        # The embedding's gradient is as large as the embedding, also where only the head's is added to it.
+        update = weights + FLOAT * max(sizes.all) * (MUON_ARRAYS if optimizer.name == "muon" else 1)
+    else:
+        logits = NV * (MLX_LOGITS[device] * FLOAT + (half if half != FLOAT else 0))
+        loss = kept + logits + block.working
+        backward = kept + NV * FLOAT + recomputed + block.working
+        update = weights + max(summed, _mlx_updates(sizes, device))
+    return StepMemory(
+        weights=weights,
+        gradients=weights,
+        optimizer=moments,
+        activations=kept,
+        logits=logits,
+        runtime=held - weights - moments,
+        moments={
+            "loss": held + summed + loss,
+            "backward": held + summed + backward,
+            "update": held + update,
+        },
+    )
+
+
+class _Sizes(NamedTuple):
+    """Numbers: of every parameter; of all matrices; of those that Muon trains; of all experts; of one block."""
+
+    all: tuple[int, ...]
+    matrices: int
+    hidden_matrices: int
+    experts: int
+    block: int
+
+
+@lru_cache(maxsize=8)
+def _sizes(config: ModelConfig) -> _Sizes:
+    sizes = {parameter: math.prod(parameter.shape) for parameter in table(config)}
+    inside = {parameter: size for parameter, size in sizes.items() if parameter.name.startswith("layers.")}
+    return _Sizes(
+        all=tuple(sizes.values()),
+        matrices=sum(size for parameter, size in sizes.items() if parameter.is_matrix),
+        hidden_matrices=sum(size for parameter, size in sizes.items() if parameter.is_hidden_matrix),
+        experts=sum(size for parameter, size in inside.items() if ".experts." in parameter.name),
+        block=sum(inside.values()) // config.n_layers,
+    )
+
+
+class _Block:
+    """Bytes that one block keeps for the backward pass (`kept`), and that come on top while it runs (`working`)."""
+
+    def __init__(self, config: ModelConfig, N: int, half: int, backend: Backend, device: Device):
+        T, D, F, H = config.context_length, config.d_model, config.d_ff, config.n_heads
+        Q, G = H * config.head_dim, config.n_kv_heads * config.head_dim
+        assignments = N * config.moe.top_k if config.moe else N
+        on_mlx_cpu = (backend, device) == ("mlx", "cpu")
+        R = assignments
+        if config.moe and on_mlx_cpu:
+            R = (-(-assignments // MLX_BLOCK) + config.moe.n_experts) * MLX_BLOCK
+        gated = config.ffn_type == "swiglu"
+        scores = N * H * T
+
+        residual = 2 * N * D * FLOAT  # what the two norms read
+        products = 2 * N * D * half  # what they write, for projections to read
+        norms = 0
+        if on_mlx_cpu or (backend, device, config.normalization) == ("torch", "cpu", "rmsnorm"):
+            norms = 2 * N * D * FLOAT  # the normalised rows; GPUs have kernels that compute them again
+        experts = 0
+        if config.moe:
+            gathered_and_scattered = 2 * (R if backend == "mlx" else assignments) * D * half
+            router_input = N * D * FLOAT if half != FLOAT else 0
+            indices = 4 * assignments * 8 + 3 * N * config.moe.n_experts * FLOAT
+            one_hot = (len(FFN_INPUTS[config.ffn_type]) + 1) * assignments * config.moe.n_experts * half
+            experts = gathered_and_scattered + router_input + indices
+            experts += one_hot if config.bias and backend == "torch" else 0
+        dropout = 2 * N * D * (1 if (backend, device) == ("torch", "gpu") else FLOAT) if config.dropout else 0
+        if backend == "torch":
+            attention = N * (Q + 2 * G + Q) * half  # queries, keys, values, output
+            if config.attention_backend == "manual":
+                attention = N * 4 * Q * half + scores * (FLOAT if half == FLOAT else FLOAT + half)
+            elif device == "cpu" and config.position_encoding == "rope":
+                attention += N * Q * half  # the output again, in the order that o_proj reads
+            in_and_out = 1 if config.activation == "relu" else 2  # ReLU's gradient needs only its output
+            neurons = R * F * half * (in_and_out + (2 if gated else 0))
+            # Gradients of the neurons, of the experts' rows, and of the residual stream.
+            self.working = R * (F * (3 if gated else 2) + (2 * D if config.moe else 0)) * half + 3 * N * D * FLOAT
+        else:
+            attention = N * (Q + 2 * G + Q) * half + scores * half
+            neurons = R * F * half * (MLX_KEPT_NEURONS[device][config.activation] + (2 if gated else 0))
+            waiting_neurons = 3 if gated else MLX_WAITING_NEURONS[config.activation]
+            self.working = MLX_WAITING_RESIDUAL * N * D * FLOAT + waiting_neurons * R * F * half
+            self.working += int(MLX_WAITING_SCORES * scores * half)
+        self.kept = residual + products + norms + attention + neurons + experts + dropout
+
+
+def _mlx_updates(sizes: _Sizes, device: Device) -> int:
+    """Bytes of new weights and moments that are there before the old ones are freed."""
+    total = sum(sizes.all)
+    # One of the three takes the place of the gradient where that is contiguous: with experts, not with projections.
+    arrays = 3 - sizes.experts / total
+    if device == "cpu":
+        return int(arrays * FLOAT * total * min(1.0, MLX_UPDATES_AHEAD / len(sizes.all)))
+    largest = sorted((FLOAT * n for n in sizes.all), reverse=True)[:METAL_COMMAND_BUFFERS]
+    return int(arrays * min(FLOAT * total, sum(max(size, METAL_COMMAND_BUFFER_BYTES) for size in largest)))

@@ -1,0 +1,165 @@
+"""What a phase will take on a machine: memory, time, the largest batch, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mlx_moe.accounting.flops import Flops, flops_per_token
+from mlx_moe.accounting.machines import Machine, Precision
+from mlx_moe.accounting.memory import Backend, Device, StepMemory, step_memory
+from mlx_moe.accounting.parameters import ParameterCount, count_parameters
+from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
+
+LARGEST_BATCH = 4096
+# The share of a machine's rate for large matrix products that whole training steps reach. Measured on two CPU cores at
+# width 512, dense and experts: PyTorch 0.50 to 0.62, MLX 0.47 to 0.54. On GPUs it is taken to be the same.
+EFFICIENCY = 0.5
+# The share of a stated peak that large matrix products reach: 2.9 of 3.8 TFLOP/s on an M4 (Hübner et al. 2025).
+PRODUCTS_OF_PEAK = 0.75
+TRAFFIC = 7  # times the update reads or writes each weight: weight, gradient and two moments in, three of them out
+
+
+@dataclass(frozen=True)
+class Work:
+    """A phase: what is trained, how, and for how long."""
+
+    name: str
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig
+    batch_size: int
+    steps: int
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_size * self.model.context_length
+
+    @property
+    def parameters(self) -> ParameterCount:
+        return count_parameters(self.model)
+
+    @property
+    def flops(self) -> Flops:
+        return flops_per_token(self.model)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A machine with so much memory, as a backend uses it. `flops_per_s` is its rate for matrix products."""
+
+    label: str
+    backend: Backend
+    device: Device
+    precision: Precision
+    usable_bytes: int
+    flops_per_s: float
+    bytes_per_s: float | None  # of its memory; None: not known
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A phase at a site. `largest_batch` 0: not even one sequence fits; `ways_out`: changes that make it fit."""
+
+    memory: StepMemory
+    fits: bool
+    largest_batch: int
+    seconds: float
+    ways_out: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"memory": self.memory.to_json()}
+
+
+def site_of(machine: Machine, memory_gb: int, engine: EngineConfig) -> Site:
+    """A machine from the table: MLX on Apple's, PyTorch on NVIDIA's; "auto" precision as the trainers choose it."""
+    precision: Precision
+    if engine.precision != "auto":
+        precision = engine.precision
+    elif machine.vendor == "apple":
+        precision = "fp32"
+    else:
+        precision = "bf16" if machine.bf16 else "fp16"
+    return Site(
+        label=f"{machine.name.removeprefix('NVIDIA ').removeprefix('Apple ')} {memory_gb}GB",
+        backend="mlx" if machine.vendor == "apple" else "torch",
+        device="gpu",
+        precision=precision,
+        usable_bytes=machine.usable_bytes(memory_gb),
+        flops_per_s=PRODUCTS_OF_PEAK * machine.flops_per_s(precision),
+        bytes_per_s=machine.bandwidth * 1e9,
+    )
+
+
+def fit(work: Work, site: Site) -> Fit:
+    memory = _memory(work, site)
+    fits = memory.peak <= site.usable_bytes
+    return Fit(
+        memory, fits, _largest_batch(work, site), seconds(work, site), [] if fits else list(_ways_out(work, site))
+    )
+
+
+def seconds(work: Work, site: Site) -> float:
+    """Expected time of a phase's steps: products at EFFICIENCY of the site's rate, then the update's memory traffic."""
+    recomputed = 4 / 3 if work.engine.activation_checkpointing else 1.0
+    products = recomputed * work.tokens * work.flops.training / (EFFICIENCY * site.flops_per_s)
+    updated = work.steps * TRAFFIC * 4 * work.parameters.total
+    return products + (updated / site.bytes_per_s if site.bytes_per_s else 0.0)
+
+
+def _largest_batch(work: Work, site: Site) -> int:
+    """In sequences, a multiple of the accumulation steps; LARGEST_BATCH stands for that many and more."""
+    parts = work.engine.accumulation_steps
+    low, high = 0, max(1, LARGEST_BATCH // parts)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fitting = _memory(replace(work, batch_size=middle * parts), site).peak <= site.usable_bytes
+        low, high = (middle, high) if fitting else (low, middle - 1)
+    return low * parts
+
+
+def _ways_out(work: Work, site: Site) -> Iterator[str]:
+    """Overrides under which the phase fits: each that does by itself, else the first that do together."""
+    B = work.batch_size
+    parts = [n for n in range(work.engine.accumulation_steps + 1, B + 1) if B % n == 0]
+    half = {"precision": "bf16"} if site.precision == "fp32" else {}
+    recomputing = {"activation_checkpointing": True}
+    alone = False
+    for options in ([{"accumulation_steps": n} for n in parts], [recomputing], [half] if half else []):
+        fitting = next((option for option in options if _fits(work, site, option)), None)
+        if fitting is not None:
+            alone = True
+            yield _as_overrides(fitting)
+    if smaller := _largest_batch(work, site):
+        alone = True
+        yield f"-o training.batch_size={smaller}"
+    if work.optimizer.name == "adamw" and _fits(work, site, {}, "muon"):
+        alone = True
+        yield "-o optimizer.name=muon"
+    if alone:
+        return
+    for optimizer in dict.fromkeys([work.optimizer.name, "muon"]):
+        for option in (recomputing | {"accumulation_steps": B}, recomputing | {"accumulation_steps": B} | half):
+            if _fits(work, site, option, optimizer):
+                yield _as_overrides(option) + (" -o optimizer.name=muon" if optimizer != work.optimizer.name else "")
+                return
+
+
+def _fits(work: Work, site: Site, engine: dict[str, Any], optimizer: str | None = None) -> bool:
+    changed = replace(
+        work,
+        engine=work.engine.model_copy(update=engine),
+        optimizer=work.optimizer.model_copy(update={"name": optimizer or work.optimizer.name}),
+    )
+    site = replace(site, precision=engine.get("precision", site.precision))
+    return _memory(changed, site).peak <= site.usable_bytes
+
+
+def _as_overrides(engine: dict[str, Any]) -> str:
+    return " ".join(f"-o engine.{name}={str(value).lower()}" for name, value in engine.items())
+
+
+def _memory(work: Work, site: Site) -> StepMemory:
+    engine = work.engine.model_copy(update={"precision": site.precision})
+    return step_memory(work.model, work.optimizer, engine, work.batch_size, site.backend, site.device)

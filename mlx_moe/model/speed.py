@@ -1,0 +1,51 @@
+"""What the device is, and how fast it multiplies."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+
+import mlx.core as mx
+
+from mlx_moe.accounting.machines import Precision
+from mlx_moe.model.trainer import DTYPES, choose_device
+
+SECONDS = 0.5
+N = {"CPU": 512, "CUDA": 8192, "Metal": 4096}  # rows of a square matrix, large enough for full speed
+
+
+def measure_flops_per_s(precision: Precision, device: str = "auto") -> float:
+    """Operations per second of a square matrix product, the median of half a second of them."""
+    n = N[choose_device(device)]
+    one, other = (mx.random.normal((n, n)).astype(DTYPES[precision]) for _ in range(2))
+    mx.eval(one, other, one @ other)
+    seconds: list[float] = []
+    while sum(seconds) < SECONDS:
+        start = time.perf_counter()
+        mx.eval(one @ other)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(seconds)
+
+
+def device_kind(device: str = "auto") -> str:
+    """`CUDA`, `Metal` or `CPU`."""
+    return choose_device(device)
+
+
+def device_name(device: str = "auto") -> str:
+    """The name that the system gives the device: `Apple M3 Max`, `NVIDIA H100 80GB HBM3`."""
+    if choose_device(device) == "CPU" and platform.system() != "Darwin":
+        return f"{platform.machine()} CPU"
+    return str(mx.device_info()["device_name"])
+
+
+def usable_bytes(device: str = "auto") -> int:
+    """The memory that training can take on the device, other programs aside."""
+    information = mx.device_info()
+    if choose_device(device) != "CPU":
+        for limit in ("max_recommended_working_set_size", "total_memory"):
+            if limit in information:
+                return int(information[limit])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,192 @@
+"""What a run will take, before it starts: memory, time and batches, on this machine and on others."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_moe.accounting import machines
+from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
+from mlx_moe.config import RunConfig
+from mlx_moe.errors import InputError
+from mlx_moe.training.backend import TRAINERS, Backend, choose_backend
+from mlx_moe.training.boundary import phase_config, phase_model
+from mlx_moe.training.checkpoint import PHASE_FOLDERS
+from mlx_moe.training.console import Console, millions
+from mlx_moe.training.precision import choose_precision
+
+THIS = "this machine"
+EXAMPLES = ("M1 16GB", "M2 Max 32GB", "M4 Max 64GB", "RTX 4090 24GB", "H100 80GB")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    run: RunConfig
+    works: list[Work]
+    sites: list[Site]  # the first is the one that is asked about: this machine, or the one named
+    fits: list[list[Fit]]  # of every site and phase
+
+    def to_json(self) -> dict[str, Any]:
+        phases = {
+            work.name: {
+                "architecture": work.model.display_name,
+                "parameters": work.parameters.to_json(),
+                "flops_per_token": work.flops.to_json(),
+                "tokens": work.tokens,
+                "batch_size": work.batch_size,
+            }
+            for work in self.works
+        }
+        sites = [
+            {
+                "machine": site.label,
+                "backend": site.backend,
+                "precision": site.precision,
+                "usable_bytes": site.usable_bytes,
+                "matmul_flops_per_s": round(site.flops_per_s),
+                "assumed_efficiency": EFFICIENCY,
+                "phases": {work.name: fit.to_json() for work, fit in zip(self.works, fits, strict=True)},
+            }
+            for site, fits in zip(self.sites, self.fits, strict=True)
+        ]
+        return {"run": self.run.name, "phases": phases, "machines": sites, "warnings": warnings(self)}
+
+
+def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None) -> RunPlan:
+    """The plan of a run on this machine with a backend, or on a named one; and on some others for comparison.
+
+    Raises InputError for a machine that is not known, and for a backend that is not installed here.
+    """
+    if machine is None:
+        first = this_machine(run, choose_backend(backend))
+    elif backend != "auto":
+        raise InputError(f"--backend {backend} is for this machine; leave it out, or leave out --machine {machine!r}")
+    else:
+        first = site_of(*machines.choose(machine), run.engine)
+    works = [
+        Work(
+            name=PHASE_FOLDERS[phase],
+            model=phase_model(run, phase),
+            optimizer=run.optimizer,
+            engine=run.engine,
+            batch_size=run.training.batch_size,
+            steps=phase_config(run, phase).steps,
+        )
+        for phase in (1, 2, 3)
+    ]
+    examples = [site_of(*machines.choose(example), run.engine) for example in EXAMPLES]
+    sites = [first, *(site for site in examples if site.label != first.label)]
+    return RunPlan(run, works, sites, [[fit(work, site) for work in works] for site in sites])
+
+
+def this_machine(run: RunConfig, backend: Backend) -> Site:
+    """This machine, its rate for matrix products measured in half a second."""
+    speed = importlib.import_module(TRAINERS[backend.name].replace("trainer", "speed"))
+    place: str = speed.device_kind()
+    precision = choose_precision(run.engine.precision, place, has_bf16=True).name
+    known = machines.lookup(speed.device_name())
+    return Site(
+        label=f"{THIS}: {speed.device_name()}",
+        backend=backend.name,
+        device="cpu" if place == "CPU" else "gpu",
+        precision=precision,
+        usable_bytes=speed.usable_bytes(),
+        flops_per_s=speed.measure_flops_per_s(precision),
+        bytes_per_s=known.bandwidth * 1e9 if known and place != "CPU" else None,
+    )
+
+
+def show(plan: RunPlan, as_json: bool) -> None:
+    """Print a plan; warnings come last."""
+    if as_json:
+        print(json.dumps(plan.to_json(), indent=2))
+        return
+    console, run, site = Console(), plan.run, plan.sites[0]
+    console.facts(
+        [
+            ("run", f"{run.name}, batches of {run.training.batch_size} × {run.model.context_length} tokens"),
+            ("on", f"{site.label}, {site.backend}, {site.precision}, {_gb(site.usable_bytes)} GB usable"),
+        ]
+    )
+    console.title("A step's memory, GB")
+    console.table(
+        ["phase", "parameters", "weights", "gradients", "moments", "activations", "peak", "fits"],
+        [
+            [
+                work.name,
+                millions(work.parameters.total),
+                *(_gb(n) for n in (memory.weights, memory.gradients, memory.optimizer, memory.kept, memory.peak)),
+                "yes" if here.fits else "no",
+            ]
+            for work, here in zip(plan.works, plan.fits[0], strict=True)
+            for memory in [here.memory]
+        ],
+    )
+    console.title("Time")
+    console.table(
+        ["phase", "tokens", "MFLOP per token", "TFLOP a step", "time", "largest batch"],
+        [
+            [
+                work.name,
+                f"{work.tokens / 1e6:.2f} M",
+                f"{work.flops.training / 1e6:,.0f}",
+                f"{work.flops.training * work.tokens / work.steps / 1e12:,.2f}",
+                _duration(here.seconds),
+                _batch(here.largest_batch),
+            ]
+            for work, here in zip(plan.works, plan.fits[0], strict=True)
+        ],
+    )
+    console.title("Elsewhere: time, and the largest batch")
+    console.table(
+        ["machine", "usable GB", *(work.name for work in plan.works)],
+        [
+            [
+                site.label,
+                _gb(site.usable_bytes),
+                *(
+                    f"{_duration(there.seconds)}, {_batch(there.largest_batch)}" if there.fits else "too small"
+                    for there in fits
+                ),
+            ]
+            for site, fits in zip(plan.sites[1:], plan.fits[1:], strict=True)
+        ],
+    )
+    measured = "measured" if site.label.startswith(THIS) else f"{100 * PRODUCTS_OF_PEAK:.0f} % of its peak"
+    console.line(
+        f"Times assume {100 * EFFICIENCY:.0f} % of the rate of large matrix products, "
+        f"here {site.flops_per_s / 1e12:.3g} TFLOP/s ({measured})."
+    )
+    for warning in warnings(plan):
+        console.warn(warning)
+
+
+def warnings(plan: RunPlan) -> list[str]:
+    """One for every phase that will not fit the machine that is asked about."""
+    site = plan.sites[0]
+    lines = []
+    for work, here in zip(plan.works, plan.fits[0], strict=True):
+        if not here.fits:
+            ways = "; or ".join(here.ways_out) or ("nothing but a smaller model or a larger machine")
+            peak, usable = _gb(here.memory.peak), _gb(site.usable_bytes)
+            moment = {"loss": "at the loss", "backward": "in the backward pass", "update": "in the update"}
+            when = moment[here.memory.peak_moment]
+            lines.append(f"{work.name} needs {peak} GB {when} and {usable} are usable. What helps: {ways}")
+    return lines
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:.2f}" if n < 1e10 else f"{n / 1e9:.1f}"
+
+
+def _batch(n: int) -> str:
+    return f"{n}+" if n >= LARGEST_BATCH else str(n) if n else "none"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from mlx_moe.accounting.flops import flops_per_token, mfu
+from mlx_moe.config import ModelConfig, MoEConfig
+from mlx_moe.parameters import FFN_INPUTS
+from mlx_moe.presets import load_architecture, preset_names
+from parity.compare import rough_weights, small_model
+from torch_ref.transformer import Transformer
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "manual"])
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4)], ids=["dense", "experts"])
+@pytest.mark.parametrize("name", preset_names("architectures"))
+def test_as_many_as_pytorch_counts(name, moe, attention):
+    config = small_model(name, moe=moe, attention_backend=attention)
+    flops = flops_per_token(config)
+    forward, backward = counted(config)
+    # Experts' biases are products with one-hot rows on PyTorch alone, so `flops` leaves them out.
+    one_hot = one_hot_products(config)
+    assert forward == pytest.approx(flops.forward + one_hot, rel=0.01)
+    # A fused kernel keeps no scores and computes them again. One-hot rows need no gradient.
+    repeated = flops.attention // 2 if attention == "sdpa" else 0
+    assert backward == pytest.approx(flops.training - flops.forward + repeated + one_hot, rel=0.01)
+
+
+def test_gpt2_by_hand():
+    flops = flops_per_token(load_architecture("gpt2"))
+    D, L, T, V = 768, 12, 1024, 50257
+    assert flops.forward == 2 * (12 * L * D * D + D * V) + 4 * L * T * D
+    assert flops.training == 3 * flops.forward
+    assert flops.elementwise < 0.01 * flops.forward
+
+
+def test_only_chosen_experts_count():
+    few, many = (flops_per_token(small_model("llama", moe=MoEConfig(n_experts=n, top_k=2))) for n in (2, 8))
+    dense = flops_per_token(small_model("llama"))
+    assert few.ffn == many.ffn == 2 * dense.ffn
+    assert many.router == 4 * few.router > dense.router == 0
+
+
+def test_mfu_is_a_share_of_the_peak():
+    flops = flops_per_token(ModelConfig())
+    assert mfu(flops, tokens_per_s=1e12 / flops.training, peak_flops_per_s=4e12) == pytest.approx(0.25)
+
+
+def counted(config):
+    """What PyTorch does for one token, forward and backward."""
+    model = Transformer(config)
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in rough_weights(config, 0).items()})
+    tokens_BT = torch.randint(0, config.vocab_size, (2, config.context_length))
+    aten = torch.ops.aten
+    on_cpu = {  # the counter knows those of CUDA
+        aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        aten._grouped_mm: grouped,
+    }
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as forward:
+        logits_BTV, _ = model(tokens_BT)
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as backward:
+        logits_BTV.sum().backward()
+    return forward.get_total_flops() / tokens_BT.numel(), backward.get_total_flops() / tokens_BT.numel()
+
+
+def attention_forward(query, key, value, *_, out_shape=None, **__):
+    return sdpa_flop_count(query, repeated(key, query), repeated(value, query))
+
+
+def attention_backward(gradient, query, key, value, *_, out_shape=None, **__):
+    return sdpa_backward_flop_count(gradient, query, repeated(key, query), repeated(value, query))
+
+
+def repeated(shape, query):
+    """Keys and values are shared by groups of query heads."""
+    return (shape[0], query[1], *shape[2:])
+
+
+def grouped(one, other, *_, out_shape=None, **__):
+    """(A, K) with (E, K, N), each row with one of the E; or (M, A) with (A, N), split into E parts of A."""
+    return 2 * one[0] * one[1] * other[-1]
+
+
+def one_hot_products(config):
+    if not (config.moe and config.bias):
+        return 0
+    out = len(FFN_INPUTS[config.ffn_type]) * config.d_ff + config.d_model
+    return config.n_layers * config.moe.top_k * 2 * config.moe.n_experts * out

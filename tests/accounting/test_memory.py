@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+
+from mlx_moe.accounting import count_parameters
+from mlx_moe.accounting.memory import step_memory
+from mlx_moe.config import EngineConfig, MoEConfig, OptimizerConfig
+from mlx_moe.parameters import table
+from mlx_moe.presets import load_architecture, preset_names
+from parity.compare import small_model
+from torch_ref.moe import auxiliary_loss, load
+from torch_ref.transformer import Transformer
+
+BACKENDS = ("mlx", "torch")
+FP32 = EngineConfig(precision="fp32")
+N_SEQUENCES = 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4)], ids=["dense", "experts"])
+def test_weights_gradients_and_moments_to_the_byte(backend, moe):
+    config = small_model("llama", moe=moe)
+    memory = of(config, backend)
+    assert memory.weights == memory.gradients == 4 * count_parameters(config).total
+    assert memory.optimizer == 2 * memory.weights
+    muon = of(config, backend, optimizer=OptimizerConfig(name="muon"))
+    assert memory.optimizer - muon.optimizer == 4 * sum(
+        math.prod(parameter.shape) for parameter in table(config) if parameter.is_hidden_matrix
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "manual"])
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4)], ids=["dense", "experts"])
+@pytest.mark.parametrize("name", preset_names("architectures"))
+def test_pytorch_keeps_what_is_counted(name, moe, attention):
+    config = small_model(name, moe=moe, attention_backend=attention)
+    # The rest is a few numbers a token: means, logarithms of sums, positions.
+    assert of(config, "torch").activations == pytest.approx(kept_by_pytorch(config), rel=0.06)
+
+
+def test_dropout_keeps_its_masks():
+    config = small_model("team", dropout=0.1)
+    assert of(config, "torch").activations == pytest.approx(kept_by_pytorch(config), rel=0.06)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_what_saves_memory(backend, device):
+    config = load_architecture("smollm", moe=MoEConfig())
+    whole = of(config, backend, device, 16)
+    settings = [{"accumulation_steps": 16}, {"activation_checkpointing": True}, {"precision": "bf16"}]
+    for setting in settings:
+        saving = of(config, backend, device, 16, FP32.model_copy(update=setting))
+        assert saving.peak < whole.peak
+        assert saving.weights + saving.optimizer == whole.weights + whole.optimizer
+    assert of(config, backend, device, 15).peak < whole.peak
+
+
+def test_gradients_of_earlier_parts_are_held():
+    config = small_model("llama")
+    parts = of(config, "torch", batch_size=8, engine=FP32.model_copy(update={"accumulation_steps": 4}))
+    alone = of(config, "torch", batch_size=2)
+    assert parts.moments["loss"] - alone.moments["loss"] == alone.gradients
+
+
+def of(config, backend, device="cpu", batch_size=N_SEQUENCES, engine=FP32, optimizer=None):
+    return step_memory(config, optimizer or OptimizerConfig(), engine, batch_size, backend, device)
+
+
+def kept_by_pytorch(config):
+    """Bytes of all tensors that the forward pass saves, parameters and what the loss itself keeps aside."""
+    torch.manual_seed(0)
+    model = Transformer(config)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved, alive = {}, []
+
+    def pack(tensor):
+        alive.append(tensor)  # so that no two share an address
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens_BT1 = torch.randint(0, config.vocab_size, (N_SEQUENCES, config.context_length + 1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _, routings = model(tokens_BT1[:, :-1])
+        for routing in routings:
+            auxiliary_loss(routing, load(routing), config.moe)
+    return sum(saved.values())
