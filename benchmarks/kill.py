@@ -2,9 +2,10 @@
 
     python benchmarks/kill.py --backend torch --kills 50
 
-Moments are drawn evenly over the length of a whole run: start-up, training, saving, boundaries. A run that ends before
-its moment is checked, and another begun. Exit 0: every run ended with the rows and the weights of the one left alone,
-to the last bit, and each resumption began at the latest checkpoint that was whole. Prints a table and JSON.
+Every fifth moment is drawn evenly over the length of a whole run, start-up included; the others over what comes after
+it: training, saving, boundaries. A run that ends before its moment is checked, and another begun. Exit 0: every run
+ended with the rows and the weights of the one left alone, to the last bit, and each resumption began at the latest
+checkpoint that was whole. Prints a table and JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_moe.training import checkpoint, log
+from mlx_moe.training.phases import open_run
 
 ROOT = Path(__file__).parents[1]
 TIMING = {"tokens_per_s", "step_ms", "peak_memory_bytes", "mfu", "seconds"}
@@ -61,22 +63,25 @@ def main() -> int:
 
 def kill(backend: str, n_kills: int, n_steps: int, seed: int, folder: Path) -> Result:
     """Begin runs, kill and resume them until `n_kills` are done and the last run has ended."""
-    result = Result(backend)
+    result, began = Result(backend), time.perf_counter()
     begin = ["--preset", "demo", "--steps", str(n_steps), *(word for override in RUN for word in ("-o", override))]
-    whole = folder / "whole"
-    Attempt(folder, backend, whole, begin).wait()  # fills the caches of data and kernels
     whole = folder / "left-alone"
-    started = time.perf_counter()
-    Attempt(folder, backend, whole, begin).wait()
-    result.seconds_of_a_run = time.perf_counter() - started
+    seconds_after_start = Attempt(folder, backend, whole, begin).wait()
+    result.seconds_of_a_run = time.perf_counter() - began
     moments = random.Random(seed)
     while sum(result.kills.values()) < n_kills:
         run = folder / f"run-{result.runs}"
         ended = False
         while not ended:
             attempt = Attempt(folder, backend, run, begin)
-            more = sum(result.kills.values()) < n_kills
-            ended = attempt.ends_within(moments.uniform(0, result.seconds_of_a_run) if more else None)
+            done = sum(result.kills.values())
+            if done == n_kills:
+                ended = attempt.ends_within(None)
+            elif done % 5 == 4:
+                ended = attempt.ends_within(moments.uniform(0, result.seconds_of_a_run))
+            else:
+                attempt.await_start()
+                ended = attempt.ends_within(moments.uniform(0, seconds_after_start))
             if not ended:
                 result.kills[attempt.doing()] += 1
                 result.steps_lost.append(attempt.steps_lost())
@@ -105,9 +110,20 @@ class Attempt:
         with self.said.open("w") as said:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
 
-    def wait(self) -> None:
+    def wait(self) -> float:
+        """Let it end; the seconds it took after its start."""
+        self.await_start()
+        began = time.perf_counter()
         if self.process.wait() != 0:
             raise SystemExit(f"the run that is left alone failed:\n{self.said.read_text()}")
+        return time.perf_counter() - began
+
+    def await_start(self) -> None:
+        while self.is_starting() and self.process.poll() is None:
+            time.sleep(0.002)
+
+    def is_starting(self) -> bool:
+        return _modified(self.run / "environment.json") == self.environment
 
     def ends_within(self, seconds: float | None) -> bool:
         """Whether it came to its end; else it is killed."""
@@ -135,7 +151,6 @@ class Attempt:
         return "training"
 
     def steps_of_phase(self) -> int:
-        from mlx_moe.training.phases import open_run
 
         return open_run(self.run).phases.dense.steps
 

@@ -34,6 +34,7 @@ def train(run: RunConfig, directory: Path, backend: Backend, n_phases: int, opti
     try:
         with stopping_at_once():
             experiment = begin(run, folder, backend, n_phases, options, console)
+            folder.hold()
             rows = folder.metrics()
             phase, trainer, step = experiment.where_it_stands()
             experiment.introduce(trainer)
