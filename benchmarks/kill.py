@@ -2,9 +2,9 @@
 
     python benchmarks/kill.py --backend torch --kills 50
 
-Every fifth moment is drawn evenly over the length of a whole run, start-up included; the others over what comes after
-it: training, saving, boundaries. A run that ends before its moment is checked, and another begun. Exit 0: every run
-ended with the rows and the weights of the one left alone, to the last bit, and each resumption began at the latest
+Every fifth moment is drawn evenly over the length of a whole run, start-up included; the others over what is left to do
+after it: training, saving, boundaries. A run that ends before its moment is checked, and another begun. Exit 0: every
+run ended with the rows and the weights of the one left alone, to the last bit, and each resumption began at the latest
 checkpoint that was whole. Prints a table and JSON.
 """
 
@@ -29,12 +29,12 @@ from mlx_moe.training.phases import open_run
 
 ROOT = Path(__file__).parents[1]
 TIMING = {"tokens_per_s", "step_ms", "peak_memory_bytes", "mfu", "seconds"}
-# A checkpoint after every other step, so that saving takes a good share of the time.
+# A checkpoint after every step, so that saving takes a good share of the time.
 RUN = [
-    *("model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.context_length=16", "training.batch_size=4"),
+    *("model.d_model=64", "model.n_layers=2", "model.n_heads=2", "model.context_length=16", "training.batch_size=4"),
     *("data.source=stories", "data.n_documents=60", "data.tokenizer=char", "data.validation_fraction=0.2"),
-    *("phases.moe.n_experts=4", "phases.large_moe.d_model=48", "phases.large_moe.n_layers=3"),
-    *("training.log_every=1", "training.eval_every=7", "training.eval_sequences=8", "training.checkpoint_every=2"),
+    *("phases.moe.n_experts=4", "phases.large_moe.d_model=96", "phases.large_moe.n_layers=3"),
+    *("training.log_every=1", "training.eval_every=7", "training.eval_sequences=8", "training.checkpoint_every=1"),
 ]
 
 
@@ -81,7 +81,7 @@ def kill(backend: str, n_kills: int, n_steps: int, seed: int, folder: Path) -> R
                 ended = attempt.ends_within(moments.uniform(0, result.seconds_of_a_run))
             else:
                 attempt.await_start()
-                ended = attempt.ends_within(moments.uniform(0, seconds_after_start))
+                ended = attempt.ends_within(moments.uniform(0, attempt.share_left() * seconds_after_start))
             if not ended:
                 result.kills[attempt.doing()] += 1
                 result.steps_lost.append(attempt.steps_lost())
@@ -122,6 +122,13 @@ class Attempt:
         while self.is_starting() and self.process.poll() is None:
             time.sleep(0.002)
 
+    def share_left(self) -> float:
+        """Of the steps of all phases."""
+        if self.latest is None:
+            return 1.0
+        phase, step = _position(self.latest)
+        return 1 - (phase - 1 + step / open_run(self.run).phases.dense.steps) / 3
+
     def is_starting(self) -> bool:
         return _modified(self.run / "environment.json") == self.environment
 
@@ -158,8 +165,7 @@ class Attempt:
         rows, latest = log.read(self.run / "metrics.jsonl"), checkpoint.latest(self.run)
         if not rows or latest is None:
             return len(rows)
-        saved = list(checkpoint.PHASE_FOLDERS.values()).index(latest.parts[-3]) + 1, int(latest.name[len("step-") :])
-        return sum((row["phase"], row["step"]) > saved for row in rows)
+        return sum((row["phase"], row["step"]) > _position(latest) for row in rows)
 
 
 def differences(run: Path, whole: Path) -> list[str]:
@@ -197,6 +203,11 @@ def show(result: Result) -> None:
         print(f"  {fault}")
     values = vars(result) | {"kills": dict(result.kills), "steps_lost": max(result.steps_lost, default=0)}
     print(json.dumps(values | {"seconds_of_a_run": round(result.seconds_of_a_run, 1)}))
+
+
+def _position(saved: Path) -> tuple[int, int]:
+    """Phase and step of a checkpoint's folder."""
+    return int(saved.parts[-3][0]), int(saved.name.removeprefix("step-"))
 
 
 def _modified(path: Path) -> float | None:
