@@ -61,11 +61,11 @@ def train_phase(
         folder.rewind_metrics(phase.number)  # what an earlier try wrote before its first checkpoint
         loss = _validation_loss(folder, phase, step, trainer, validation, training.batch_size)
         folder.log_step({"phase": phase.number, "step": 0, "validation_loss": loss})
+    if interruption.number:
+        raise interruption.stopped(f"before step {step + 1} of phase {phase.number}; {_go_on(folder)}")
     stopwatch = _Stopwatch(step)
     with console.progress(phase.title, phase.config.steps, step) as advance:
         while step < phase.config.steps:
-            if interruption.number:
-                raise interruption.stopped(f"before step {step + 1} of phase {phase.number}; {_go_on(folder)}")
             rate = learning_rate(phase.config, step)
             tokens = batch(
                 data.train,
@@ -100,11 +100,12 @@ def train_phase(
             advance(step, row)
             if interruption.number:
                 console.line(f"{interruption.name}: saving; a second one ends at once")
-            if to_save or interruption.number:
+                to_save = True
+            if to_save:
                 state = TrainerState(phase.number, step, backend, row.get("validation_loss"))
                 _save(folder, phase, trainer, state, training.keep_checkpoints, stopwatch)
-            if interruption.number:
-                raise interruption.stopped(f"after step {step} of phase {phase.number} and saved; {_go_on(folder)}")
+                if interruption.number:  # one that comes later waits for the next step, and is saved then
+                    raise interruption.stopped(f"after step {step} of phase {phase.number} and saved; {_go_on(folder)}")
 
 
 def evaluate(trainer: Trainer, windows_NT1: Tokens, batch_size: int) -> float:
