@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import os
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -97,4 +96,4 @@ def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
