@@ -10,6 +10,7 @@ import time
 import mlx.core as mx
 
 from mlx_moe.accounting.machines import Precision
+from mlx_moe.model.elementwise import widened
 from mlx_moe.model.trainer import DTYPES, choose_device
 
 SECONDS = 0.5
@@ -20,11 +21,11 @@ def measure_flops_per_s(precision: Precision, device: str = "auto") -> float:
     """Operations per second of a square matrix product, the median of half a second of them."""
     n = N[choose_device(device)]
     one, other = (mx.random.normal((n, n)).astype(DTYPES[precision]) for _ in range(2))
-    mx.eval(one, other, one @ other)
+    mx.eval(one, other, widened(mx.matmul, one, other))
     seconds: list[float] = []
     while sum(seconds) < SECONDS:
         start = time.perf_counter()
-        mx.eval(one @ other)
+        mx.eval(widened(mx.matmul, one, other))
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / statistics.median(seconds)
 

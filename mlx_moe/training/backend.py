@@ -12,14 +12,17 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import cache
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_moe.accounting import machines
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays
+from mlx_moe.training.precision import Name as PrecisionName
 from mlx_moe.training.precision import Precision
 from mlx_moe.transfer.plan import Plan
 
@@ -163,11 +166,19 @@ class Backend:
         factory: TrainerFactory = importlib.import_module(TRAINERS[self.name]).Trainer
         return factory
 
+    @property
+    def speed(self) -> Any:
+        """The backend's module that names the device and measures it."""
+        return importlib.import_module(f"{self._package}.speed")
+
     def connect(self) -> World:
         """Meet the other processes of `torchrun` or `mlx.launch`; alone without them."""
-        package = TRAINERS[self.name].rpartition(".")[0]
-        world: World = importlib.import_module(f"{package}.distributed").connect()
+        world: World = importlib.import_module(f"{self._package}.distributed").connect()
         return world
+
+    @property
+    def _package(self) -> str:
+        return TRAINERS[self.name].rpartition(".")[0]
 
 
 def choose_backend(requested: str = "auto") -> Backend:
@@ -198,6 +209,17 @@ def choose_backend(requested: str = "auto") -> Backend:
                 )
             return Backend(name, f"{name} as asked for")
     raise InputError(f"--backend {requested!r}: must be one of auto, {', '.join(TRAINERS)}")
+
+
+@cache
+def peak_flops_per_s(backend: Backend, precision: PrecisionName, device: str) -> float:
+    """The device's peak, where its name is known; else what large matrix products reach in half a second."""
+    place = "cpu" if device == "CPU" else "gpu"
+    machine = None if place == "cpu" else machines.lookup(backend.speed.device_name(place))
+    if machine is not None:
+        return machine.flops_per_s(precision)
+    measured: float = backend.speed.measure_flops_per_s(precision, place)
+    return measured
 
 
 def is_installed(name: BackendName) -> bool:

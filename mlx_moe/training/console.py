@@ -85,6 +85,7 @@ class Console:
             TextColumn("{task.fields[latest]}"),
             console=self._rich,
             transient=True,
+            refresh_per_second=2,  # drawing it takes milliseconds of the interpreter that the steps need
             disable=not self._rich.is_terminal,
         ) as bar:
             task = bar.add_task(title, total=n_steps, completed=done, latest="")

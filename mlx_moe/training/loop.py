@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_moe.accounting.flops import Flops, flops_per_token, mfu
 from mlx_moe.config import PhaseConfig, RunConfig
 from mlx_moe.data.tokens import TokenData, batch, fixed_windows
-from mlx_moe.training.backend import StepMetrics, Tokens, Trainer
+from mlx_moe.training.backend import Backend, StepMetrics, Tokens, Trainer, peak_flops_per_s
 from mlx_moe.training.checkpoint import TrainerState
 from mlx_moe.training.console import Console
 from mlx_moe.training.run_folder import RunFolder
@@ -44,7 +45,7 @@ def train_phase(
     folder: RunFolder,
     step: int,
     console: Console,
-    backend: str,
+    backend: Backend,
     interruption: Interruption,
 ) -> None:
     """Train from `step` to the phase's end.
@@ -57,15 +58,17 @@ def train_phase(
     training, context_length = run.training, trainer.config.context_length
     validation = fixed_windows(data.validation, training.eval_sequences, context_length)
     lowest = folder.best_validation_loss(phase.number)
+    flops = flops_per_token(trainer.config)
+    peak_flops = trainer.world.size * peak_flops_per_s(backend, trainer.precision.name, trainer.device)
     if step == 0:
         folder.rewind_metrics(phase.number)  # what an earlier try wrote before its first checkpoint
         loss = _validation_loss(folder, phase, step, trainer, validation, training.batch_size)
         folder.log_step({"phase": phase.number, "step": 0, "validation_loss": loss})
+    if interruption.came(trainer.world):
+        raise interruption.stopped(f"before step {step + 1} of phase {phase.number}; {_go_on(folder)}")
     stopwatch = _Stopwatch(step)
     with console.progress(phase.title, phase.config.steps, step) as advance:
         while step < phase.config.steps:
-            if interruption.came(trainer.world):
-                raise interruption.stopped(f"before step {step + 1} of phase {phase.number}; {_go_on(folder)}")
             rate = learning_rate(phase.config, step)
             tokens = batch(
                 data.train,
@@ -87,7 +90,8 @@ def train_phase(
                 seconds = stopwatch.seconds_per_step(step)
                 if not math.isfinite(metrics.loss):
                     raise _not_finite(folder, phase, step, f"loss became {metrics.loss}")
-                row = _row(phase, step, metrics, rate, tokens.shape, seconds, trainer.peak_memory_bytes())
+                memory = trainer.peak_memory_bytes()
+                row = _row(phase, step, metrics, rate, tokens.shape, seconds, memory, flops, peak_flops)
             if to_evaluate:
                 with stopwatch.stopped():
                     loss = _validation_loss(folder, phase, step, trainer, validation, training.batch_size)
@@ -100,11 +104,12 @@ def train_phase(
             advance(step, row)
             if interruption.came(trainer.world):
                 console.line(f"{interruption.name}: saving; a second one ends at once")
-            if to_save or interruption.number:
-                state = TrainerState(phase.number, step, backend, row.get("validation_loss"))
+                to_save = True
+            if to_save:
+                state = TrainerState(phase.number, step, backend.name, row.get("validation_loss"))
                 _save(folder, phase, trainer, state, training.keep_checkpoints, stopwatch)
-            if interruption.number:
-                raise interruption.stopped(f"after step {step} of phase {phase.number} and saved; {_go_on(folder)}")
+                if interruption.number:  # one that comes later waits for the next step, and is saved then
+                    raise interruption.stopped(f"after step {step} of phase {phase.number} and saved; {_go_on(folder)}")
 
 
 def evaluate(trainer: Trainer, windows_NT1: Tokens, batch_size: int) -> float:
@@ -128,8 +133,11 @@ def _row(
     batch_shape: tuple[int, ...],
     seconds_per_step: float,
     peak_memory_bytes: int,
+    flops: Flops,
+    peak_flops: float,
 ) -> dict[str, Any]:
     tokens_per_step = batch_shape[0] * (batch_shape[1] - 1)
+    tokens_per_s = tokens_per_step / seconds_per_step
     row = {
         "phase": phase.number,
         "step": step,
@@ -139,7 +147,9 @@ def _row(
         "learning_rate": rate,
         "grad_norm": metrics.grad_norm,
         "tokens": step * tokens_per_step,
-        **_speed(tokens_per_step, seconds_per_step),
+        "tokens_per_s": round(tokens_per_s),
+        "step_ms": round(seconds_per_step * 1e3, 2),
+        "mfu": float(f"{mfu(flops, tokens_per_s, peak_flops):.4g}"),
         "peak_memory_bytes": peak_memory_bytes,
     }
     if metrics.expert_load_LE is not None:
@@ -148,10 +158,6 @@ def _row(
     if metrics.router_entropy_L is not None:
         row["router_entropy"] = np.round(metrics.router_entropy_L, 5).tolist()
     return row
-
-
-def _speed(tokens_per_step: int, seconds_per_step: float) -> dict[str, float]:
-    return {"tokens_per_s": round(tokens_per_step / seconds_per_step), "step_ms": round(seconds_per_step * 1e3, 2)}
 
 
 def _validation_loss(

@@ -35,6 +35,7 @@ def train(run: RunConfig, directory: Path, backend: Backend, n_phases: int, opti
     try:
         with stopping_at_once():
             experiment = begin(run, folder, backend, n_phases, options, console)
+            folder.hold()
             rows = folder.metrics()
             phase, trainer, step = experiment.where_it_stands()
             experiment.introduce(trainer)
@@ -106,7 +107,7 @@ class Experiment:
             self.console.parameters(count_parameters(trainer.config), trainer.config.display_name)
             self.console.line()
             train_phase(
-                self.run, phase, trainer, self.data, self.folder, step, self.console, self.backend.name, interruption
+                self.run, phase, trainer, self.data, self.folder, step, self.console, self.backend, interruption
             )
         reported = [row["phase"] for row in self.folder.history() if row["event"] == "phase"]
         if number not in reported:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from mlx_moe.accounting import machines
 from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
-from mlx_moe.training.backend import TRAINERS, Backend, choose_backend
+from mlx_moe.training.backend import Backend, choose_backend
 from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import Console, millions
@@ -83,7 +82,7 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
 
 def this_machine(run: RunConfig, backend: Backend) -> Site:
     """This machine, its rate for matrix products measured in half a second."""
-    speed = importlib.import_module(TRAINERS[backend.name].replace("trainer", "speed"))
+    speed = backend.speed
     place: str = speed.device_kind()
     precision = choose_precision(run.engine.precision, place, has_bf16=True).name
     known = machines.lookup(speed.device_name())

@@ -5,7 +5,9 @@ Of several processes only the first touches it, and tells the others what it rea
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -47,6 +49,7 @@ class RunFolder:
     path: Path
     world: World = Alone()
     tracker: Tracker | None = None
+    lock: int | None = None  # a file descriptor
 
     def open(self) -> RunConfig:
         """The config of a run to resume. Raises InputError where there is none."""
@@ -72,12 +75,23 @@ class RunFolder:
                 "text and the tokenizer back as they were, or begin another run"
             )
 
+    def hold(self) -> None:
+        """Keep other processes out until `close`, or the end of this one. Raises InputError where one is in already."""
+        if self.lock is not None or not self.path.is_dir():
+            return
+        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is training in {self.path}; wait for it, or stop it first") from None
+
     def introduce(self, run: RunConfig, data: TokenData, environment: dict[str, Any]) -> None:
         """Write what the run is. The config comes first: from then on a killed run can be resumed."""
         if not self._is_ours:
             return
         with self._writing():
             make_folder(self.path)
+            self.hold()
             for folder in (self.path, self.path / "boundaries"):
                 sweep(folder)
             with replacing(self.path / CONFIG) as partial:
@@ -95,6 +109,9 @@ class RunFolder:
     def close(self) -> None:
         if self.tracker is not None:
             self.tracker.finish()
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def metrics(self) -> list[dict[str, Any]]:
         return self._told(lambda: log.read(self.path / METRICS))

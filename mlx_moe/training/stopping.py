@@ -25,11 +25,12 @@ class TrainingStopped(Exception):
 class Interruption:
     """The signal that asks the run to stop, if one came."""
 
-    number: int | None = None
+    received: int | None = None  # by this process
+    number: int | None = None  # as all of them have heard
 
     def came(self, world: World) -> bool:
-        """Whether one came to any of the processes; all of them learn of it in the same step."""
-        self.number = world.largest(self.number or 0) or None
+        """Whether one has come to any of the processes: all ask, at the same place, and all hear the same."""
+        self.number = world.largest(self.received or 0) or None
         return self.number is not None
 
     @property
@@ -46,7 +47,7 @@ def interruptions() -> Iterator[Interruption]:
     interruption = Interruption()
 
     def receive(number: int) -> None:
-        interruption.number = number
+        interruption.received = number
         restore()
 
     with _handling(receive) as restore:

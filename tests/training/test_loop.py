@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mlx_moe.config import (
 from mlx_moe.data.tokens import prepare
 from mlx_moe.parameters import initialize
 from mlx_moe.training import checkpoint, log
-from mlx_moe.training.backend import choose_backend
+from mlx_moe.training.backend import Backend, choose_backend
 from mlx_moe.training.console import Console
 from mlx_moe.training.loop import Phase, evaluate, load_imbalance, train_phase
 from mlx_moe.training.results import phase_result
@@ -66,7 +67,9 @@ def train(data, backend):
         trainer = trainer or build(backend, run)
         phase, console = Phase(1, run.phases.dense), Console(quiet=True)
         with interruptions() as interruption:
-            train_phase(run, phase, trainer, data, RunFolder(directory), step, console, backend, interruption)
+            train_phase(
+                run, phase, trainer, data, RunFolder(directory), step, console, Backend(backend, ""), interruption
+            )
         return trainer
 
     return train
@@ -142,11 +145,23 @@ def test_a_fresh_model_knows_nothing(make_run, train, data, tmp_path):
         )
 
 
+def test_router_entropy_is_in_the_row_where_a_trainer_gives_it(make_run, train, backend, tmp_path):
+    class Entropic(Wrapped):
+        def step(self, *arguments):
+            pending = super().step(*arguments)
+            return lambda: replace(pending(), router_entropy_L=np.array([0.25, 1.5], np.float32))
+
+    run = make_run(1)
+    train(run, tmp_path, Entropic(build(backend, run), 0))
+    assert rows(tmp_path)[1]["router_entropy"] == [0.25, 1.5]
+
+
 def test_experts_show_their_load(make_run, train, tmp_path):
     run = make_run(3, moe=MoEConfig(n_experts=4, top_k=2), log_every=1)
     train(run, tmp_path)
     for row in rows(tmp_path)[1:]:
         assert row["loss"] > row["cross_entropy"]
+        assert row["auxiliary_loss"] == row["loss"] - row["cross_entropy"]
         assert np.shape(row["expert_load"]) == (1, 4)
         assert sum(row["expert_load"][0]) == pytest.approx(1, abs=1e-4)
         assert row["load_imbalance"] == pytest.approx(4 * max(row["expert_load"][0]), abs=1e-3)
@@ -165,13 +180,53 @@ def test_validation_loss_falls(make_run, train, tmp_path):
 
 
 def test_checkpoints_come_at_their_steps_and_the_last_few_stay(make_run, train, tmp_path, backend):
-    trainer = train(make_run(11, checkpoint_every=3, keep_checkpoints=2), tmp_path)
+    trainer = train(make_run(11, checkpoint_every=3, keep_checkpoints=2, eval_every=100), tmp_path)
     assert [path.name for path in checkpoint.complete_in(tmp_path)] == ["step-9", "step-11"]
     last = checkpoint.load(tmp_path)
     assert (last.state.phase, last.state.step, last.state.backend) == (1, 11, backend)
     assert last.state.validation_loss == rows(tmp_path)[-1]["validation_loss"]
     for name, array in trainer.weights().items():
         np.testing.assert_array_equal(last.weights[name], array)
+
+
+def test_the_best_is_saved_where_it_is_found_and_stays(make_run, train, backend, tmp_path):
+    run = make_run(20, eval_every=5, keep_checkpoints=1, checkpoint_every=1000)
+    train(run, tmp_path, Wrapped(build(backend, run), 11, learning_rate=1.0))  # it gets worse from there
+    losses = {row["step"]: row["validation_loss"] for row in rows(tmp_path) if "validation_loss" in row}
+    assert min(losses, key=losses.get) == 10
+    assert [path.name for path in checkpoint.complete_in(tmp_path)] == ["step-10", "step-20"]
+    assert checkpoint.load(tmp_path / "best").state.validation_loss == losses[10]
+
+
+def test_each_step_is_saved_once_and_only_for_a_reason(make_run, train, backend, tmp_path, monkeypatch):
+    saved, save = [], checkpoint.save
+
+    def noting(path, *arguments):
+        saved.append(int(path.name.removeprefix("step-")))
+        save(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save", noting)
+    run = make_run(20, eval_every=5, checkpoint_every=4)
+    train(run, tmp_path, Wrapped(build(backend, run), 6, learning_rate=1.0))
+    assert saved == [4, 5, 8, 12, 16, 20]
+
+
+def test_the_device_is_waited_for_only_where_a_row_is_written(make_run, train, backend, tmp_path):
+    class Counting(Wrapped):
+        def step(self, *arguments):
+            pending = super().step(*arguments)
+            step = self._steps
+
+            def fetch():
+                fetched.append(step)
+                return pending()
+
+            return fetch
+
+    fetched = []
+    run = make_run(12, checkpoint_every=3)
+    train(run, tmp_path, Counting(build(backend, run), 0))
+    assert fetched == [row["step"] for row in rows(tmp_path)[1:]] == [1, 5, 10, 12]
 
 
 # Resuming

@@ -154,3 +154,12 @@ def test_a_damaged_birth_is_crossed_over_again(whole, tmp_path):
     folder.log_event({"event": "boundary", "phase": 2, "passed": False})  # of the boundary that was lost
     go_on(tmp_path / "run")
     assert_same_run(tmp_path / "run", whole, weights_of=(1, 2))
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    start(short_run(), tmp_path / "run", n_phases=1)
+    other = RunFolder(tmp_path / "run")
+    other.hold()
+    assert "another process is training in" in refusal(go_on, tmp_path / "run")
+    other.close()
+    go_on(tmp_path / "run")
