@@ -1,13 +1,16 @@
 import math
 
+import mlx.core as mx
+import numpy as np
 import pytest
 import torch
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.memory import step_memory
 from mlx_moe.config import EngineConfig, MoEConfig, OptimizerConfig
-from mlx_moe.parameters import table
+from mlx_moe.parameters import initialize, table
 from mlx_moe.presets import load_architecture, preset_names
+from mlx_moe.training.backend import choose_backend
 from parity.compare import small_model
 from torch_ref.moe import auxiliary_loss, load
 from torch_ref.transformer import Transformer
@@ -42,6 +45,19 @@ def test_pytorch_keeps_what_is_counted(name, moe, attention):
 def test_dropout_keeps_its_masks():
     config = small_model("team", dropout=0.1)
     assert of(config, "torch").activations == pytest.approx(kept_by_pytorch(config), rel=0.06)
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4)], ids=["dense", "experts"])
+def test_mlx_takes_what_is_counted(moe):
+    size = {"d_model": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 2048, "context_length": 128}
+    config = load_architecture("simple", moe=moe, **size)
+    trainer = choose_backend("mlx").trainer(config, OptimizerConfig(), initialize(config, 0), "cpu", engine=FP32)
+    others = mx.get_active_memory() - 4 * count_parameters(config).total
+    tokens_BT1 = np.random.default_rng(0).integers(0, 2048, (8, 129)).astype(np.int32)
+    trainer.step(tokens_BT1, 1e-4, 0)()
+    mx.reset_peak_memory()
+    trainer.step(tokens_BT1, 1e-4, 0)()
+    assert of(config, "mlx", batch_size=8).peak == pytest.approx(mx.get_peak_memory() - others, rel=0.15)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
