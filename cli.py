@@ -35,7 +35,9 @@ BackendOption = Annotated[str, typer.Option("--backend", help="auto, mlx or torc
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or gpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AllowLossy = Annotated[bool, typer.Option("--allow-lossy", help="Go on after a boundary that changed the model.")]
-CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint, or a run: its latest one.", show_default=False)]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="A checkpoint, RUN (its latest) or RUN/best.", show_default=False)
+]
 OutArgument = Annotated[Path, typer.Argument(help="The checkpoint to write.", show_default=False)]
 
 
@@ -67,9 +69,9 @@ def train(
     """Train: dense, upcycled to experts, grown; both boundaries proven lossless."""
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.console import Console
-    from mlx_moe.training.loop import TrainingStopped
     from mlx_moe.training.phases import Options, open_run
     from mlx_moe.training.phases import train as run_phases
+    from mlx_moe.training.stopping import TrainingStopped
 
     if phases not in (1, 2, 3):
         raise InputError(f"--phases {phases}: must be 1 (dense), 2 (then experts) or 3 (then larger experts)")
@@ -84,7 +86,7 @@ def train(
     if resume is None:
         run = _load_run(preset or "three-phase", config, [*overrides, *(override or [])])
         directory = out or Path("runs") / f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}"
-        if directory.exists() and any(directory.iterdir()):
+        if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
             raise InputError(f"{directory} is not empty; name another folder, or go on with it: --resume {directory}")
     world = chosen.connect()
     if resume is not None:
@@ -102,27 +104,9 @@ def params(
     preset: Preset = "three-phase", config: ConfigFile = None, override: Overrides = None, as_json: Json = False
 ) -> None:
     """Count the parameters of every phase: total, active per token, inactive, idle experts."""
-    from mlx_moe.accounting import count_parameters
-    from mlx_moe.training.boundary import phase_model
-    from mlx_moe.training.checkpoint import PHASE_FOLDERS
-    from mlx_moe.training.console import Console, millions
+    from mlx_moe.training.planning import show_parameters
 
-    run = _load_run(preset, config, override or [])
-    models = {PHASE_FOLDERS[phase]: phase_model(run, phase) for phase in (1, 2, 3)}
-    counts = {name: count_parameters(model) for name, model in models.items()}
-    if as_json:
-        rows = {name: {"architecture": models[name].display_name, **counts[name].to_json()} for name in models}
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    console = Console()
-    console.table(
-        ["phase", "total", "active per token", "inactive", "idle experts", "active %"],
-        [
-            [name, *map(millions, (n.total, n.active, n.inactive)), str(n.idle_experts), f"{100 * n.efficiency:.1f}"]
-            for name, n in counts.items()
-        ],
-    )
-    console.facts([(name, model.display_name) for name, model in models.items()])
+    show_parameters(_load_run(preset, config, override or []), as_json)
 
 
 @app.command()

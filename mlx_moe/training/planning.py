@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_moe.accounting import machines
+from mlx_moe.accounting import count_parameters, machines
 from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
@@ -95,6 +95,25 @@ def this_machine(run: RunConfig, backend: Backend) -> Site:
         flops_per_s=speed.measure_flops_per_s(precision),
         bytes_per_s=known.bandwidth * 1e9 if known and place != "CPU" else None,
     )
+
+
+def show_parameters(run: RunConfig, as_json: bool) -> None:
+    """Print the parameters of every phase."""
+    models = {PHASE_FOLDERS[phase]: phase_model(run, phase) for phase in (1, 2, 3)}
+    counts = {name: count_parameters(model) for name, model in models.items()}
+    if as_json:
+        rows = {name: {"architecture": models[name].display_name, **counts[name].to_json()} for name in models}
+        print(json.dumps(rows, indent=2))
+        return
+    console = Console()
+    console.table(
+        ["phase", "total", "active per token", "inactive", "idle experts", "active %"],
+        [
+            [name, *map(millions, (n.total, n.active, n.inactive)), str(n.idle_experts), f"{100 * n.efficiency:.1f}"]
+            for name, n in counts.items()
+        ],
+    )
+    console.facts([(name, model.display_name) for name, model in models.items()])
 
 
 def show(plan: RunPlan, as_json: bool) -> None:
