@@ -108,7 +108,7 @@ def train_phase(
             if to_save:
                 state = TrainerState(phase.number, step, backend.name, row.get("validation_loss"))
                 _save(folder, phase, trainer, state, training.keep_checkpoints, stopwatch)
-                if interruption.number:  # one that comes later waits for the next step, and is saved then
+                if interruption.came(trainer.world):  # one that comes later is seen, and saved for, in the next step
                     raise interruption.stopped(f"after step {step} of phase {phase.number} and saved; {_go_on(folder)}")
 
 

@@ -77,7 +77,7 @@ class RunFolder:
 
     def hold(self) -> None:
         """Keep other processes out until `close`, or the end of this one. Raises InputError where one is in already."""
-        if self.lock is not None or not self.path.is_dir():
+        if not self._is_ours or self.lock is not None or not self.path.is_dir():
             return
         self.lock = os.open(self.path, os.O_RDONLY)
         try:

@@ -28,7 +28,7 @@ from mlx_moe.training.stopping import TrainingStopped, interruptions
 
 CONTEXT, BATCH = 16, 8
 ROW = {"phase", "step", "loss", "cross_entropy", "auxiliary_loss", "learning_rate", "grad_norm", "tokens"}
-ROW |= {"tokens_per_s", "step_ms", "peak_memory_bytes"}
+ROW |= {"tokens_per_s", "step_ms", "peak_memory_bytes", "mfu"}
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_resumed_from_the_middle_a_run_ends_the_same_to_the_last_bit(make_run, t
         train(run, tmp_path / "pieces", broken)
     resume(run, tmp_path / "pieces")
 
-    timing = {"tokens_per_s", "step_ms", "peak_memory_bytes"}
+    timing = {"tokens_per_s", "step_ms", "peak_memory_bytes", "mfu"}
     one, other = (
         [{key: value for key, value in row.items() if key not in timing} for row in rows(tmp_path / name)]
         for name in ("whole", "pieces")
