@@ -35,9 +35,7 @@ BackendOption = Annotated[str, typer.Option("--backend", help="auto, mlx or torc
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or gpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AllowLossy = Annotated[bool, typer.Option("--allow-lossy", help="Go on after a boundary that changed the model.")]
-CheckpointArgument = Annotated[
-    Path, typer.Argument(help="A checkpoint, a run, or RUN/best.", show_default=False)
-]
+CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint, a run, or RUN/best.", show_default=False)]
 OutArgument = Annotated[Path, typer.Argument(help="The checkpoint to write.", show_default=False)]
 
 
