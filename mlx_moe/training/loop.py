@@ -145,7 +145,7 @@ def _row(
         "cross_entropy": metrics.cross_entropy,
         "auxiliary_loss": metrics.loss - metrics.cross_entropy,
         "learning_rate": rate,
-        "grad_norm": metrics.grad_norm,
+        "grad_norm": metrics.grad_norm if math.isfinite(metrics.grad_norm) else None,  # a step that fp16 left out
         "tokens": step * tokens_per_step,
         "tokens_per_s": round(tokens_per_s),
         "step_ms": round(seconds_per_step * 1e3, 2),

@@ -37,8 +37,10 @@ def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device:
     """What `engine.precision` means on a device (`CUDA`, `Metal`, `CPU`)."""
     if requested != "auto":
         return Precision(requested, f"{requested} as asked for")
+    if device == "CPU":
+        return Precision("fp32", "fp32: a CPU takes longer for half precision")
     if device != "CUDA":
-        return Precision("fp32", f"fp32: half precision saves memory on {device}, and hardly time")
+        return Precision("fp32", f"fp32 on {device}; engine.precision=bf16 takes less memory")
     if has_bf16:
         return Precision("bf16", "bf16: this GPU multiplies it many times faster than fp32")
     return Precision("fp16", "fp16 with loss scaling: this GPU has no bf16")
