@@ -66,7 +66,7 @@ class Console:
             f"{row['step']:>{len(str(n_steps))}}/{n_steps}",
             f"loss {row['cross_entropy']:.3f}",
             f"lr {row['learning_rate']:.1e}",
-            f"grad {row['grad_norm']:.2f}",
+            "grad overflow" if row["grad_norm"] is None else f"grad {row['grad_norm']:.2f}",
             f"{row['tokens_per_s']:,} tok/s",
         ]
         if "load_imbalance" in row:
