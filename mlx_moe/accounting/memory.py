@@ -40,9 +40,7 @@ MLX_LOGITS = {"cpu": 11, "gpu": 3}
 MLX_UPDATES_AHEAD = 140  # tensors whose old and new weights and moments are there at once, on CPU
 METAL_COMMAND_BUFFERS, METAL_COMMAND_BUFFER_BYTES = 10, 50 << 20  # mlx/backend/metal/device.cpp, scheduler.h
 
-MUON_ARRAYS = (
-    4  # of a matrix's size while PyTorch makes it orthogonal: its mean gradient, normed, before and after a step
-)
+MUON_ARRAYS = 4  # while PyTorch makes a matrix orthogonal: its mean gradient, normed, before and after an iteration
 TORCH_RUNTIME = 345 << 20  # a process that has trained a tiny model: PyTorch's code, its threads, NumPy
 
 
