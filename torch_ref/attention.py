@@ -45,8 +45,15 @@ def rope(x_BHTd: Tensor, offset: int, theta: float) -> Tensor:
     return torch.cat(rotated, dim=-1).to(x_BHTd.dtype)
 
 
-@lru_cache(maxsize=8)
+@torch.compiler.assume_constant_result
 def _rotations(offset: int, n_tokens: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _rotation_table(offset, n_tokens, head_dim, theta, device)
+
+
+@lru_cache(maxsize=8)
+def _rotation_table(
+    offset: int, n_tokens: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
     positions_T = torch.arange(offset, offset + n_tokens, device=device, dtype=torch.float64)
     frequencies_h = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
     angles_Th = positions_T[:, None] * frequencies_h
