@@ -58,6 +58,7 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
 
     Raises InputError for a machine that is not known, and for a backend that is not installed here.
     """
+    run = with_its_vocabulary(run)
     if machine is None:
         first = this_machine(run, choose_backend(backend))
     elif backend != "auto":
@@ -97,8 +98,17 @@ def this_machine(run: RunConfig, backend: Backend) -> Site:
     )
 
 
+def with_its_vocabulary(run: RunConfig) -> RunConfig:
+    """The run with the vocabulary that its text will give it, where the config alone tells: `bpe:2048`."""
+    kind, _, size = run.data.tokenizer.partition(":")
+    if kind != "bpe" or not size.isdecimal() or not run.data.fit_vocabulary:
+        return run
+    return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": int(size)})})
+
+
 def show_parameters(run: RunConfig, as_json: bool) -> None:
     """Print the parameters of every phase."""
+    run = with_its_vocabulary(run)
     models = {PHASE_FOLDERS[phase]: phase_model(run, phase) for phase in (1, 2, 3)}
     counts = {name: count_parameters(model) for name, model in models.items()}
     if as_json:

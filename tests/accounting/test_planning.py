@@ -107,3 +107,15 @@ def test_speed_of_this_machine(module, monkeypatch):
 def test_half_precision_is_left_to_cuda():
     plan = make_plan(load_run("demo"), machine="M1 16GB")
     assert [site.precision for site in plan.sites] == ["fp32", "fp32", "fp32", "bf16", "bf16"]
+
+
+@pytest.mark.parametrize("command", ["params", "plan"])
+def test_a_trained_vocabulary_is_counted(mlxmoe, command):
+    def parameters(*options):
+        said = json.loads(mlxmoe(command, "--preset", "demo", "--json", *options).out)
+        phase = said["1-dense"] if command == "params" else said["phases"]["1-dense"]["parameters"]
+        return phase["total"]
+
+    assert parameters() == 1_055_488
+    assert parameters("-o", "data.tokenizer=bpe:4096") == 1_055_488 + 2048 * 128
+    assert parameters("-o", "model.vocab_size=3000") == 1_055_488 + (3000 - 2048) * 128
