@@ -27,7 +27,7 @@ from mlx_moe.data.tokens import prepare
 from mlx_moe.parameters import initialize
 from mlx_moe.presets import load_run
 from mlx_moe.training import loop
-from mlx_moe.training.backend import choose_backend
+from mlx_moe.training.backend import Backend, choose_backend, peak_flops_per_s
 from mlx_moe.training.console import Console
 from mlx_moe.training.run_folder import RunFolder
 from mlx_moe.training.stopping import Interruption
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measure(options.backend, options.steps, Path(folder))
+        measure(choose_backend(options.backend), options.steps, Path(folder))
     steps = seconds.pop("steps")
     elsewhere = {"evaluation": seconds.pop("evaluation"), "checkpoints": seconds.pop("checkpoints")}
     total = seconds.pop("in all")
@@ -58,14 +58,15 @@ def main() -> None:
     print(json.dumps({"backend": options.backend, "step_ms": step_ms, "percent": parts, "overhead": overhead}))
 
 
-def measure(backend: str, n_steps: int, folder: Path) -> None:
+def measure(backend: Backend, n_steps: int, folder: Path) -> None:
     run = load_run("demo", None, ["data.n_documents=2000"])
     data = prepare(run.data, cache=folder / "cache")
     model = run.model.model_copy(update={"vocab_size": data.tokenizer.vocab_size})
-    trainer: Any = choose_backend(backend).trainer(model, run.optimizer, initialize(model, run.seed), "cpu")
+    trainer: Any = backend.trainer(model, run.optimizer, initialize(model, run.seed), "cpu")
     tokens = loop.batch(data.train, seed=1, phase=1, step=0, batch_size=16, context_length=model.context_length)
     for _ in range(2):  # what is made once
         trainer.step(tokens, 1e-4, 0)()
+    peak_flops_per_s(backend, trainer.precision.name, trainer.device)
     console = Console()
     console._rich = RichConsole(file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     run_folder: Any = RunFolder(folder / "run")
