@@ -71,7 +71,6 @@ CASES = {
     "dense, recomputed": Case("activations", 16, size(256, 6, 2048), {"activation_checkpointing": True}),
     "experts, recomputed": Case("activations", 8, size(256, 4, 2048, **EXPERTS), {"activation_checkpointing": True}),
     "dense, bf16": Case("activations", 16, size(256, 6, 2048), {"precision": "bf16"}),
-    # PyTorch's takes a quarter more than estimated on CPU: oneDNN keeps a kernel for every number of rows of an expert.
     "experts, bf16": Case("activations", 8, size(256, 4, 2048, **EXPERTS), {"precision": "bf16"}),
 }
 

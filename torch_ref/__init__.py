@@ -5,3 +5,7 @@ import os
 # Threads that spin while they wait make a CPU step ten times slower when another program needs a core.
 # Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# In bf16, oneDNN keeps a kernel and its buffers for every number of rows that an expert ever had: up to a gigabyte, and
+# no faster. 64 hold those of a dense model.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")
