@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, VerificationConfig
 from mlx_moe.errors import InputError
+from mlx_moe.hub.models import is_model_folder, open_model
 from mlx_moe.parameters import Arrays, initialize, normal
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.training import checkpoint
@@ -82,8 +83,8 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
 
 def compare_checkpoints(path: Path) -> Iterator[Comparison]:
     """One checkpoint; or all phases of a run, each one's birth with the boundary behind it, and its end."""
-    if (path / checkpoint.MANIFEST).is_file():
-        loaded = checkpoint.load(path)
+    if (path / checkpoint.MANIFEST).is_file() or is_model_folder(path):
+        loaded = open_model(path)
         yield _compare(path.name, Pair.build(loaded.config, loaded.weights), None)
         return
     found = list(checkpoint.complete_in(path))
