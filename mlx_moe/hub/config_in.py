@@ -172,7 +172,7 @@ def _llama(keys: _Keys, family: str) -> dict[str, Any]:
             "to use the model up to there",
         )  # fmt: skip
     layer_types = keys.take("layer_types", None)
-    if layer_types is not None and set(layer_types) != {"full_attention"}:
+    if layer_types not in (None, ["full_attention"] * fields["n_layers"]):
         keys.refuse("layer_types", layer_types, "supported: full_attention in every layer")
     if family == "mixtral":
         experts, top_k = keys.whole("num_local_experts"), keys.whole("num_experts_per_tok")
