@@ -35,8 +35,10 @@ BackendOption = Annotated[str, typer.Option("--backend", help="auto, mlx or torc
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or gpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AllowLossy = Annotated[bool, typer.Option("--allow-lossy", help="Go on after a boundary that changed the model.")]
-CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint, a run, or RUN/best.", show_default=False)]
-OutArgument = Annotated[Path, typer.Argument(help="The checkpoint to write.", show_default=False)]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="A checkpoint, a run, RUN/best, or a Hugging Face folder.", show_default=False)
+]
+OutArgument = Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)]
 
 
 @app.command()
@@ -195,14 +197,14 @@ def generate(
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a text with a checkpoint of either backend."""
+    from mlx_moe.hub.models import open_model
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.generation import continue_text
 
-    chosen = choose_backend(backend)
+    chosen, loaded = choose_backend(backend), open_model(checkpoint)
     typer.echo(f"backend: {chosen.reason}", err=True)
-    for piece in continue_text(
-        checkpoint, prompt, chosen, device, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
-    ):
+    sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    for piece in continue_text(loaded, prompt, chosen, device, max_new_tokens, **sampling):
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -210,7 +212,10 @@ def generate(
 @app.command()
 def parity(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A run or a checkpoint; without one, small fresh models.", show_default=False)
+        Path | None,
+        typer.Argument(
+            help="A run, a checkpoint or a Hugging Face folder; without one, small fresh models.", show_default=False
+        ),
     ] = None,
     preset: Annotated[
         list[str] | None, typer.Option("--preset", "-p", help="Architectures to compare.", show_default="all")
@@ -224,6 +229,31 @@ def parity(
 
     results = compare_checkpoints(checkpoint) if checkpoint else compare_architectures(preset or [], seed)
     raise typer.Exit(show(results, as_json))
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.", show_default=False)], out: OutArgument
+) -> None:
+    """Turn a Hugging Face model (Llama, Mistral, Mixtral, GPT-2) into a checkpoint."""
+    from mlx_moe.hub.models import import_model
+
+    import_model(folder, out)
+
+
+@app.command()
+def export(
+    checkpoint: CheckpointArgument,
+    out: OutArgument,
+    format: Annotated[str, typer.Option(help="auto, llama, mixtral or gpt2.")] = "auto",
+    verify: Annotated[
+        bool, typer.Option(help="Compare the logits of transformers and mlx-lm, where installed.")
+    ] = True,
+) -> None:
+    """Write a model that transformers and mlx-lm open as it is, and that gives the same logits there."""
+    from parity.export_check import export_checked
+
+    export_checked(checkpoint, out, format, verify)
 
 
 @app.command()
@@ -258,23 +288,11 @@ def _load_run(preset: str, config: Path | None, overrides: list[str]) -> RunConf
 def _transfer(
     checkpoint: Path, out: Path, backend: str, device: str, allow_lossy: bool, plan: Callable[[ModelConfig], Plan]
 ) -> None:
-    from mlx_moe.accounting import count_parameters
-    from mlx_moe.config import VerificationConfig
+    from mlx_moe.hub.models import transfer_model
     from mlx_moe.training.backend import choose_backend
-    from mlx_moe.training.boundary import transfer_checkpoint
-    from mlx_moe.training.checkpoint import load
-    from mlx_moe.training.console import Console
 
-    chosen, source = choose_backend(backend), load(checkpoint)
-    made = plan(source.config)
-    console = Console()
-    console.line(f"backend: {chosen.reason}")
-    certificate = transfer_checkpoint(source, made, out, chosen, device, VerificationConfig(), allow_lossy)
-    console.boundary(f"{source.config.display_name} -> {made.target_config.display_name}", certificate)
-    if not certificate.passed and not allow_lossy:
+    if not transfer_model(checkpoint, out, choose_backend(backend), device, allow_lossy, plan):
         _stop("the transfer changed the model, so nothing was written; --allow-lossy writes it all the same", 1)
-    console.parameters(count_parameters(made.target_config), made.target_config.display_name)
-    console.line(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import numpy as np
 
 from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, VerificationConfig
 from mlx_moe.errors import InputError
+from mlx_moe.hub.models import is_model_folder, open_model, probe_tokens
 from mlx_moe.parameters import Arrays, initialize, normal
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.training import checkpoint
-from mlx_moe.training.backend import Trainer, choose_backend
+from mlx_moe.training.backend import Tokens, Trainer, choose_backend
 from mlx_moe.training.boundary import certify, random_probes
 from mlx_moe.transfer.certificate import Certificate
 from mlx_moe.transfer.growth import grow_config, plan_growth
@@ -82,9 +83,10 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
 
 def compare_checkpoints(path: Path) -> Iterator[Comparison]:
     """One checkpoint; or all phases of a run, each one's birth with the boundary behind it, and its end."""
-    if (path / checkpoint.MANIFEST).is_file():
-        loaded = checkpoint.load(path)
-        yield _compare(path.name, Pair.build(loaded.config, loaded.weights), None)
+    if (path / checkpoint.MANIFEST).is_file() or is_model_folder(path):
+        loaded = open_model(path)
+        probes = probe_tokens(loaded, LIMITS.probe_sequences)
+        yield _compare(path.name, Pair.build(loaded.config, loaded.weights), None, probes)
         return
     found = list(checkpoint.complete_in(path))
     if not found:
@@ -123,8 +125,9 @@ def rough_weights(config: ModelConfig, seed: int) -> Arrays:
     }
 
 
-def _compare(subject: str, pair: Pair, before: Pair | None) -> Comparison:
-    probes = random_probes(pair.mlx.config, LIMITS.probe_sequences)
+def _compare(subject: str, pair: Pair, before: Pair | None, probes: Tokens | None = None) -> Comparison:
+    if probes is None:
+        probes = random_probes(pair.mlx.config, LIMITS.probe_sequences)
     return Comparison(
         subject=subject,
         architecture=pair.mlx.config.display_name,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 UNKNOWN = "<|unknown|>"
 MIN_BPE_VOCAB, MAX_BPE_VOCAB = 257, 1_000_000  # 256 bytes and the end of text; above, training runs out of memory
+# What may come with a tokenizer: its own files, and how to talk to the model.
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
 WAYS_OUT = "take bpe:2048, char, or a local folder that holds tokenizer.json"
 
 # Left unset, the library prints a warning when a process that has encoded a batch forks.
@@ -95,6 +101,14 @@ def make_tokenizer(spec: str, documents: Callable[[], Iterator[str]]) -> Tokeniz
         return _train_bpe(_bpe_vocabulary(spec), documents())
     folder = Path(spec).expanduser()
     return Tokenizer.load(folder if folder.is_dir() else _from_hub(spec))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files, and nothing else, out of a folder that may hold more."""
+    target.mkdir(exist_ok=True)
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _of_characters(documents: Iterator[str]) -> Tokenizer:

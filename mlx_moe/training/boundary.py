@@ -17,6 +17,8 @@ from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth, usu
 from mlx_moe.transfer.plan import Plan
 from mlx_moe.transfer.upcycling import plan_upcycling
 
+PROBE_TOKENS = 256  # the logits of all 8,192 tokens that a published model can see would take 1.6 GB
+
 
 def phase_config(run: RunConfig, phase: int) -> PhaseConfig:
     return (run.phases.dense, run.phases.moe, run.phases.large_moe)[phase - 1]
@@ -71,8 +73,9 @@ def transfer_checkpoint(
     device: str,
     limits: VerificationConfig,
     allow_lossy: bool,
+    probes_BT1: Tokens,
 ) -> Certificate:
-    """Apply a plan to a checkpoint, prove it lossless on random tokens, and write the result to `out`.
+    """Apply a plan to a checkpoint, prove it lossless on the probes, and write the result to `out`.
 
     Of the weights only: nothing trains on from a checkpoint outside a run. Raises InputError where `out` exists; writes
     nothing where the certificate fails and `allow_lossy` is not set.
@@ -81,7 +84,7 @@ def transfer_checkpoint(
         raise InputError(f"{out} exists already; name a folder that does not")
     before = backend.trainer(source.config, OptimizerConfig(), source.weights, device)
     after = before.transferred(plan)
-    certificate = certify(limits, before, after, random_probes(source.config, limits.probe_sequences))
+    certificate = certify(limits, before, after, probes_BT1)
     if certificate.passed or allow_lossy:
         phase = 2 if source.config.moe is None and plan.target_config.moe else 3
         state = TrainerState(phase, 0, backend.name)
@@ -90,8 +93,8 @@ def transfer_checkpoint(
 
 
 def random_probes(config: ModelConfig, n: int, seed: int = 0) -> Tokens:
-    """(n, T + 1) random tokens, for models whose data is not at hand."""
-    shape = (n, config.context_length + 1)
+    """(n, T + 1) random tokens, for models whose data is not at hand; T is the context, at most PROBE_TOKENS."""
+    shape = (n, min(config.context_length, PROBE_TOKENS) + 1)
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
 
 

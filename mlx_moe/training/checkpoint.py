@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig
+from mlx_moe.data.tokenizers import copy_tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, table
 from mlx_moe.training.files import make_folder, remove, replacing, sweep
@@ -65,7 +65,9 @@ class Checkpoint:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """The tokenizer beside the checkpoint, or that of the run it belongs to."""
+        """The tokenizer beside the checkpoint, or that of its run; a Hugging Face folder is its own."""
+        if (self.path / "tokenizer.json").is_file():
+            return self.path
         folders = (parent / "tokenizer" for parent in [self.path, *self.path.resolve().parents[:4]])
         return next((folder for folder in folders if folder.is_dir()), None)
 
@@ -94,7 +96,7 @@ def save(
             if optimizer_state is not None:
                 _write(optimizer_state, partial / OPTIMIZER)
             if tokenizer is not None:
-                shutil.copytree(tokenizer, partial / "tokenizer")
+                copy_tokenizer(tokenizer, partial / "tokenizer")
             configs.save(config, partial / CONFIG)
             (partial / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
             manifest = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from mlx_moe.config import OptimizerConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import Backend, Trainer
-from mlx_moe.training.checkpoint import load
+from mlx_moe.training.checkpoint import Checkpoint
 
 
 def generate(
@@ -58,12 +57,11 @@ def choose(logits_V: NDArray[np.float32], temperature: float, top_k: int | None,
 
 
 def continue_text(
-    checkpoint: Path, prompt: str, backend: Backend, device: str, max_new_tokens: int, **sampling: Any
+    loaded: Checkpoint, prompt: str, backend: Backend, device: str, max_new_tokens: int, **sampling: Any
 ) -> Iterator[str]:
-    """Yield a prompt and what follows it, as it comes. Raises InputError on a bad checkpoint or an empty prompt."""
-    loaded = load(checkpoint)
+    """Yield a prompt and what follows it, as it comes. Raises InputError without a tokenizer that fits, or a prompt."""
     if loaded.tokenizer_folder is None:
-        raise InputError(f"checkpoint {checkpoint} has no tokenizer/ beside it; copy its run's tokenizer/ into it")
+        raise InputError(f"checkpoint {loaded.path} has no tokenizer/ beside it; copy its run's tokenizer/ into it")
     tokenizer = Tokenizer.load(loaded.tokenizer_folder)
     if tokenizer.vocab_size > loaded.config.vocab_size:
         raise InputError(

@@ -1,0 +1,128 @@
+"""A checkpoint as the folder of a model that transformers and mlx-lm open unchanged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_moe.accounting import count_parameters
+from mlx_moe.data.tokenizers import Tokenizer, copy_tokenizer
+from mlx_moe.errors import InputError
+from mlx_moe.hub import formats
+from mlx_moe.hub.config_in import read_config
+from mlx_moe.hub.layout import find, layout, unpack
+from mlx_moe.hub.models import ORIGIN
+from mlx_moe.hub.tensor_files import SHARD_BYTES, open_tensors, write_tensors
+from mlx_moe.parameters import table
+from mlx_moe.training.checkpoint import Checkpoint
+from mlx_moe.training.files import make_folder, replacing
+from mlx_moe.validation import read_mapping
+
+
+def export(
+    source: Checkpoint,
+    out: Path,
+    requested: str,
+    check: Callable[[Path], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> str:
+    """Write `out` in a format, `auto` for the one that fits, and return the format.
+
+    What was written is read back, and must be the same model bit for bit; `check` may look at it too, and raise. `out`
+    appears only after that. Raises InputError where it exists, where no format fits, or where the disk does not let it.
+    """
+    name = formats.choose_format(source.config, requested)
+    if out.exists():
+        raise InputError(f"{out} exists already; name a folder that does not")
+    holders = {holder.name: holder for holder in layout(name, source.config)}
+    shapes = {parameter.name: parameter.shape for parameter in table(source.config)}
+    try:
+        make_folder(out.parent)
+        with replacing(out) as partial:
+            partial.mkdir()
+            special_tokens = _write_tokenizer(source, partial)
+            _write_json(formats.to_json(source.config, name, special_tokens), partial / "config.json")
+            (partial / "README.md").write_text(_card(source, name), encoding="utf-8")
+            theirs = {name: holder.shape(shapes) for name, holder in holders.items()}
+            write_tensors(partial, theirs, lambda name: holders[name].pack(source.weights), shard_bytes)
+            _read_back(source, name, partial)
+            if check is not None:
+                check(partial)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}; nothing of it was kept") from None
+    return name
+
+
+def _read_back(source: Checkpoint, name: str, folder: Path) -> None:
+    family, config = read_config(folder)
+    # What no reader of the folder computes the logits from is not in it.
+    training = ("architecture", "dropout", "attention_backend", "moe")
+    ours, theirs = (model.model_dump(exclude=set(training)) for model in (source.config, config))
+    if ours != theirs or (source.config.moe and source.config.moe.top_k) != (config.moe and config.moe.top_k):
+        raise InputError(f"{name} does not hold {source.path} as it is: {ours} became {theirs}; nothing was kept")
+    for tensor, array in unpack(find(folder, open_tensors(folder), family, config), config):
+        if not np.array_equal(array, source.weights[tensor]):
+            raise InputError(f"{tensor} came back from {folder} changed; the disk may be faulty; nothing was kept")
+
+
+def _write_tokenizer(source: Checkpoint, folder: Path) -> dict[str, int | None]:
+    """Copy the tokenizer, and write generation_config.json where none came with it; the ids of special tokens."""
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+    if source.tokenizer_folder is not None:
+        copy_tokenizer(source.tokenizer_folder, folder)
+        ids["eos_token_id"] = Tokenizer.load(folder).eot_id
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        values = read_mapping(generation)
+        return {key: values.get(key, ids.get(key)) for key in (*ids, "pad_token_id")}
+    _write_json(ids, generation)
+    return ids
+
+
+def _card(source: Checkpoint, name: str) -> str:
+    config, count, state = source.config, count_parameters(source.config), source.state
+    active = f", {count.active:,} of them for each token" if config.moe else ""
+    made = "imported from Hugging Face's format"
+    if state.backend != ORIGIN:
+        begun = {1: "dense", 2: "upcycled to experts", 3: "grown"}[state.phase]
+        made = f"{begun}, then trained for {state.step:,} steps, by the {state.backend} backend"
+    loss = (
+        "" if state.validation_loss is None else f"| validation loss | {state.validation_loss:.4f} nats per token |\n"
+    )
+    experts = f"| experts | {config.moe.n_experts} per layer, {config.moe.top_k} per token |\n" if config.moe else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mlx, mlxmoe]
+---
+
+# {config.display_name}
+
+| | |
+|---|---|
+| architecture | {config.display_name}, in the format {name} |
+| parameters | {count.total:,}{active} |
+{experts}| context | {config.context_length:,} tokens |
+| source checkpoint | {source.path.resolve().name} |
+| made | {made} |
+{loss}| exported | with mlxmoe {version("mlxmoe")}, float32 |
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+```python
+from mlx_lm import load
+model, tokenizer = load("PATH")
+```
+"""
+
+
+def _write_json(values: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,129 @@
+"""What each format can hold, as transformers and mlx-lm both read it, and the config.json that says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.errors import InputError
+from mlx_moe.hub.config_in import CLASSES
+
+FORMATS = ("llama", "mixtral", "gpt2")
+
+
+def choose_format(config: ModelConfig, requested: str) -> str:
+    """The format asked for, or for `auto` the one that can hold the model.
+
+    Raises InputError with what stands in the way, and with the format that can hold it, or comes nearest.
+    """
+    if requested not in ("auto", *FORMATS):
+        raise InputError(f"--format {requested}: must be one of auto, {', '.join(FORMATS)}")
+    lacking = {name: obstacles(config, name) for name in FORMATS}
+    fitting = [name for name in FORMATS if not lacking[name]]
+    if requested == "auto" and fitting:
+        return fitting[0]
+    if requested != "auto" and not lacking[requested]:
+        return requested
+    nearest = min(FORMATS, key=lambda name: len(lacking[name]))
+    if fitting:
+        way_out = f"take --format {fitting[0]}"
+    elif nearest == requested:
+        way_out = "no other format comes nearer"
+    else:
+        way_out = f"nearest is {nearest}, which cannot hold {', '.join(lacking[nearest])}"
+    missing = "the model" if requested == "auto" else ", ".join(lacking[requested])
+    raise InputError(f"--format {requested} cannot hold {missing}; {way_out}")
+
+
+def obstacles(config: ModelConfig, name: str) -> list[str]:
+    """What of a model a format cannot hold; nothing where it can hold it all."""
+    checks = _gpt2_checks(config) if name == "gpt2" else _llama_checks(config, name)
+    return [reason for holds, reason in checks if not holds]
+
+
+def _llama_checks(config: ModelConfig, name: str) -> list[tuple[bool, str]]:
+    checks = [
+        (config.normalization == "rmsnorm", f"normalization {config.normalization} (only rmsnorm)"),
+        (config.norm_position == "pre", "norm_position post (only pre)"),
+        (config.ffn_type == "swiglu", f"ffn_type {config.ffn_type} (only swiglu)"),
+        (config.activation == "silu", f"activation {config.activation} (mlx-lm: only silu)"),
+        (config.position_encoding == "rope", f"position_encoding {config.position_encoding} (only rope)"),
+        (config.d_model % config.n_heads == 0, f"n_heads {config.n_heads}, which do not divide d_model"),
+    ]
+    if name == "llama":
+        return [*checks, (config.moe is None, "experts")]
+    head_dim = config.d_model // config.n_heads
+    return [
+        *checks,
+        (config.moe is not None, "a model without experts"),
+        (not config.bias, "biases"),
+        (config.head_dim == head_dim, f"head_dim {config.head_dim} (mlx-lm: only d_model / n_heads = {head_dim})"),
+    ]
+
+
+def _gpt2_checks(config: ModelConfig) -> list[tuple[bool, str]]:
+    d_model = config.d_model
+    return [
+        (config.normalization == "layernorm", f"normalization {config.normalization} (only layernorm)"),
+        (config.norm_position == "pre", "norm_position post (only pre)"),
+        (config.ffn_type == "standard", f"ffn_type {config.ffn_type} (only standard)"),
+        (config.activation == "gelu_tanh", f"activation {config.activation} (mlx-lm: only gelu_tanh)"),
+        (
+            config.position_encoding == "learned_absolute",
+            f"position_encoding {config.position_encoding} (only learned_absolute)",
+        ),
+        (config.bias, "bias false (only true)"),
+        (config.weight_tying, "weight_tying false (mlx-lm: only true)"),
+        (config.n_kv_heads == config.n_heads, f"n_kv_heads {config.n_kv_heads} (only n_heads)"),
+        (config.n_heads * config.head_dim == d_model, f"head_dim {config.head_dim} (only d_model / n_heads)"),
+        (config.d_ff == 4 * d_model, f"d_ff {config.d_ff} (mlx-lm: only 4 · d_model = {4 * d_model})"),
+        (config.moe is None, "experts"),
+    ]
+
+
+def to_json(config: ModelConfig, name: str, special_tokens: dict[str, int | None]) -> dict[str, Any]:
+    """config.json, with both spellings of RoPE's keys: mlx-lm reads the one, transformers writes the other."""
+    values = {
+        "architectures": [CLASSES[name]],
+        "model_type": name,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.weight_tying,
+        "initializer_range": config.init_std,
+        "torch_dtype": "float32",
+        "use_cache": True,
+    } | special_tokens
+    if name == "gpt2":
+        return values | {
+            "n_positions": config.context_length,
+            "n_ctx": config.context_length,
+            "n_embd": config.d_model,
+            "n_layer": config.n_layers,
+            "n_head": config.n_heads,
+            "n_inner": config.d_ff,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": config.norm_eps,
+            "attn_pdrop": 0.0,
+            "embd_pdrop": config.dropout,
+            "resid_pdrop": config.dropout,
+        }
+    values |= {
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.context_length,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_dropout": 0.0,
+    }
+    if config.moe is None:
+        return values | {"attention_bias": config.bias, "mlp_bias": config.bias}
+    return values | {
+        "num_local_experts": config.moe.n_experts,
+        "num_experts_per_tok": config.moe.top_k,
+        "sliding_window": None,
+    }

@@ -1,0 +1,139 @@
+"""Which tensor of each family holds which of ours: one table, for reading and for writing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.errors import InputError
+from mlx_moe.hub.tensor_files import DTYPES, StoredTensor
+from mlx_moe.parameters import Arrays, table
+
+FAMILIES = ("llama", "mistral", "mixtral", "gpt2")
+PREFIXES = {"llama": "model.", "mistral": "model.", "mixtral": "model.", "gpt2": ""}  # as mlx-lm reads them
+ALSO_WITH = {"gpt2": "transformer."}  # what transformers writes
+# Not learned: computed once more by whoever reads the model.
+DERIVED = re.compile(r"(.*\.)?(self_attn\.rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias)")
+
+MIXTRAL_EXPERT = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+GPT2_TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
+GPT2_BLOCK = {
+    "ln_1": ("input_layernorm",),
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.c_proj": ("self_attn.o_proj",),
+    "ln_2": ("post_attention_layernorm",),
+    "mlp.c_fc": ("mlp.up_proj",),
+    "mlp.c_proj": ("mlp.down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A tensor of a family, and our tensors in it, one after the other along the first axis."""
+
+    name: str
+    parts: tuple[str, ...]
+    expert: int | None = None  # it holds that one of a stack of experts
+    transposed: bool = False  # (in, out), where ours are (out, in)
+
+    def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        first, *rest = shapes[self.parts[0]] if self.expert is None else shapes[self.parts[0]][1:]
+        first += sum(shapes[part][0] for part in self.parts[1:])
+        return (first, *rest)[::-1] if self.transposed else (first, *rest)
+
+    def pack(self, weights: Arrays) -> NDArray[np.float32]:
+        """The tensor, a view where it can be."""
+        parts = [weights[part] if self.expert is None else weights[part][self.expert] for part in self.parts]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole.T if self.transposed else whole
+
+
+def layout(family: str, config: ModelConfig) -> list[Holder]:
+    """The tensors of a family for a model that it can hold, in the order of the forward pass."""
+    names = [parameter.name for parameter in table(config)]
+    return list(_gpt2(config, names) if family == "gpt2" else _llama(config, names, PREFIXES[family]))
+
+
+def _llama(config: ModelConfig, names: list[str], prefix: str) -> Iterator[Holder]:
+    """Our names are theirs, but for Mixtral's experts."""
+    for name in names:
+        theirs = name if name == "lm_head.weight" else prefix + name
+        if ".mlp.experts." in name and config.moe:
+            block, _, projection = theirs.partition("mlp.experts.")
+            place = f"{MIXTRAL_EXPERT[projection.removesuffix('.weight')]}.weight"
+            for expert in range(config.moe.n_experts):
+                yield Holder(f"{block}block_sparse_moe.experts.{expert}.{place}", (name,), expert)
+        else:
+            yield Holder(theirs.replace("mlp.router", "block_sparse_moe.gate"), (name,))
+
+
+def _gpt2(config: ModelConfig, names: list[str]) -> Iterator[Holder]:
+    """Their linear maps are stored as (in, out), and one of them yields queries, keys and values."""
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        if not name.startswith("layers."):
+            yield Holder(f"{GPT2_TOP.get(module, module)}.{kind}", (name,))
+    for layer in range(config.n_layers):
+        for theirs, ours in GPT2_BLOCK.items():
+            for kind in ("weight", "bias"):
+                parts = tuple(f"layers.{layer}.{module}.{kind}" for module in ours)
+                is_matrix = kind == "weight" and not theirs.startswith("ln_")
+                yield Holder(f"h.{layer}.{theirs}.{kind}", parts, transposed=is_matrix)
+
+
+def find(
+    folder: Path, tensors: dict[str, StoredTensor], family: str, config: ModelConfig
+) -> list[tuple[Holder, StoredTensor]]:
+    """Each tensor of the model and where it lies, by the family's names with and without their prefix.
+
+    Raises InputError where one is missing, has another shape or an unknown dtype, or where one more is there.
+    """
+    shapes = {parameter.name: parameter.shape for parameter in table(config)}
+    left, found = dict(tensors), []
+    for holder in layout(family, config):
+        bare = holder.name.removeprefix(PREFIXES[family])
+        spellings = (holder.name, bare, ALSO_WITH.get(family, "") + bare)
+        name = next((name for name in spellings if name in left), None)
+        if name is None:
+            raise InputError(f"{folder}: tensor {holder.name} is missing, which its config asks for")
+        stored, shape = left.pop(name), holder.shape(shapes)
+        if stored.shape != shape:
+            raise InputError(f"{folder}: {name} has shape {stored.shape}, its config asks for {shape}")
+        if stored.dtype not in DTYPES:
+            raise InputError(f"{folder}: {name} holds {stored.dtype}; save it as one of {', '.join(DTYPES)}")
+        found.append((holder, stored))
+    if config.weight_tying and (head := left.pop("lm_head.weight", None)) is not None:
+        embeddings = next(stored for holder, stored in found if holder.parts == ("embed_tokens.weight",))
+        if head.shape != embeddings.shape or not np.array_equal(head.read(), embeddings.read()):
+            raise InputError(
+                f"{folder}: lm_head.weight is not the embeddings, yet tie_word_embeddings is true; set it to false"
+            )
+    if surplus := sorted(name for name in left if not DERIVED.fullmatch(name)):
+        raise InputError(
+            f"{folder}: a {family} model of this config has no tensor {surplus[0]} ({len(surplus)} such); "
+            "it is another architecture, or config.json is not that of these weights"
+        )
+    return found
+
+
+def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Our tensors, by name, one at a time."""
+    shapes = {parameter.name: parameter.shape for parameter in table(config)}
+    holders: dict[str, list[tuple[Holder, StoredTensor]]] = {name: [] for name in shapes}
+    for holder, stored in found:
+        for part in holder.parts:
+            holders[part].append((holder, stored))
+    for name, shape in shapes.items():
+        array = np.empty(shape, np.float32)
+        for holder, stored in holders[name]:
+            target = array if holder.expert is None else array[holder.expert]
+            start = sum(shapes[part][0] for part in holder.parts[: holder.parts.index(name)])
+            whole = stored.read().T if holder.transposed else stored.read()
+            target[...] = whole[start : start + len(target)]
+        yield name, array

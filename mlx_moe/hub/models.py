@@ -1,0 +1,111 @@
+"""Models wherever they come from: a checkpoint of ours, or Hugging Face's folder in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from mlx_moe.accounting import count_parameters
+from mlx_moe.config import ModelConfig, VerificationConfig
+from mlx_moe.data.stories import story
+from mlx_moe.data.tokenizers import Tokenizer
+from mlx_moe.errors import InputError
+from mlx_moe.hub.config_in import read_config
+from mlx_moe.hub.layout import find, unpack
+from mlx_moe.hub.tensor_files import open_tensors
+from mlx_moe.parameters import Arrays
+from mlx_moe.training import checkpoint
+from mlx_moe.training.backend import Backend, Tokens
+from mlx_moe.training.boundary import random_probes, transfer_checkpoint
+from mlx_moe.training.checkpoint import Checkpoint, TrainerState
+from mlx_moe.training.console import Console
+from mlx_moe.transfer.plan import Plan
+
+PROBE_TOKENS = 64
+ORIGIN = "huggingface"  # stands for the backend where none of ours trained the weights
+
+
+def open_model(path: Path) -> Checkpoint:
+    """A checkpoint, a run's latest or best one, or a model in Hugging Face's folder.
+
+    Raises InputError where it is missing, damaged, or not a model that our config can describe.
+    """
+    if not is_model_folder(path):
+        return checkpoint.load(path)
+    config, weights = read_model(path)
+    return Checkpoint(path, config, TrainerState(2 if config.moe else 1, 0, ORIGIN), weights)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder looks like Hugging Face's, and not like a checkpoint or a run."""
+    if any((path / name).is_file() for name in (checkpoint.MANIFEST, checkpoint.STATE, "config.yaml")):
+        return False
+    return (path / checkpoint.CONFIG).is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, Arrays]:
+    """The architecture and float32 weights of a model in Hugging Face's folder; InputError where they do not fit."""
+    if not folder.is_dir():
+        raise InputError(f"no model at {folder}: there is no such folder")
+    family, config = read_config(folder)
+    found = find(folder, open_tensors(folder), family, config)
+    return config, dict(unpack(found, config))
+
+
+def probe_tokens(source: Checkpoint, n: int) -> Tokens:
+    """(n, T + 1) tokens of stories where the model has a tokenizer that knows their words, else random ones.
+
+    Random tokens take a published model to where rounding alone moves its logits by more than 1e-4, and so do long
+    texts (SmolLM2-135M, whose logits reach 42, upcycled, float32: 3e-3 in 1,024 random tokens, 1.4e-4 in 256 of
+    text, under 9e-5 in 64).
+    """
+    random_BT1 = random_probes(source.config, n)[:, : PROBE_TOKENS + 1]
+    if source.tokenizer_folder is None:
+        return random_BT1
+    tokenizer, ids = Tokenizer.load(source.tokenizer_folder), list[int]()
+    for number in count():
+        ids += [*tokenizer.encode(story(number)), tokenizer.eot_id]
+        if len(ids) >= random_BT1.size:
+            break
+    fits = max(ids) < source.config.vocab_size and len(set(ids)) >= min(32, source.config.vocab_size // 4)
+    return np.array(ids[: random_BT1.size], np.int32).reshape(random_BT1.shape) if fits else random_BT1
+
+
+def import_model(folder: Path, out: Path) -> None:
+    """Write a model of Hugging Face's as a checkpoint, with its tokenizer; InputError where `out` exists."""
+    if out.exists():
+        raise InputError(f"{out} exists already; name a folder that does not")
+    if (folder / checkpoint.MANIFEST).is_file():
+        raise InputError(f"{folder} is a checkpoint already; use it as it is")
+    config, weights = read_model(folder)
+    state, console = TrainerState(2 if config.moe else 1, 0, ORIGIN), Console()
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+    if tokenizer is None:
+        console.warn(f"{folder} has no tokenizer.json; the checkpoint is without a tokenizer")
+    elif (size := Tokenizer.load(folder).vocab_size) > config.vocab_size:
+        raise InputError(f"{folder}: tokenizer.json has {size} tokens, the model only {config.vocab_size}")
+    checkpoint.save(out, config, state, weights, None, tokenizer)
+    console.parameters(count_parameters(config), config.display_name)
+    console.line(f"wrote {out}")
+
+
+def transfer_model(
+    path: Path, out: Path, backend: Backend, device: str, allow_lossy: bool, plan: Callable[[ModelConfig], Plan]
+) -> bool:
+    """Apply a plan to a model, certify and write it; whether it was written."""
+    source = open_model(path)
+    made = plan(source.config)
+    console = Console()
+    console.line(f"backend: {backend.reason}")
+    limits = VerificationConfig()
+    probes_BT1 = probe_tokens(source, limits.probe_sequences)
+    certificate = transfer_checkpoint(source, made, out, backend, device, limits, allow_lossy, probes_BT1)
+    console.boundary(f"{source.config.display_name} -> {made.target_config.display_name}", certificate)
+    if not certificate.passed and not allow_lossy:
+        return False
+    console.parameters(count_parameters(made.target_config), made.target_config.display_name)
+    console.line(f"wrote {out}")
+    return True

@@ -1,0 +1,143 @@
+"""Ours out: transformers and mlx-lm open the files as they are, and give our logits."""
+
+import json
+
+import numpy as np
+import pytest
+from published_models import LIMIT, logits, our_logits, random_tokens, save, save_tokenizer
+from transformers import AutoTokenizer
+
+import mlx_moe.model.library
+import torch_ref.library
+from mlx_moe.config import MoEConfig
+from mlx_moe.errors import InputError
+from mlx_moe.hub.export import export
+from mlx_moe.hub.formats import choose_format, to_json
+from mlx_moe.hub.models import open_model
+from mlx_moe.training import checkpoint
+from mlx_moe.training.checkpoint import Checkpoint, TrainerState
+from parity.compare import rough_weights, small_model
+from parity.export_check import export_checked
+
+LIBRARIES = (torch_ref.library, mlx_moe.model.library)
+EXPERTS = MoEConfig(n_experts=4, top_k=2)
+MODELS = {
+    "llama": ("llama", small_model("llama", rope_theta=5e5, n_kv_heads=2)),
+    "llama, tied": ("llama", small_model("smollm")),
+    "llama, biased": ("llama", small_model("llama", bias=True, head_dim=16)),
+    "mixtral": ("mixtral", small_model("llama", moe=EXPERTS, rope_theta=5e5)),
+    "mixtral, tied": ("mixtral", small_model("smollm", moe=EXPERTS)),
+    "gpt2": ("gpt2", small_model("gpt2", d_ff=192, norm_eps=1e-3)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_libraries_give_our_logits(name, tmp_path):
+    form, config = MODELS[name]
+    source = fresh(config, tmp_path)
+    assert export(source, tmp_path / "out", "auto") == form
+    tokens = random_tokens()
+    ours = our_logits("torch", source, tokens)
+    assert ours.std() > 0.1
+    for library in LIBRARIES:
+        assert np.abs(library.logits(tmp_path / "out", tokens) - ours).max() < LIMIT, library.NAME
+    again = open_model(tmp_path / "out")
+    assert all(np.array_equal(array, again.weights[tensor]) for tensor, array in source.weights.items())
+
+
+def test_from_their_dense_model_to_their_mixture(tmp_path, mlxmoe):
+    dense = logits(save("llama-tied", tmp_path / "dense"), random_tokens())
+    save_tokenizer(tmp_path / "dense")
+    options = ("--experts", 4, "--top-k", 2, "--backend", "torch")
+    assert mlxmoe("upcycle", tmp_path / "dense", tmp_path / "moe", *options).code == 0
+    result = mlxmoe("export", tmp_path / "moe", tmp_path / "out", "--format", "mixtral")
+    assert result.code == 0, result.err
+    assert "logits of transformers" in result.out
+    assert "logits of mlx_lm" in result.out
+    for library in LIBRARIES:
+        assert np.abs(library.logits(tmp_path / "out", random_tokens()) - dense).max() < LIMIT, library.NAME
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000.0
+    assert (
+        config["eos_token_id"] == json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2")["input_ids"] == [4, 5]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in ("4E2", "mixtral", "upcycled to experts", "0 steps", f"{checkpoint.load(tmp_path / 'moe').path.name}"):
+        assert said in card
+
+
+def test_shards(tmp_path):
+    source = fresh(small_model("llama", moe=EXPERTS), tmp_path)
+    export(source, tmp_path / "one", "auto")
+    export(source, tmp_path / "shards", "auto", shard_bytes=100_000)
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 120_000 for shard in shards)
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(4 * array.size for array in source.weights.values())
+    for library in LIBRARIES:
+        one, many = (library.logits(tmp_path / folder, random_tokens()) for folder in ("one", "shards"))
+        assert np.array_equal(one, many), library.NAME
+
+
+CANNOT = {
+    "layernorm": (small_model("llama", moe=EXPERTS, normalization="layernorm"), "mixtral", "normalization layernorm"),
+    "biases of experts": (small_model("llama", moe=EXPERTS, bias=True), "mixtral", "biases"),
+    "gelu": (small_model("llama", activation="gelu"), "llama", "activation gelu"),
+    "post-norm": (small_model("gpt2-post"), "gpt2", "norm_position post"),
+    "head_dim": (small_model("llama", moe=EXPERTS, head_dim=16), "mixtral", "head_dim 16 .mlx-lm"),
+    "width of GPT-2": (small_model("gpt2"), "gpt2", "d_ff 96 .mlx-lm: only 4 · d_model = 192"),
+    "no positions": (small_model("llama", position_encoding="none"), "llama", "position_encoding none"),
+    "the other kind": (small_model("llama"), "mixtral", "without experts; take --format llama"),
+    "nearest": (small_model("hybrid", d_ff=192), "auto", "nearest is gpt2, which cannot hold"),
+    "unknown": (small_model("llama"), "gguf", "auto, llama, mixtral, gpt2"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_a_format_cannot_hold_is_named(case):
+    config, requested, said = CANNOT[case]
+    with pytest.raises(InputError, match=said) as error:
+        choose_format(config, requested)
+    assert "\n" not in str(error.value)
+
+
+def test_a_library_that_disagrees_fails_the_export(tmp_path, monkeypatch):
+    save("llama", tmp_path / "theirs")
+    true = mlx_moe.model.library.logits
+    monkeypatch.setattr(mlx_moe.model.library, "logits", lambda folder, tokens: true(folder, tokens) + 1e-3)
+    with pytest.raises(InputError, match=r"mlx_lm gives logits that differ by 1\.0e-03"):
+        export_checked(tmp_path / "theirs", tmp_path / "out", "auto", verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    export_checked(tmp_path / "theirs", tmp_path / "out", "auto", verify=False)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_library_that_cannot_open_it_fails_the_export(tmp_path, monkeypatch):
+    save("gpt2", tmp_path / "theirs")
+    monkeypatch.setattr("mlx_moe.hub.formats.to_json", without("n_ctx"))  # transformers does without it, mlx-lm cannot
+    with pytest.raises(InputError, match=r"mlx_lm cannot open the export[^;]*n_ctx"):
+        export_checked(tmp_path / "theirs", tmp_path / "out", "auto", verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_what_is_read_back_must_be_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_moe.hub.formats.to_json", without("rope_parameters", "rope_theta"))
+    with pytest.raises(InputError, match="llama does not hold"):
+        export(fresh(small_model("llama", rope_theta=5e5), tmp_path), tmp_path / "out", "auto")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_overwrites_nothing(tmp_path):
+    with pytest.raises(InputError, match="exists already"):
+        export(fresh(small_model("llama"), tmp_path), tmp_path, "auto")
+
+
+def fresh(config, path):
+    state = TrainerState(2 if config.moe else 1, 7, "torch")
+    return Checkpoint(path / "step-7", config, state, rough_weights(config, 0))
+
+
+def without(*keys):
+    return lambda *arguments: {key: value for key, value in to_json(*arguments).items() if key not in keys}
