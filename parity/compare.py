@@ -165,14 +165,7 @@ def _compare(
 ) -> Comparison:
     config = pair.mlx.config
     probes = random_probes(config, LIMITS.probe_sequences)
-    verdict, backends, needed = None, None, _bytes_of_truth(config)
-    too_large = (
-        ""
-        if needed <= TRUTH_BYTES
-        else (
-            f"the truth would take {needed / 2**30:.0f} GiB, more than {TRUTH_BYTES >> 30}: MLX against PyTorch instead"
-        )
-    )
+    verdict, backends, too_large = None, None, _too_large(config)
     if too_large:
         backends = certify(LIMITS, pair.mlx, pair.torch, probes)
     else:
@@ -189,9 +182,16 @@ def _compare(
     )
 
 
-def _bytes_of_truth(config: ModelConfig) -> int:
-    """Weights in float64 and float32; what goes into each module and comes out, in both, and once more in float32."""
+def _too_large(config: ModelConfig) -> str:
+    """Why there can be no truth; empty where there can.
+
+    It takes the weights in float64 and in float32, and for every module what goes in and comes out, in both and once
+    more in float32.
+    """
     widest = max(config.d_ff, config.n_heads * config.head_dim, config.d_model)
     tokens = SEQUENCES * min(TOKENS, config.context_length)
     per_layer = 40 * tokens * (8 * config.d_model + 6 * widest)
-    return 12 * count_parameters(config).total + config.n_layers * per_layer + 80 * tokens * config.vocab_size
+    needed = 12 * count_parameters(config).total + config.n_layers * per_layer + 80 * tokens * config.vocab_size
+    if needed <= TRUTH_BYTES:
+        return ""
+    return f"the truth would take {needed / 2**30:.0f} GiB, more than {TRUTH_BYTES >> 30}: MLX against PyTorch instead"

@@ -288,6 +288,7 @@ MUTATIONS: Sequence[Mutation] = (
         "llama+",
         patch=(_MOE, "choose_experts", lambda old: lambda logits, k: logits.shape[-1] - 1 - old(logits.flip(-1), k)),
     ),
+    Mutation("one expert too few", "llama+", {"moe": EXPERTS.model_copy(update={"top_k": 1})}),
     Mutation(
         "the second and third expert",
         "llama+",

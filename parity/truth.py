@@ -6,7 +6,6 @@ B batch, T time, N tokens (B·T), E experts, K experts per token, L layers, V vo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,10 +135,9 @@ class Truth:
         through(self.config, self.tokens_BT, call, self.experts_LNK)
         run, unexplained = trainer.routed_logits(self.tokens_BT), 0
         if self.config.moe:
-            free = run
-            top_k = free.experts_LNK.shape[-1]
-            unexplained = int((best_experts(free.router_logits_LNE, top_k) != free.experts_LNK).any(axis=-1).sum())
-            if not _same_sets(free.experts_LNK, self.experts_LNK).all():
+            best_LNK = best_experts(run.router_logits_LNE, self.config.moe.top_k)
+            unexplained = int(_differ(run.experts_LNK, best_LNK).sum())
+            if _differ(run.experts_LNK, self.experts_LNK).any():
                 run = trainer.routed_logits(self.tokens_BT, self.experts_LNK)
         routers = [name for name in self.whole if name.endswith(".router")]
         found = dict(zip(routers, run.router_logits_LNE, strict=True)) | {"lm_head": run.logits_BTV}
@@ -156,7 +154,7 @@ class Truth:
         if not self.config.moe:
             return Routes(np.zeros((0, 0), bool), np.zeros((0, 0)), unexplained)
         chosen_LNK = best_experts(router_logits_LNE, self.config.moe.top_k)
-        return Routes(~_same_sets(chosen_LNK, self.experts_LNK), np.ptp(difference_LNE, axis=-1), unexplained)
+        return Routes(_differ(chosen_LNK, self.experts_LNK), np.ptp(difference_LNE, axis=-1), unexplained)
 
     def _rounded(self, name: str, call: Call) -> tuple[Array, ...]:
         """The truth's inputs as a backend can take them; a MoE with the truth's routes."""
@@ -176,9 +174,12 @@ def _margins(router_logits_LNE: Array, experts_LNK: NDArray[np.int64]) -> Array:
     return margins
 
 
-def _same_sets(one_LNK: NDArray[Any], other_LNK: NDArray[Any]) -> NDArray[np.bool_]:
-    same: NDArray[np.bool_] = (np.sort(one_LNK, axis=-1) == np.sort(other_LNK, axis=-1)).all(axis=-1)
-    return same
+def _differ(one_LNK: NDArray[np.int64], other_LNK: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether a token goes to other experts, in whatever order, (L, N)."""
+    if one_LNK.shape != other_LNK.shape:
+        return np.ones(other_LNK.shape[:-1], bool)
+    different: NDArray[np.bool_] = (np.sort(one_LNK, axis=-1) != np.sort(other_LNK, axis=-1)).any(axis=-1)
+    return different
 
 
 def _ratio(one: float, other: float) -> float:
