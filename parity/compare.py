@@ -25,7 +25,8 @@ from parity.yardstick import Verdict, judge
 
 LIMITS = VerificationConfig(probe_sequences=4)  # fp32; those of a boundary
 EXPERTS = MoEConfig(n_experts=4)
-SEQUENCES, TOKENS = 2, 128  # what the truth is computed on
+SEQUENCES, TOKENS = 2, 128  # what the truth is computed on; one sequence for more parameters than SMALL
+SMALL = 2_000_000
 TRUTH_BYTES = 4 << 30  # what it may take
 
 
@@ -156,7 +157,8 @@ def rough_weights(config: ModelConfig, seed: int) -> Arrays:
 
 
 def truth_tokens(config: ModelConfig, seed: int) -> Tokens:
-    shape = (SEQUENCES, min(TOKENS, config.context_length))
+    sequences = SEQUENCES if count_parameters(config).total <= SMALL else 1
+    shape = (sequences, min(TOKENS, config.context_length))
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
 
 
