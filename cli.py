@@ -221,14 +221,15 @@ def parity(
         list[str] | None, typer.Option("--preset", "-p", help="Architectures to compare.", show_default="all")
     ] = None,
     seed: int = 0,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Put known faults in, and see that they are found.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare MLX with PyTorch: logits, loss, each boundary. Exit 0: same, 1: differs, 2: could not run."""
-    from parity.compare import compare_architectures, compare_checkpoints
-    from parity.report import show
+    """Compare MLX and PyTorch with a float64 model, and across boundaries. Exit 0: same, 1: differs, 2: not judged."""
+    from parity.report import report
 
-    results = compare_checkpoints(checkpoint) if checkpoint else compare_architectures(preset or [], seed)
-    raise typer.Exit(show(results, as_json))
+    raise typer.Exit(report(checkpoint, preset or [], seed, self_test, as_json))
 
 
 @app.command("import")

@@ -1,16 +1,17 @@
-"""MLX against PyTorch on the same weights and tokens: logits, loss, and logits across each boundary."""
+"""MLX against PyTorch on the same weights and tokens, both against the truth; and each across the boundaries."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from mlx_moe.accounting import count_parameters
 from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, VerificationConfig
 from mlx_moe.errors import InputError
-from mlx_moe.hub.models import is_model_folder, open_model, probe_tokens
+from mlx_moe.hub.models import is_model_folder, open_model
 from mlx_moe.parameters import Arrays, initialize, normal
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.training import checkpoint
@@ -18,19 +19,29 @@ from mlx_moe.training.backend import Tokens, Trainer, choose_backend
 from mlx_moe.training.boundary import certify, random_probes
 from mlx_moe.transfer.certificate import Certificate
 from mlx_moe.transfer.growth import grow_config, plan_growth
-from mlx_moe.transfer.plan import Plan
+from mlx_moe.transfer.plan import Plan, apply
 from mlx_moe.transfer.upcycling import plan_upcycling
+from parity.truth import Truth
+from parity.yardstick import Verdict, judge
 
 LIMITS = VerificationConfig(probe_sequences=4)  # fp32; those of a boundary
+EXPERTS = MoEConfig(n_experts=4)
+SEQUENCES, TOKENS = 2, 128  # what the truth is computed on; one sequence for more parameters than SMALL
+SMALL = 2_000_000
+TRUTH_BYTES = 4 << 30  # what it may take
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The certificates of one model: MLX against PyTorch, and of each across the boundary that led to it."""
+    """One model: both backends against the truth, or, where that is too large, MLX against PyTorch; and each of them
+    across the boundary that led to it.
+    """
 
     subject: str
     architecture: str
-    backends: Certificate
+    verdict: Verdict | None
+    without_truth: str = ""  # why there is no verdict
+    backends: Certificate | None = None
     boundary_mlx: Certificate | None = None
     boundary_torch: Certificate | None = None
 
@@ -46,7 +57,8 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return all(certificate.passed for certificate in self.certificates.values())
+        truthful = self.verdict is None or self.verdict.passed
+        return truthful and all(certificate.passed for certificate in self.certificates.values())
 
 
 @dataclass(frozen=True)
@@ -70,23 +82,25 @@ class Pair:
 
 
 def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Comparison]:
-    """Small fresh models of the architecture presets (all, if none is named): dense, upcycled, grown."""
+    """Small models of the architecture presets (all, if none is named): dense, upcycled, grown."""
     for name in names or preset_names("architectures"):
-        config = small_model(name)
-        pair = Pair.build(config, rough_weights(config, seed))
-        yield _compare(f"{name}, dense", pair, None)
-        upcycled = pair.transferred(plan_upcycling(config, MoEConfig(n_experts=4), seed=seed))
-        yield _compare(f"{name}, experts", upcycled, pair)
-        plan = plan_growth(upcycled.mlx.config, larger_model(upcycled.mlx.config), seed=seed)
-        yield _compare(f"{name}, grown", upcycled.transferred(plan), upcycled)
+        config, weights = probe_model(name, seed)
+        dense = Pair.build(config, weights)
+        yield _compare(f"{name}, dense", dense, weights, seed)
+        upcycled = dense.transferred(plan_upcycling(config, EXPERTS, seed=seed))
+        config, weights = probe_model(name, seed, EXPERTS)
+        experts = Pair.build(config, weights)  # upcycled ones are all the same, and none could be mistaken
+        yield _compare(f"{name}, experts", experts, weights, seed, (dense, upcycled))
+        plan = plan_growth(config, larger_model(config), seed=seed)
+        grown = experts.transferred(plan)
+        yield _compare(f"{name}, grown", grown, apply(plan, weights), seed, (experts, grown))
 
 
-def compare_checkpoints(path: Path) -> Iterator[Comparison]:
+def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
     """One checkpoint; or all phases of a run, each one's birth with the boundary behind it, and its end."""
     if (path / checkpoint.MANIFEST).is_file() or is_model_folder(path):
         loaded = open_model(path)
-        probes = probe_tokens(loaded, LIMITS.probe_sequences)
-        yield _compare(path.name, Pair.build(loaded.config, loaded.weights), None, probes)
+        yield _compare(path.name, Pair.build(loaded.config, loaded.weights), loaded.weights, seed)
         return
     found = list(checkpoint.complete_in(path))
     if not found:
@@ -99,7 +113,7 @@ def compare_checkpoints(path: Path) -> Iterator[Comparison]:
         loaded = checkpoint.load(folder)
         pair = Pair.build(loaded.config, loaded.weights)
         subject = f"{checkpoint.PHASE_FOLDERS[loaded.state.phase]} {folder.name}"
-        yield _compare(subject, pair, before if is_birth else None)
+        yield _compare(subject, pair, loaded.weights, seed, (before, pair) if before and is_birth else None)
         before = pair
 
 
@@ -108,6 +122,24 @@ def small_model(architecture: str, **fields: object) -> ModelConfig:
     heads = {"n_heads": 6, "n_kv_heads": 2} if architecture == "smollm" else {"n_heads": 4}
     size = {"vocab_size": 256, "context_length": 32, "d_model": 48, "n_layers": 2, "d_ff": 96, "dropout": 0.0}
     return load_architecture(architecture, **(size | heads | fields))
+
+
+def probe_model(architecture: str, seed: int, moe: MoEConfig | None = None) -> tuple[ModelConfig, Arrays]:
+    """A small model on which small faults show, and its weights.
+
+    A wrong θ turns a head by an angle that grows with the position: so there are 128, and queries and keys are large
+    enough for the scores to tell. A wrong ε shows where the variance is small, as that of the embeddings is. The last
+    two experts have routers of zeros, so that they tie; all others differ.
+    """
+    fields = {"moe": moe.model_dump()} if moe else {}
+    config = small_model(architecture, context_length=TOKENS, norm_eps=1e-6, **fields)
+    weights = rough_weights(config, seed)
+    for name in weights:
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weights[name] *= 4
+        if name.endswith("router.weight"):
+            weights[name][-2:] = 0
+    return config, weights
 
 
 def larger_model(config: ModelConfig) -> ModelConfig:
@@ -125,13 +157,44 @@ def rough_weights(config: ModelConfig, seed: int) -> Arrays:
     }
 
 
-def _compare(subject: str, pair: Pair, before: Pair | None, probes: Tokens | None = None) -> Comparison:
-    if probes is None:
-        probes = random_probes(pair.mlx.config, LIMITS.probe_sequences)
-    return Comparison(
-        subject=subject,
-        architecture=pair.mlx.config.display_name,
-        backends=certify(LIMITS, pair.mlx, pair.torch, probes),
-        boundary_mlx=certify(LIMITS, before.mlx, pair.mlx, probes) if before else None,
-        boundary_torch=certify(LIMITS, before.torch, pair.torch, probes) if before else None,
+def truth_tokens(config: ModelConfig, seed: int) -> Tokens:
+    sequences = SEQUENCES if count_parameters(config).total <= SMALL else 1
+    shape = (sequences, min(TOKENS, config.context_length))
+    return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
+
+
+def _compare(
+    subject: str, pair: Pair, weights: Arrays, seed: int, boundary: tuple[Pair, Pair] | None = None
+) -> Comparison:
+    config = pair.mlx.config
+    probes = random_probes(config, LIMITS.probe_sequences)
+    verdict, backends, too_large = None, None, _too_large(config)
+    if too_large:
+        backends = certify(LIMITS, pair.mlx, pair.torch, probes)
+    else:
+        truth = Truth(config, weights, truth_tokens(config, seed))
+        verdict = judge(truth, truth.measure(pair.mlx), truth.measure(pair.torch))
+    comparison = Comparison(subject, config.display_name, verdict, too_large, backends)
+    if boundary is None:
+        return comparison
+    before, after = boundary
+    return replace(
+        comparison,
+        boundary_mlx=certify(LIMITS, before.mlx, after.mlx, probes),
+        boundary_torch=certify(LIMITS, before.torch, after.torch, probes),
     )
+
+
+def _too_large(config: ModelConfig) -> str:
+    """Why there can be no truth; empty where there can.
+
+    It takes the weights in float64 and in float32, and for every module what goes in and comes out, in both and once
+    more in float32.
+    """
+    widest = max(config.d_ff, config.n_heads * config.head_dim, config.d_model)
+    tokens = SEQUENCES * min(TOKENS, config.context_length)
+    per_layer = 40 * tokens * (8 * config.d_model + 6 * widest)
+    needed = 12 * count_parameters(config).total + config.n_layers * per_layer + 80 * tokens * config.vocab_size
+    if needed <= TRUTH_BYTES:
+        return ""
+    return f"the truth would take {needed / 2**30:.0f} GiB, more than {TRUTH_BYTES >> 30}: MLX against PyTorch instead"

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,6 +170,13 @@ class Trainer:
         router_logits_LNE = [routing.logits_NE.cpu().numpy() for routing in routings]
         chosen_LNK = [routing.experts_NK.cpu().numpy() for routing in routings]
         return RoutedLogits(logits_BTV.float().cpu().numpy(), np.array(router_logits_LNE), np.array(chosen_LNK))
+
+    @torch.no_grad()
+    def module_output(self, name: str, *inputs: NDArray[Any]) -> NDArray[np.float32]:
+        self._model.eval()
+        tensors = [torch.from_numpy(array).to(self._torch_device) for array in inputs]
+        output = self._model.get_submodule(name)(*tensors)
+        return (output[0] if isinstance(output, tuple) else output).cpu().numpy()
 
     @torch.no_grad()
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:

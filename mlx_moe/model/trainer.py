@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -127,6 +128,11 @@ class Trainer:
         router_logits_LNE = [np.array(routing.logits_NE) for routing in routings]
         chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
         return RoutedLogits(np.array(logits_BTV.astype(mx.float32)), np.array(router_logits_LNE), np.array(chosen_LNK))
+
+    def module_output(self, name: str, *inputs: NDArray[Any]) -> NDArray[np.float32]:
+        self._model.eval()
+        output = dict(self._model.named_modules())[name](*(mx.array(array) for array in inputs))
+        return np.array(output[0] if isinstance(output, tuple) else output)
 
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()

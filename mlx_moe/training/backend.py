@@ -122,6 +122,9 @@ class Trainer(Protocol):
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         """Logits with the routing behind them; `experts_LNK` takes the place of the routers' choices."""
 
+    def module_output(self, name: str, *inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """What one module, named like its parameters, makes of these inputs in fp32; of several results the first."""
+
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         """(L, E): the share of each layer's assignments that each expert takes; None in a dense model."""
 

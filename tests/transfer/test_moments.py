@@ -1,9 +1,8 @@
 """What a transfer does to gradients: the moments' plans against finite differences, in float64."""
 
-import forward
 import numpy as np
 import pytest
-from architectures import architectures, experts, small, tokens, weights
+from architectures import architectures, experts, logits, small, tokens, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_growth import growths
@@ -145,7 +144,7 @@ def slope(config, arrays, name, place):
     for step in (1e-4, -1e-4, 2e-4, -2e-4):
         moved = arrays | {name: arrays[name].copy()}
         moved[name][place] += step
-        logits_TV = forward.logits(config, moved, tokens(config))
+        logits_TV = logits(config, moved, tokens(config))
         losses.append(np.log(np.exp(logits_TV).sum(-1)).sum() - logits_TV[:, 0].sum())
     near, far = losses[0] - losses[1], losses[2] - losses[3]
     return (8 * near - far) / 12e-4

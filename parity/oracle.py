@@ -1,0 +1,199 @@
+"""The truth: the whole model in plain NumPy, float64 unless told otherwise, sharing no code with the backends.
+
+B batch, T time, N tokens (B·T), D model, H query heads, G key-value heads, d head, F ffn, E experts, K experts per
+token, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_moe.config import ModelConfig
+
+Array = NDArray[Any]
+Module = Callable[..., Array]
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: x * (1 + _erf(x / math.sqrt(2)).astype(x.dtype)) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))) / 2,
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "relu": lambda x: np.maximum(x, 0),
+    "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What went into a module and what came out."""
+
+    inputs: tuple[Array, ...]
+    output: Array
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward pass. `calls`: every module in the order in which they finish, so children before their parent."""
+
+    logits_BTV: Array
+    calls: dict[str, Call]
+    router_logits_LNE: Array  # without experts, L is 0
+    experts_LNK: NDArray[np.int64]
+
+
+class Oracle:
+    """A model whose modules have the names of their parameters: `layers.0.self_attn`, `layers.0.mlp.router`, ...
+
+    In float32 it is the plainest model there is, and its error is what float32 costs.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Array], dtype: type[np.floating[Any]] = np.float64):
+        self.config = config
+        self._dtype = dtype
+        self._weights = {name: np.asarray(array, dtype) for name, array in weights.items()}
+        self._calls: dict[str, Call] = {}
+
+    def __call__(self, tokens_BT: NDArray[np.int32], experts_LNK: NDArray[np.int64] | None = None) -> Trace:
+        """`experts_LNK` takes the place of the routers' choices."""
+        self._calls = {}
+        logits_BTV = self.module("lm_head", through(self.config, tokens_BT, self.module, experts_LNK))
+        calls, self._calls = self._calls, {}
+        blocks = [f"layers.{layer}" for layer in range(self.config.n_layers)] if self.config.moe else []
+        return Trace(
+            logits_BTV=logits_BTV,
+            calls=calls,
+            router_logits_LNE=np.array([calls[f"{block}.mlp.router"].output for block in blocks]),
+            experts_LNK=np.array([calls[f"{block}.mlp.experts"].inputs[1] for block in blocks], np.int64),
+        )
+
+    def module(self, name: str, *inputs: Array) -> Array:
+        """The output (…, D) of one module, for x (…, D); an `mlp` takes forced experts (N, K) too, and a MoE's
+        `experts` needs them. The tied head goes by `lm_head`, too.
+        """
+        kind = name.rpartition(".")[2]
+        x, *forced = (array if array.dtype.kind == "i" else array.astype(self._dtype) for array in inputs)
+        output: Array
+        if kind in ("embed_tokens", "embed_positions"):
+            output = self._weights[f"{name}.weight"][x]
+        elif kind.endswith("norm"):
+            output = self._norm(name, x)
+        elif kind == "self_attn":
+            output = self._attention(name, x)
+        elif kind == "mlp":
+            output = self._moe(name, x, *forced) if self.config.moe else self._hidden(name, x, self.module)
+        elif kind == "experts":
+            output = self._experts(name, x, forced[0])
+        elif kind == "lm_head" and self.config.weight_tying:
+            output = x @ self._weights["embed_tokens.weight"].T
+        else:
+            output = self._linear(name, x)
+        self._calls[name] = Call((x, *forced), output)
+        return output
+
+    def _linear(self, name: str, x: Array, expert: int | None = None) -> Array:
+        part = () if expert is None else expert
+        y = x @ self._weights[f"{name}.weight"][part].T
+        bias = self._weights.get(f"{name}.bias")
+        return y if bias is None else y + bias[part]
+
+    def _norm(self, name: str, x: Array) -> Array:
+        """LayerNorm (Ba et al. 2016), or RMSNorm (Zhang & Sennrich 2019), which has no mean and no bias."""
+        if self.config.normalization != "rmsnorm":
+            x = x - _mean(x)
+        y = x / np.sqrt(_mean(x * x) + self.config.norm_eps) * self._weights[f"{name}.weight"]
+        bias = self._weights.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def _attention(self, name: str, x_BTD: Array) -> Array:
+        config, (n_batch, n_time, _) = self.config, x_BTD.shape
+        q_BHTd, k_BGTd, v_BGTd = (
+            self.module(f"{name}.{letter}_proj", x_BTD).reshape(n_batch, n_time, -1, config.head_dim).swapaxes(1, 2)
+            for letter in "qkv"
+        )
+        if config.position_encoding == "rope":
+            q_BHTd, k_BGTd = self._rotate(q_BHTd), self._rotate(k_BGTd)
+        out_BHTd = np.empty_like(q_BHTd)
+        for head in range(config.n_heads):
+            group = head * config.n_kv_heads // config.n_heads
+            scores_BTT = q_BHTd[:, head] @ k_BGTd[:, group].swapaxes(-1, -2) / math.sqrt(config.head_dim)
+            scores_BTT = np.where(np.tri(n_time, dtype=bool), scores_BTT, -np.inf)
+            out_BHTd[:, head] = _softmax(scores_BTT) @ v_BGTd[:, group]
+        return self.module(f"{name}.o_proj", out_BHTd.swapaxes(1, 2).reshape(n_batch, n_time, -1))
+
+    def _rotate(self, x_BHTd: Array) -> Array:
+        """Rotary positions (Su et al. 2021), coordinate i paired with i + d/2."""
+        half = self.config.head_dim // 2
+        frequencies = (self.config.rope_theta ** -(np.arange(half) / half)).astype(self._dtype)
+        angles = np.arange(x_BHTd.shape[2], dtype=self._dtype)[:, None] * frequencies
+        cos, sin = np.cos(angles), np.sin(angles)
+        first, second = x_BHTd[..., :half], x_BHTd[..., half:]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    def _hidden(self, name: str, x: Array, linear: Module) -> Array:
+        activate = ACTIVATIONS[self.config.activation]
+        up = linear(f"{name}.up_proj", x)
+        hidden = activate(linear(f"{name}.gate_proj", x)) * up if self.config.ffn_type == "swiglu" else activate(up)
+        return linear(f"{name}.down_proj", hidden)
+
+    def _moe(self, name: str, x_BTD: Array, experts_NK: NDArray[np.int64] | None = None) -> Array:
+        assert self.config.moe is not None
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        logits_NE = self.module(f"{name}.router", x_ND)
+        if experts_NK is None:
+            experts_NK = best_experts(logits_NE, self.config.moe.top_k)
+        gates_NK = _softmax(np.take_along_axis(logits_NE, experts_NK, axis=-1))
+        y_NKD = self.module(f"{name}.experts", x_ND, experts_NK)
+        return (y_NKD * gates_NK[..., None]).sum(axis=1).reshape(x_BTD.shape)
+
+    def _experts(self, name: str, x_ND: Array, experts_NK: NDArray[np.int64]) -> Array:
+        y_NKD = np.empty((*experts_NK.shape, x_ND.shape[-1]), self._dtype)
+        for expert in np.unique(experts_NK):
+            tokens, places = np.nonzero(experts_NK == expert)
+            y_NKD[tokens, places] = self._hidden(name, x_ND[tokens], partial(self._linear, expert=int(expert)))
+        return y_NKD
+
+
+def through(
+    config: ModelConfig, tokens_BT: NDArray[np.int32], module: Module, experts_LNK: NDArray[np.int64] | None = None
+) -> Array:
+    """What the head would read, (B, T, D), by `module(name, *inputs)`: the oracle's modules, or a backend's."""
+    x_BTD = module("embed_tokens", tokens_BT)
+    if config.position_encoding == "learned_absolute":
+        x_BTD = x_BTD + module("embed_positions", np.arange(tokens_BT.shape[1]))
+    for layer in range(config.n_layers):
+        block = f"layers.{layer}"
+        forced = () if experts_LNK is None or not config.moe else (experts_LNK[layer],)
+        for sublayer, norm, extra in (
+            ("self_attn", "input_layernorm", ()),
+            ("mlp", "post_attention_layernorm", forced),
+        ):
+            if config.norm_position == "pre":
+                normed_BTD = module(f"{block}.{norm}", x_BTD)
+                x_BTD = x_BTD + module(f"{block}.{sublayer}", normed_BTD, *extra)
+            else:
+                x_BTD = module(f"{block}.{norm}", x_BTD + module(f"{block}.{sublayer}", x_BTD, *extra))
+    return module("norm", x_BTD)
+
+
+def best_experts(router_logits: Array, k: int) -> NDArray[np.int64]:
+    """The k experts (…, K) by falling logit, ties to the lower index."""
+    return np.argsort(-router_logits, axis=-1, kind="stable")[..., :k]
+
+
+def _mean(x: Array) -> Array:
+    """Over the last axis, added up one after the other: the order that costs the most, and that MLX's CPU takes."""
+    mean: Array = np.cumsum(x, axis=-1)[..., -1:] / x.dtype.type(x.shape[-1])
+    return mean
+
+
+def _softmax(x: Array) -> Array:
+    weights: Array = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
