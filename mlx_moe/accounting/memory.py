@@ -82,7 +82,9 @@ def step_memory(
     device: Device,
 ) -> StepMemory:
     """Bytes that training steps take at most, on one device; `engine.precision` "auto" counts as fp32."""
-    half = 2 if engine.precision in ("bf16", "fp16") else FLOAT
+    is_half = engine.precision in ("bf16", "fp16")
+    # On CPU, MLX rounds to half precision, and keeps the rounded numbers in float32 (`model/elementwise.widened`).
+    half = 2 if is_half and (backend, device) != ("mlx", "cpu") else FLOAT
     sizes = _sizes(config)
     weights = FLOAT * sum(sizes.all)
     moments = FLOAT * (2 * sum(sizes.all) - (sizes.hidden_matrices if optimizer.name == "muon" else 0))
@@ -90,7 +92,7 @@ def step_memory(
     NV = N * config.vocab_size
 
     block = _Block(config, N, half, backend, device)
-    casts = half * sizes.matrices if half != FLOAT else 0  # the weights as the products read them
+    casts = half * sizes.matrices if is_half else 0  # the weights as the products read them
     kept = N * config.d_model * (FLOAT + half)  # the last norm's input and output
     if engine.activation_checkpointing:
         kept += config.n_layers * N * config.d_model * FLOAT

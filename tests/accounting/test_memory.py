@@ -68,7 +68,8 @@ def test_what_saves_memory(backend, device):
     settings = [{"accumulation_steps": 16}, {"activation_checkpointing": True}, {"precision": "bf16"}]
     for setting in settings:
         saving = of(config, backend, device, 16, FP32.model_copy(update=setting))
-        assert saving.peak < whole.peak
+        rounds = setting == {"precision": "bf16"} and (backend, device) == ("mlx", "cpu")  # and computes in float32
+        assert (saving.peak < whole.peak) is not rounds
         assert saving.weights + saving.optimizer == whole.weights + whole.optimizer
     assert of(config, backend, device, 15).peak < whole.peak
 
