@@ -22,7 +22,7 @@ from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import Plan, apply
 from mlx_moe.transfer.upcycling import plan_upcycling
 from parity.truth import Truth
-from parity.yardstick import Verdict, judge
+from parity.yardstick import CHECKPOINT_SLACK, Verdict, judge
 
 LIMITS = VerificationConfig(probe_sequences=4)  # fp32; those of a boundary
 EXPERTS = MoEConfig(n_experts=4)
@@ -100,7 +100,8 @@ def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
     """One checkpoint; or all phases of a run, each one's birth with the boundary behind it, and its end."""
     if (path / checkpoint.MANIFEST).is_file() or is_model_folder(path):
         loaded = open_model(path)
-        yield _compare(path.name, Pair.build(loaded.config, loaded.weights), loaded.weights, seed)
+        pair = Pair.build(loaded.config, loaded.weights)
+        yield _compare(path.name, pair, loaded.weights, seed, slack=CHECKPOINT_SLACK)
         return
     found = list(checkpoint.complete_in(path))
     if not found:
@@ -113,7 +114,8 @@ def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
         loaded = checkpoint.load(folder)
         pair = Pair.build(loaded.config, loaded.weights)
         subject = f"{checkpoint.PHASE_FOLDERS[loaded.state.phase]} {folder.name}"
-        yield _compare(subject, pair, loaded.weights, seed, (before, pair) if before and is_birth else None)
+        boundary = (before, pair) if before and is_birth else None
+        yield _compare(subject, pair, loaded.weights, seed, boundary, CHECKPOINT_SLACK)
         before = pair
 
 
@@ -164,7 +166,12 @@ def truth_tokens(config: ModelConfig, seed: int) -> Tokens:
 
 
 def _compare(
-    subject: str, pair: Pair, weights: Arrays, seed: int, boundary: tuple[Pair, Pair] | None = None
+    subject: str,
+    pair: Pair,
+    weights: Arrays,
+    seed: int,
+    boundary: tuple[Pair, Pair] | None = None,
+    slack: float = 1.0,
 ) -> Comparison:
     config = pair.mlx.config
     probes = random_probes(config, LIMITS.probe_sequences)
@@ -173,7 +180,7 @@ def _compare(
         backends = certify(LIMITS, pair.mlx, pair.torch, probes)
     else:
         truth = Truth(config, weights, truth_tokens(config, seed))
-        verdict = judge(truth, truth.measure(pair.mlx), truth.measure(pair.torch))
+        verdict = judge(truth, truth.measure(pair.mlx), truth.measure(pair.torch), slack)
     comparison = Comparison(subject, config.display_name, verdict, too_large, backends)
     if boundary is None:
         return comparison

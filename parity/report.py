@@ -15,7 +15,7 @@ from mlx_moe.training.console import Console
 from mlx_moe.training.log import library_versions
 from parity import self_test
 from parity.compare import LIMITS, Comparison, compare_architectures, compare_checkpoints
-from parity.yardstick import FLOAT32_LARGEST, FLOAT32_RMSE, RATIO_LARGEST, RATIO_RMSE, Verdict
+from parity.yardstick import CHECKPOINT_SLACK, FLOAT32_LARGEST, FLOAT32_RMSE, RATIO_LARGEST, RATIO_RMSE, Verdict
 
 Json = dict[str, Any]
 
@@ -134,6 +134,10 @@ def _boundary(result: Comparison) -> str:
     return f"{max(certificate.max_logit_difference for certificate in found):.1e}{starred}"
 
 
+def _limit(limit: float) -> str:
+    return f"{limit:g}, {CHECKPOINT_SLACK * limit:g} in modules of checkpoints"
+
+
 def _show_totals(console: Console, verdicts: Sequence[Verdict]) -> None:
     if not verdicts:
         return
@@ -147,8 +151,11 @@ def _show_totals(console: Console, verdicts: Sequence[Verdict]) -> None:
     console.facts(
         [
             ("judged", f"{len(tensors)} tensors: each module fed the truth's input, routers and logits of the whole"),
-            ("one backend's error", f"at most {ratio:.2f} times the other's ({name}; limit {RATIO_RMSE:g})"),
-            ("either one's", f"at most {over:.2f} times that of plain float32 ({over_name}; limit {FLOAT32_RMSE:g})"),
+            ("one backend's error", f"at most {ratio:.2f} times the other's ({name}; limit {_limit(RATIO_RMSE)})"),
+            (
+                "either one's",
+                f"at most {over:.2f} times that of plain float32 ({over_name}; limit {_limit(FLOAT32_RMSE)})",
+            ),
             (
                 "MLX against PyTorch",
                 f"KL {max(v.impact.kl for v in verdicts):.0e} nats, same likeliest token "

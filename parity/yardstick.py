@@ -23,6 +23,9 @@ from parity.truth import Error, Expected, Measurement, Statistics, Truth
 
 RATIO_RMSE, RATIO_LARGEST = 2.0, 4.0  # of one backend's error to the other's
 FLOAT32_RMSE, FLOAT32_LARGEST = 3.0, 6.0  # of either's to that of plain float32
+# For single modules of a checkpoint, all limits are this many times as wide. The models of the comparison are made to
+# show small faults; in one that was hardly trained, numbers are so small that a GELU's last bit is most of the error.
+CHECKPOINT_SLACK = 2.0
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,9 @@ class Verdict:
         return next((tensor for tensor in self.tensors if not tensor.passed), None)
 
 
-def judge(truth: Truth, mlx: Measurement, torch: Measurement) -> Verdict:
-    """Every module by itself, the routing, and the model as a whole."""
-    own = [_judged(name, "own", mlx.own[name], torch.own[name], truth.own[name]) for name in truth.inputs]
+def judge(truth: Truth, mlx: Measurement, torch: Measurement, slack: float = 1.0) -> Verdict:
+    """Every module by itself, its limits times `slack`, the routing, and the model as a whole."""
+    own = [_judged(name, "own", mlx.own[name], torch.own[name], truth.own[name], slack) for name in truth.inputs]
     whole = [_judged(name, "whole", mlx.whole[name], torch.whole[name], truth.whole[name]) for name in truth.whole]
     allowed_LN = mlx.routes.error_LN + torch.routes.error_LN
     flipped_LN = mlx.routes.flipped_LN | torch.routes.flipped_LN
@@ -124,12 +127,12 @@ def judge(truth: Truth, mlx: Measurement, torch: Measurement) -> Verdict:
     )
 
 
-def _judged(name: str, scope: str, mlx: Error, torch: Error, expected: Expected) -> Judged:
+def _judged(name: str, scope: str, mlx: Error, torch: Error, expected: Expected, slack: float = 1.0) -> Judged:
     floor, float32, faults = expected.floor, expected.float32, []
     for backend, error, other_backend, other in (("MLX", mlx, "torch", torch), ("torch", torch, "MLX", mlx)):
         for reference, by, limits in (
-            (float32, "plain float32 arithmetic", (FLOAT32_RMSE, FLOAT32_LARGEST)),
-            (other, other_backend, (RATIO_RMSE, RATIO_LARGEST)),
+            (float32, "plain float32 arithmetic", (slack * FLOAT32_RMSE, slack * FLOAT32_LARGEST)),
+            (other, other_backend, (slack * RATIO_RMSE, slack * RATIO_LARGEST)),
         ):
             ratios = error.times(reference, float32)
             if not all(ratio <= limit for ratio, limit in zip(ratios, limits, strict=True)):
