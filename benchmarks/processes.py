@@ -23,7 +23,7 @@ RUNS = {
     "mlx, 2 x ring": ("mlx", "ddp"),
 }
 LAUNCH = {
-    "torch": [BIN / "torchrun", "--nproc-per-node", "2", "--no-python"],
+    "torch": [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"],
     "mlx": [BIN / "mlx.launch", "-n", "2", "--backend", "ring"],
 }
 SIZE = [

@@ -19,7 +19,7 @@ from mlx_moe.training.run_folder import RunFolder
 
 BIN = Path(sys.executable).parent
 LAUNCH = {
-    "torch": [BIN / "torchrun", "--nproc-per-node", "2", "--no-python", BIN / "mlxmoe"],
+    "torch": [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", BIN / "mlxmoe"],
     "mlx": [BIN / "mlx.launch", "-n", "2", "--backend", "ring", BIN / "mlxmoe"],
 }
 SMALL = [
