@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mlx_moe.training.backend import Tokens
 from torch_ref.transformer import Transformer
 
 
@@ -33,11 +32,6 @@ class World:
 
     rank: int
     size: int
-
-    def rows(self, tokens_BT1: Tokens) -> Tokens:
-        """This process's share of a global batch; all of one that does not come in equal shares."""
-        share, rest = divmod(len(tokens_BT1), self.size)
-        return tokens_BT1 if rest else tokens_BT1[self.rank * share : (self.rank + 1) * share]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, outside of differentiation."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,19 +96,16 @@ def optimizer_state(
     world: World,
 ) -> Arrays:
     """The tensors of `parameters.optimizer_table`; zeros before the first step."""
-    parameters = dict(named_parameters)
     states = {parameter: state for one in optimizers for parameter, state in own_part(one).state.items()}
     is_shared_out = any(own_part(one) is not one for one in optimizers)
     arrays: Arrays = {"step": np.zeros((), np.float32)}
-    for group in optimizer_groups(config, optimizer):
-        for name in group.names:
-            parameter = parameters[name]
-            state = states.get(parameter, {})  # PyTorch makes it in the first step
-            for moment, key in STATE_KEYS[group.rule].items():
-                tensor = state[key] if state else torch.zeros_like(parameter)
-                arrays[f"{moment}.{name}"] = whole(world.sum(tensor) if is_shared_out else tensor)
-            if "step" in state:
-                arrays["step"] = whole(state["step"])
+    for rule, name, parameter in _ruled(named_parameters, config, optimizer):
+        state = states.get(parameter, {})  # PyTorch makes it in the first step
+        for moment, key in STATE_KEYS[rule].items():
+            tensor = state[key] if state else torch.zeros_like(parameter)
+            arrays[f"{moment}.{name}"] = whole(world.sum(tensor) if is_shared_out else tensor)
+        if "step" in state:
+            arrays["step"] = whole(state["step"])
     return arrays
 
 
@@ -121,16 +118,21 @@ def load_optimizer_state(
 ) -> None:
     """Go on from a state that either backend wrote. Raises InputError where it is not of this model and optimizer."""
     check_optimizer_state(config, optimizer, arrays)
-    parameters = dict(named_parameters)
     parts = [own_part(one) for one in optimizers]
     owner = {parameter: one for one in parts for group in one.param_groups for parameter in group["params"]}
+    for rule, name, parameter in _ruled(named_parameters, config, optimizer):
+        if parameter not in owner:
+            continue
+        state = {key: like(parameter, arrays[f"{moment}.{name}"]) for moment, key in STATE_KEYS[rule].items()}
+        if rule == "adamw":
+            state["step"] = torch.tensor(float(arrays["step"]), device=parameter.device)
+        owner[parameter].state[parameter] = state
+
+
+def _ruled(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: ModelConfig, optimizer: OptimizerConfig
+) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(rule, name, parameter), in the order of the groups."""
+    parameters = dict(named_parameters)
     for group in optimizer_groups(config, optimizer):
-        for name in group.names:
-            parameter = parameters[name]
-            if parameter not in owner:
-                continue
-            moments = STATE_KEYS[group.rule].items()
-            state = {key: like(parameter, arrays[f"{moment}.{name}"]) for moment, key in moments}
-            if group.rule == "adamw":
-                state["step"] = torch.tensor(float(arrays["step"]), device=parameter.device)
-            owner[parameter].state[parameter] = state
+        yield from ((group.rule, name, parameters[name]) for name in group.names)

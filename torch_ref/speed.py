@@ -10,14 +10,15 @@ import time
 
 import torch
 
-from mlx_moe.accounting.machines import CUDA_RESERVED_GB, METAL_SHARE, Precision
+from mlx_moe.accounting.machines import CUDA_RESERVED_GB, METAL_SHARE
+from mlx_moe.precision import PrecisionName
 from torch_ref.trainer import DEVICES, DTYPES, choose_device
 
 SECONDS = 0.5
 N = {"cpu": 512, "cuda": 8192, "mps": 4096}  # rows of a square matrix, large enough for full speed
 
 
-def measure_flops_per_s(precision: Precision, device: str = "auto") -> float:
+def measure_flops_per_s(precision: PrecisionName, device: str = "auto") -> float:
     """Operations per second of a square matrix product, the median of half a second of them."""
     place = choose_device(device)
     n = N[place.type]

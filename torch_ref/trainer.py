@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, optimizer_table
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
-from mlx_moe.training.precision import LossScale, choose_precision, without_loss_scale
+from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 from torch_ref.attention import KVCache
 from torch_ref.distributed import connect, distribute, gathered, whole
@@ -76,7 +76,7 @@ class Trainer:
                 group["lr"] = learning_rate
         self._model.zero_grad(set_to_none=True)
         n_parts = self._engine.accumulation_steps
-        parts = self._tensor(self.world.rows(tokens_BT1)).chunk(n_parts)
+        parts = self._tensor(own_rows(self.world, tokens_BT1)).chunk(n_parts)
         seeds = [dropout_seed + self.world.rank * n_parts + part for part in range(n_parts)]
         load_LE = self._load_of_all(parts, seeds) if self.config.moe and n_parts > 1 else None
         scale = (self._loss_scale.scale if self._loss_scale else 1.0) / n_parts
@@ -152,7 +152,7 @@ class Trainer:
     @torch.no_grad()
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
-        tokens = self._tensor(self.world.rows(tokens_BT1))
+        tokens = self._tensor(own_rows(self.world, tokens_BT1))
         logits_BTV, _ = self._model(tokens[:, :-1])
         return self.world.mean(_cross_entropy(logits_BTV, tokens[:, 1:])).item()
 

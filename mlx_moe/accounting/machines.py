@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_moe.errors import InputError
+from mlx_moe.precision import PrecisionName
 from mlx_moe.validation import nearest
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 # What Metal lets one process use of a Mac's memory (`recommendedMaxWorkingSetSize`): 11.84 of 16 GB on an M3, and more
 # on larger ones (107.5 of 128 GB). `sudo sysctl iogpu.wired_limit_mb` raises it.
@@ -36,7 +35,7 @@ class Machine:
     memory: tuple[int, ...]
     estimated: bool = False  # some figure is ours and not the vendor's
 
-    def flops_per_s(self, precision: Precision) -> float:
+    def flops_per_s(self, precision: PrecisionName) -> float:
         tflops = {"fp32": self.fp32, "bf16": self.bf16 or self.fp32, "fp16": self.fp16}[precision]
         return tflops * 1e12
 

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlx_moe.accounting.flops import Flops, flops_per_token
-from mlx_moe.accounting.machines import Machine, Precision
+from mlx_moe.accounting.machines import Machine
 from mlx_moe.accounting.memory import Backend, Device, StepMemory, step_memory
 from mlx_moe.accounting.parameters import ParameterCount, count_parameters
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
+from mlx_moe.precision import PrecisionName, choose_precision
 
 LARGEST_BATCH = 4096
 # The share of a machine's rate for large matrix products that whole training steps reach. Measured on two CPU cores at
@@ -52,7 +53,7 @@ class Site:
     label: str
     backend: Backend
     device: Device
-    precision: Precision
+    precision: PrecisionName
     usable_bytes: int
     flops_per_s: float
     bytes_per_s: float | None  # of its memory; None: not known
@@ -74,13 +75,8 @@ class Fit:
 
 def site_of(machine: Machine, memory_gb: int, engine: EngineConfig) -> Site:
     """A machine from the table: MLX on Apple's, PyTorch on NVIDIA's; "auto" precision as the trainers choose it."""
-    precision: Precision
-    if engine.precision != "auto":
-        precision = engine.precision
-    elif machine.vendor == "apple":
-        precision = "fp32"
-    else:
-        precision = "bf16" if machine.bf16 else "fp16"
+    device = "Metal" if machine.vendor == "apple" else "CUDA"
+    precision = choose_precision(engine.precision, device, has_bf16=machine.bf16 is not None).name
     return Site(
         label=f"{machine.name.removeprefix('NVIDIA ').removeprefix('Apple ')} {memory_gb}GB",
         backend="mlx" if machine.vendor == "apple" else "torch",

@@ -13,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_moe.errors import InputError
-from mlx_moe.training.backend import Tokens
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,6 @@ class World:
 
     rank: int
     size: int
-
-    def rows(self, tokens_BT1: Tokens) -> Tokens:
-        """This process's share of a global batch; all of one that does not come in equal shares."""
-        share, rest = divmod(len(tokens_BT1), self.size)
-        return tokens_BT1 if rest else tokens_BT1[self.rank * share : (self.rank + 1) * share]
 
     def mean(self, array: mx.array) -> mx.array:
         """The mean over the processes, outside of differentiation."""

@@ -10,8 +10,6 @@ from mlx_lm.utils import load_model
 
 from mlx_moe.training.backend import Logits, Tokens
 
-NAME = "mlx-lm"
-
 
 def logits(folder: Path, tokens_BT: Tokens) -> Logits:
     """Of the model in a folder, (B, T, V), in float32 on the CPU."""

@@ -9,15 +9,15 @@ import time
 
 import mlx.core as mx
 
-from mlx_moe.accounting.machines import Precision
 from mlx_moe.model.elementwise import widened
 from mlx_moe.model.trainer import DTYPES, choose_device
+from mlx_moe.precision import PrecisionName
 
 SECONDS = 0.5
 N = {"CPU": 512, "CUDA": 8192, "Metal": 4096}  # rows of a square matrix, large enough for full speed
 
 
-def measure_flops_per_s(precision: Precision, device: str = "auto") -> float:
+def measure_flops_per_s(precision: PrecisionName, device: str = "auto") -> float:
     """Operations per second of a square matrix product, the median of half a second of them."""
     n = N[choose_device(device)]
     one, other = (mx.random.normal((n, n)).astype(DTYPES[precision]) for _ in range(2))

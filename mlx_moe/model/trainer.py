@@ -19,8 +19,8 @@ from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, opti
 from mlx_moe.model.step import CompiledStep, compile_step, cross_entropy, loads_of, norm_of
 from mlx_moe.model.transformer import Transformer
 from mlx_moe.parameters import Arrays, optimizer_table
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens
-from mlx_moe.training.precision import LossScale, choose_precision, without_loss_scale
+from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
@@ -60,7 +60,7 @@ class Trainer:
         self._model.train()
         self._optimizer.learning_rate = learning_rate
         n_parts = self._engine.accumulation_steps
-        parts = [mx.array(part) for part in np.split(self.world.rows(tokens_BT1), n_parts)]
+        parts = [mx.array(part) for part in np.split(own_rows(self.world, tokens_BT1), n_parts)]
         seeds = [dropout_seed + self.world.rank * n_parts + part for part in range(n_parts)]
         if n_parts == 1 and self._loss_scale is None:
             self._seed_dropout(seeds[0])
@@ -114,7 +114,7 @@ class Trainer:
 
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
-        tokens = mx.array(self.world.rows(tokens_BT1))
+        tokens = mx.array(own_rows(self.world, tokens_BT1))
         return _float(self.world.mean(cross_entropy(self._logits(tokens[:, :-1]), tokens[:, 1:])))
 
     def logits(self, tokens_BT: Tokens) -> Logits:

@@ -50,8 +50,10 @@ class Block(nn.Module):
         return self.mlp(x_BTD, experts_NK) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), None)
 
 
-def _with_keys(block: Block, dtype: mx.Dtype, x_BTD: mx.array, *keys: mx.array) -> tuple[mx.array, Routing | None]:
-    return block(x_BTD, dtype=dtype, dropout_keys=[mx.stop_gradient(key) for key in keys])
+def _with_keys(
+    block: Block, dtype: mx.Dtype, x_BTD: mx.array, *keys: mx.array | None
+) -> tuple[mx.array, Routing | None]:
+    return block(x_BTD, dtype=dtype, dropout_keys=[key if key is None else mx.stop_gradient(key) for key in keys])
 
 
 class Transformer(nn.Module):
@@ -88,7 +90,9 @@ class Transformer(nn.Module):
         x_BTD = dropout(x_BTD, self._dropout if self.training else 0.0, None)
         routings = []
         for i, layer in enumerate(self.layers):
-            keys = [mx.random.randint(0, 1 << 31, (2,), mx.uint32) for _ in range(2)] if self.training else [None, None]
+            keys: list[mx.array | None] = [None, None]
+            if self._dropout and self.training:
+                keys = [mx.random.randint(0, 1 << 31, (2,), mx.uint32) for _ in range(2)]
             if self.activation_checkpointing and self.training:
                 x_BTD, routing = checkpoint(layer, partial(_with_keys, layer, dtype))(x_BTD, *keys)
             else:

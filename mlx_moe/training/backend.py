@@ -22,8 +22,7 @@ from mlx_moe.accounting import machines
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays
-from mlx_moe.training.precision import Name as PrecisionName
-from mlx_moe.training.precision import Precision
+from mlx_moe.precision import Precision, PrecisionName
 from mlx_moe.transfer.plan import Plan
 
 Tokens = NDArray[np.int32]
@@ -81,6 +80,12 @@ class World(Protocol):
 
     def from_first(self, data: bytes) -> bytes:
         """What process 0 has; what the others have is not looked at."""
+
+
+def own_rows(world: World, tokens_BT1: Tokens) -> Tokens:
+    """A process's share of a global batch; all of one that does not come in equal shares."""
+    share, rest = divmod(len(tokens_BT1), world.size)
+    return tokens_BT1 if rest else tokens_BT1[world.rank * share : (world.rank + 1) * share]
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from mlx_moe.accounting import count_parameters, machines
 from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
+from mlx_moe.precision import choose_precision
 from mlx_moe.training.backend import Backend, choose_backend
 from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import Console, millions
-from mlx_moe.training.precision import choose_precision
 
 THIS = "this machine"
 EXAMPLES = ("M1 16GB", "M2 Max 32GB", "M4 Max 64GB", "RTX 4090 24GB", "H100 80GB")

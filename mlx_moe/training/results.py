@@ -57,15 +57,8 @@ def report_phase(
     """Say what a finished phase came to, and write it to `history.jsonl` and `samples.md`."""
     result = phase_result(folder.metrics(), phase.number)
     facts = [
-        (
-            "loss",
-            f"{result.first_loss:.4f} -> {result.last_loss:.4f} (drop {result.first_loss - result.last_loss:.4f})",
-        ),
-        (
-            "validation",
-            f"{result.first_validation_loss:.4f} -> {result.last_validation_loss:.4f} "
-            f"(drop {result.first_validation_loss - result.last_validation_loss:.4f})",
-        ),
+        ("loss", _fall(result.first_loss, result.last_loss)),
+        ("validation", _fall(result.first_validation_loss, result.last_validation_loss)),
         ("tokens", f"{result.tokens:,} in {result.seconds:.0f} s of steps"),
     ]
     row = {"event": "phase", "phase": phase.number, "step": phase.config.steps, **asdict(result)}

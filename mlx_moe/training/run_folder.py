@@ -11,8 +11,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 
@@ -30,6 +31,19 @@ from mlx_moe.validation import read_mapping, validate
 
 CONFIG, DATA, ENVIRONMENT = "config.yaml", "data.json", "environment.json"
 METRICS, HISTORY, SAMPLES = "metrics.jsonl", "history.jsonl", "samples.md"
+
+P = ParamSpec("P")
+
+
+def _by_the_first(method: Callable[Concatenate[RunFolder, P], None]) -> Callable[Concatenate[RunFolder, P], None]:
+    """What the first process does, and the others leave to it."""
+
+    @wraps(method)
+    def call(folder: RunFolder, *arguments: P.args, **options: P.kwargs) -> None:
+        if folder.world.rank == 0:
+            method(folder, *arguments, **options)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -85,10 +99,9 @@ class RunFolder:
         except BlockingIOError:
             raise InputError(f"another process is training in {self.path}; wait for it, or stop it first") from None
 
+    @_by_the_first
     def introduce(self, run: RunConfig, data: TokenData, environment: dict[str, Any]) -> None:
         """Write what the run is. The config comes first: from then on a killed run can be resumed."""
-        if not self._is_ours:
-            return
         with self._writing():
             make_folder(self.path)
             self.hold()
@@ -101,10 +114,10 @@ class RunFolder:
             self._write_json(DATA, data.provenance)
             self._write_json(ENVIRONMENT, environment)
 
+    @_by_the_first
     def open_tracker(self, run: RunConfig, rows: list[dict[str, Any]], warn: Callable[[str], None]) -> None:
         """`rows`: what the tracker has got already."""
-        if self._is_ours:
-            self.tracker = open_tracker(run, self.path, rows, warn)
+        self.tracker = open_tracker(run, self.path, rows, warn)
 
     def close(self) -> None:
         if self.tracker is not None:
@@ -119,32 +132,28 @@ class RunFolder:
     def history(self) -> list[dict[str, Any]]:
         return self._told(lambda: log.read(self.path / HISTORY))
 
+    @_by_the_first
     def log_step(self, row: dict[str, Any]) -> None:
-        if not self._is_ours:
-            return
         with self._writing():
             log.append(self.path / METRICS, row)
         if self.tracker is not None:
             self.tracker.log(row)
 
+    @_by_the_first
     def log_event(self, row: dict[str, Any]) -> None:
-        if not self._is_ours:
-            return
         with self._writing():
             log.append(self.path / HISTORY, row)
 
+    @_by_the_first
     def rewind(self, phase: int, step: int) -> None:
         """Drop the rows after a step, so that nothing is there twice."""
-        if not self._is_ours:
-            return
         with self._writing():
             for name in (METRICS, HISTORY):
                 log.rewind(self.path / name, phase, step)
 
+    @_by_the_first
     def rewind_metrics(self, phase: int) -> None:
         """Drop the rows of a phase that starts over."""
-        if not self._is_ours:
-            return
         with self._writing():
             log.rewind(self.path / METRICS, phase, -1)
 
@@ -156,18 +165,16 @@ class RunFolder:
                 self._write_json(f"boundaries/{name}.json", record)
         return file
 
+    @_by_the_first
     def save_samples(self, text: str) -> None:
-        if not self._is_ours:
-            return
         with self._writing(), replacing(self.path / SAMPLES) as partial:
             partial.write_text(text, encoding="utf-8")
 
+    @_by_the_first
     def save(
         self, config: ModelConfig, state: TrainerState, weights: Arrays, optimizer_state: Arrays | None, keep: int
     ) -> None:
         """Save a checkpoint, and of its phase keep the last few, the best and the birth."""
-        if not self._is_ours:
-            return
         path = checkpoint.folder(self.path, state.phase, state.step)
         with self._writing():
             for name in (METRICS, HISTORY):  # no checkpoint without the rows that lead to it

@@ -6,7 +6,7 @@ from small_models import BACKENDS, EXPERTS, build, random_tokens
 
 from mlx_moe.config import EngineConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.training.precision import GROWTH_INTERVAL, LossScale, choose_precision
+from mlx_moe.precision import GROWTH_INTERVAL, LossScale, choose_precision
 from parity.compare import small_model
 
 LEARNING_RATE = 1e-3

@@ -291,39 +291,26 @@ def test_a_manifest_that_leaves_a_file_out(saved, name):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("file", "content", "said"),
     [
-        ("not json", "not valid json"),
-        ("[]", "holds a list"),
-        ("{}", "step"),
-        ('{"phase": 1, "step": 2}', "backend"),
-        ('{"phase": 9, "step": 2, "backend": "mlx"}', "phase = 9"),
-        ('{"phase": 1, "step": "two", "backend": "mlx"}', "step = 'two'"),
-        ('{"phase": 1, "step": -1, "backend": "mlx"}', "step = -1"),
+        ("trainer.json", "not json", "not valid json"),
+        ("trainer.json", "[]", "holds a list"),
+        ("trainer.json", "{}", "step"),
+        ("trainer.json", '{"phase": 1, "step": 2}', "backend"),
+        ("trainer.json", '{"phase": 9, "step": 2, "backend": "mlx"}', "phase = 9"),
+        ("trainer.json", '{"phase": 1, "step": "two", "backend": "mlx"}', "step = 'two'"),
+        ("trainer.json", '{"phase": 1, "step": -1, "backend": "mlx"}', "step = -1"),
+        ("config.json", "not json", "not valid json"),
+        ("config.json", '"word"', "holds a str"),
+        ("config.json", '{"d_model": "wide", "n_layers": 0}', "d_model = 'wide'"),
+        ("config.json", '{"flux": 1}', "unknown key 'flux'"),
     ],
 )
-def test_a_garbled_trainer_state(saved, content, said):
-    (saved / "trainer.json").write_text(content)
+def test_a_garbled_file(saved, file, content, said):
+    (saved / file).write_text(content)
     restate(saved)
     message = refusal(load, saved)
-    assert str(saved / "trainer.json") in message
-    assert said in message
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("not json", "not valid json"),
-        ('"word"', "holds a str"),
-        ('{"d_model": "wide", "n_layers": 0}', "d_model = 'wide'"),
-        ('{"flux": 1}', "unknown key 'flux'"),
-    ],
-)
-def test_a_garbled_config(saved, content, said):
-    (saved / "config.json").write_text(content)
-    restate(saved)
-    message = refusal(load, saved)
-    assert str(saved / "config.json") in message
+    assert str(saved / file) in message
     assert said in message
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_moe.parameters import Arrays
 
-Name = Literal["fp32", "bf16", "fp16"]
+PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 GROWTH_INTERVAL = 2000  # steps without an overflow, after which the scale doubles (PyTorch's GradScaler)
 LARGEST_SCALE = 2.0**24
@@ -29,7 +29,7 @@ LARGEST_SCALE = 2.0**24
 class Precision:
     """A chosen precision, and the reason in words."""
 
-    name: Name
+    name: PrecisionName
     reason: str
 
 
