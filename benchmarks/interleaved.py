@@ -1,0 +1,29 @@
+"""Times functions in turns, so that what else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def medians(functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, float]:
+    """Seconds of each function, the median of `rounds`; each must wait for its own result."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for a_round in range(-warm_up, rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if a_round >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def show(seconds: Mapping[str, float], over: str, **about: Any) -> None:
+    """A table of milliseconds and of ratios to the one named `over`; then all as one line of JSON."""
+    width = max(map(len, seconds))
+    for name, one in seconds.items():
+        print(f"{name:{width}}  {one * 1e3:10.1f} ms  {one / seconds[over]:6.3f}")
+    print(json.dumps({**about, "over": over, "seconds": dict(seconds)}))

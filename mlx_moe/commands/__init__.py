@@ -1,0 +1,1 @@
+"""The commands of `mlxmoe`: each parses, calls one function and prints."""

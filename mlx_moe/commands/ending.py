@@ -1,0 +1,13 @@
+"""How a command ends before its time: one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+
+def stop(message: str, exit_code: int) -> NoReturn:
+    typer.echo(f"error: {message}" if exit_code < 128 else message, err=True)
+    sys.exit(exit_code)

@@ -1,0 +1,117 @@
+"""Do something with a checkpoint: transfer it, run it, bring it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_moe.commands.ending import stop
+from mlx_moe.commands.options import AllowLossy, BackendOption, CheckpointArgument, DeviceOption, OutArgument
+
+if TYPE_CHECKING:
+    from mlx_moe.config import ModelConfig
+    from mlx_moe.transfer.plan import Plan
+
+
+def upcycle(
+    checkpoint: CheckpointArgument,
+    out: OutArgument,
+    experts: Annotated[int, typer.Option(min=1, help="Experts in every layer.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
+    router: Annotated[str, typer.Option(help="random or zero.")] = "random",
+    seed: int = 0,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    allow_lossy: AllowLossy = False,
+) -> None:
+    """Turn a dense checkpoint into a mixture of experts that computes the same."""
+    from mlx_moe.config import UpcyclePhaseConfig
+    from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING, plan_upcycling
+    from mlx_moe.validation import validate
+
+    moe = validate(UpcyclePhaseConfig, {"n_experts": experts, "top_k": top_k, "router_init": router})
+    if router == "zero":
+        typer.echo(f"warning: {ZERO_ROUTER_WARNING}", err=True)
+    _transfer(
+        checkpoint, out, backend, device, allow_lossy,
+        lambda model: plan_upcycling(model, moe.moe, moe.router_init, moe.router_std, seed),
+    )  # fmt: skip
+
+
+def grow(
+    checkpoint: CheckpointArgument,
+    out: OutArgument,
+    d_model: Annotated[int | None, typer.Option(min=2, help="The new width.", show_default="as it is")] = None,
+    n_layers: Annotated[int | None, typer.Option(min=1, help="The new depth.", show_default="as it is")] = None,
+    n_heads: Annotated[int | None, typer.Option(min=1, show_default="grows with the width")] = None,
+    d_ff: Annotated[int | None, typer.Option(min=1, show_default="grows with the width")] = None,
+    split: Annotated[
+        str, typer.Option(help="uneven or even shares for copies; even ones stay equal for ever.")
+    ] = "uneven",
+    seed: int = 0,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    allow_lossy: AllowLossy = False,
+) -> None:
+    """Make a checkpoint wider and deeper; it computes the same."""
+    from mlx_moe.config import GrowPhaseConfig
+    from mlx_moe.transfer.growth import grow_config, plan_growth
+    from mlx_moe.validation import validate
+
+    phase = validate(GrowPhaseConfig, {"split": split})
+    _transfer(
+        checkpoint, out, backend, device, allow_lossy,
+        lambda model: plan_growth(
+            model,
+            grow_config(
+                model, d_model=d_model or model.d_model, n_layers=n_layers or model.n_layers, n_heads=n_heads, d_ff=d_ff
+            ),
+            phase.split,
+            seed,
+        ),
+    )  # fmt: skip
+
+
+def generate(
+    checkpoint: CheckpointArgument,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")] = "Once upon a time",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens only.")] = None,
+    seed: int = 0,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Continue a text with a checkpoint of either backend."""
+    from mlx_moe.hub.models import open_model
+    from mlx_moe.training.backend import choose_backend
+    from mlx_moe.training.generation import continue_text
+
+    chosen, loaded = choose_backend(backend), open_model(checkpoint)
+    typer.echo(f"backend: {chosen.reason}", err=True)
+    sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    for piece in continue_text(loaded, prompt, chosen, device, max_new_tokens, **sampling):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.", show_default=False)], out: OutArgument
+) -> None:
+    """Turn a Hugging Face model (Llama, Mistral, Mixtral, GPT-2) into a checkpoint."""
+    from mlx_moe.hub.models import import_model
+
+    import_model(folder, out)
+
+
+def _transfer(
+    checkpoint: Path, out: Path, backend: str, device: str, allow_lossy: bool, plan: Callable[[ModelConfig], Plan]
+) -> None:
+    from mlx_moe.hub.models import transfer_model
+    from mlx_moe.training.backend import choose_backend
+
+    if not transfer_model(checkpoint, out, choose_backend(backend), device, allow_lossy, plan):
+        stop("the transfer changed the model, so nothing was written; --allow-lossy writes it all the same", 1)

@@ -1,0 +1,110 @@
+"""Train, and what to know before."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_moe.commands.ending import stop
+from mlx_moe.commands.options import AllowLossy, BackendOption, ConfigFile, DeviceOption, Json, Overrides, Preset
+from mlx_moe.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_moe.config import RunConfig
+
+
+def train(
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", help="A run or an architecture preset.", show_default="three-phase")
+    ] = None,
+    config: ConfigFile = None,
+    override: Overrides = None,
+    phases: Annotated[int, typer.Option(help="1: dense, 2: then experts, 3: then larger experts.")] = 3,
+    data: Annotated[
+        str | None, typer.Option(help="stories, tinystories, or a path: .txt, .jsonl, .parquet, or a folder.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="char, bpe:VOCAB, or a Hugging Face tokenizer by name or folder.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of every phase.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
+    optimizer_transfer: Annotated[
+        str | None, typer.Option(help="carry or reset the moments at boundaries.", show_default="carry")
+    ] = None,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-TIME")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    allow_lossy: AllowLossy = False,
+) -> None:
+    """Train: dense, upcycled to experts, grown; both boundaries proven lossless."""
+    from mlx_moe.training.backend import choose_backend
+    from mlx_moe.training.console import Console
+    from mlx_moe.training.phases import Options, open_run
+    from mlx_moe.training.phases import train as run_phases
+    from mlx_moe.training.stopping import TrainingStopped
+
+    if phases not in (1, 2, 3):
+        raise InputError(f"--phases {phases}: must be 1 (dense), 2 (then experts) or 3 (then larger experts)")
+    shortcuts = {"data.source": data, "data.tokenizer": tokenizer, "seed": seed}
+    shortcuts |= {"optimizer.transfer": optimizer_transfer}
+    if steps is not None:
+        shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
+    chosen = choose_backend(backend)
+    if resume is not None and (preset or config or overrides or override or out):
+        raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")
+    if resume is None:
+        run = _load_run(preset or "three-phase", config, [*overrides, *(override or [])])
+        directory = out or Path("runs") / f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
+            raise InputError(f"{directory} is not empty; name another folder, or go on with it: --resume {directory}")
+    world = chosen.connect()
+    if resume is not None:
+        run, directory = open_run(resume, world), resume
+    elif out is None and world.size > 1:
+        raise InputError(f"{world.size} processes need one folder between them; name it with --out")
+    try:
+        run_phases(run, directory, chosen, phases, Options(device, allow_lossy), Console(quiet=world.rank > 0))
+    except TrainingStopped as stopped:
+        stop(str(stopped), stopped.exit_code)
+
+
+def params(
+    preset: Preset = "three-phase", config: ConfigFile = None, override: Overrides = None, as_json: Json = False
+) -> None:
+    """Count the parameters of every phase: total, active per token, inactive, idle experts."""
+    from mlx_moe.training.planning import show_parameters
+
+    show_parameters(_load_run(preset, config, override or []), as_json)
+
+
+def plan(
+    preset: Preset = "three-phase",
+    config: ConfigFile = None,
+    override: Overrides = None,
+    machine: Annotated[str | None, typer.Option(help="Instead of this one, e.g. 'M2 Max 32GB'.")] = None,
+    backend: BackendOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Estimate every phase's memory, time and largest batch, and say where it will not fit."""
+    from mlx_moe.training.planning import make_plan, show
+
+    show(make_plan(_load_run(preset, config, override or []), backend, machine), as_json)
+
+
+def doctor() -> None:
+    """Show the device, the versions, and what is missing."""
+    from mlx_moe.training.doctor import diagnose
+
+    raise typer.Exit(diagnose())
+
+
+def _load_run(preset: str, config: Path | None, overrides: list[str]) -> RunConfig:
+    from mlx_moe.presets import load_run
+
+    return load_run(preset, config, overrides)

@@ -1,0 +1,46 @@
+"""Compare backends, and export with a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_moe.commands.options import CheckpointArgument, Json, OutArgument
+
+
+def parity(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A run, a checkpoint or a Hugging Face folder; without one, small fresh models.", show_default=False
+        ),
+    ] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option("--preset", "-p", help="Architectures to compare.", show_default="all")
+    ] = None,
+    seed: int = 0,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Put known faults in, and see that they are found.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare MLX and PyTorch with a float64 model, and across boundaries. Exit 0: same, 1: differs, 2: not judged."""
+    from parity.report import report
+
+    raise typer.Exit(report(checkpoint, preset or [], seed, self_test, as_json))
+
+
+def export(
+    checkpoint: CheckpointArgument,
+    out: OutArgument,
+    format: Annotated[str, typer.Option(help="auto, llama, mixtral or gpt2.")] = "auto",
+    verify: Annotated[
+        bool, typer.Option(help="Compare the logits of transformers and mlx-lm, where installed.")
+    ] = True,
+) -> None:
+    """Write a model that transformers and mlx-lm open as it is, and that gives the same logits there."""
+    from parity.export_check import export_checked
+
+    export_checked(checkpoint, out, format, verify)
