@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.model.elementwise import widened
+from mlx_moe.model.elementwise import on_cpu, softmax, widened
 from mlx_moe.model.layers import Linear
 
 
@@ -52,6 +52,8 @@ POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, float], mx.array]] = {
 
 
 def sdpa_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx.array:
+    if on_cpu():  # MLX fuses attention on GPUs only, and its gradient there computes the scores twice
+        return manual_attention(q_BHTd, k_BGSd, v_BGSd)
     mask = "causal" if q_BHTd.shape[2] > 1 else None
     scale = q_BHTd.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, scale=scale, mask=mask)
@@ -63,9 +65,9 @@ def manual_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx
     k_BHSd, v_BHSd = mx.repeat(k_BGSd, group, axis=1), mx.repeat(v_BGSd, group, axis=1)
     scores_BHTS = (q_BHTd * q_BHTd.shape[-1] ** -0.5) @ k_BHSd.swapaxes(-1, -2)
     n_queries, n_keys = scores_BHTS.shape[-2:]
-    visible_TS = mx.arange(n_keys) <= mx.arange(n_keys - n_queries, n_keys)[:, None]
-    scores_BHTS = mx.where(visible_TS, scores_BHTS, mx.finfo(scores_BHTS.dtype).min)
-    return mx.softmax(scores_BHTS, axis=-1, precise=True) @ v_BHSd
+    hidden_TS = mx.arange(n_keys) > mx.arange(n_keys - n_queries, n_keys)[:, None]
+    scores_BHTS = scores_BHTS + mx.where(hidden_TS, mx.finfo(scores_BHTS.dtype).min, 0).astype(scores_BHTS.dtype)
+    return softmax(scores_BHTS) @ v_BHSd
 
 
 ATTENTION_BACKENDS: dict[str, Callable[[mx.array, mx.array, mx.array], mx.array]] = {

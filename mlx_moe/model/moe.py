@@ -7,14 +7,13 @@ P rows of the blocked layout: the assignments sorted by expert, each expert's pa
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig, MoEConfig
-from mlx_moe.model.elementwise import on_cpu, widened
+from mlx_moe.model.elementwise import on_cpu, widened, with_vjp
 from mlx_moe.model.layers import ACTIVATIONS, FFN_TYPES
 from mlx_moe.parameters import FFN_INPUTS
 
@@ -78,8 +77,8 @@ class ExpertLinear(nn.Module):
 
     def __call__(self, x: mx.array, expert: mx.array) -> mx.array:
         """x (M, rows, in), one expert for each of the M groups of rows, in rising order."""
-        weight = self.weight.astype(x.dtype).swapaxes(-1, -2)
-        y = widened(partial(mx.gather_mm, rhs_indices=expert, sorted_indices=True), x, weight)
+        products = block_products if x.shape[1] > 1 else _products
+        y = widened(lambda x, weight: products(x, weight, expert), x, self.weight.astype(x.dtype))
         return y + self.bias.astype(x.dtype)[expert][:, None] if "bias" in self else y
 
 
@@ -145,12 +144,58 @@ def in_blocks(ffn: ExpertFFN, x_ND: mx.array, experts_NK: mx.array, n_experts: i
     last_block_E = mx.cumsum(blocks_E)
     row_A = (last_block_E - blocks_E)[expert_A] * BLOCK + rank_A
 
-    n_blocks = -(-expert_A.size // BLOCK) + n_experts
-    n_tokens, k = experts_NK.shape
-    token_P = mx.full((n_blocks * BLOCK,), n_tokens, dtype=mx.int32)  # rows of no assignment read a row of zeros
-    token_P = mx.put_along_axis(token_P, row_A, (mx.arange(expert_A.size) // k).astype(mx.int32), axis=0)
-    x_with_zeros = mx.concatenate([x_ND, mx.zeros((1, x_ND.shape[1]), dtype=x_ND.dtype)])
-    x_blocks = x_with_zeros[token_P].reshape(n_blocks, BLOCK, -1)
+    n_assignments = expert_A.size
+    n_blocks = -(-n_assignments // BLOCK) + n_experts
+    assignment_P = mx.full((n_blocks * BLOCK,), n_assignments, dtype=mx.int32)  # that number stands for none
+    assignment_P = mx.put_along_axis(assignment_P, row_A, mx.arange(n_assignments, dtype=mx.int32), axis=0)
+    row_NK = row_A.reshape(experts_NK.shape)
+    x_blocks = to_rows(x_ND, row_NK, assignment_P).reshape(n_blocks, BLOCK, -1)
     expert_of_block = (mx.arange(n_blocks)[:, None] >= last_block_E).astype(mx.int32).sum(axis=1)
     y_blocks = ffn(x_blocks, mx.minimum(expert_of_block, n_experts - 1))
-    return y_blocks.flatten(0, 1)[row_A].reshape(n_tokens, k, -1)
+    return from_rows(y_blocks.flatten(0, 1), row_NK, assignment_P)
+
+
+def _products(x: mx.array, weight: mx.array, expert: mx.array) -> mx.array:
+    """x (M, rows, in), each group times its expert's weight (E, out, in); experts in rising order."""
+    return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=expert, sorted_indices=True)
+
+
+def _products_vjp(primals: list[mx.array], gradient: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    """The weights' by one product over each expert's rows; MLX's own builds a matrix for each block."""
+    x, weight, expert = primals
+    end_E = (expert[:, None] <= mx.arange(weight.shape[0])).astype(mx.uint32).sum(axis=0) * x.shape[1]
+    segments_E2 = mx.stack([mx.concatenate([mx.zeros((1,), mx.uint32), end_E[:-1]]), end_E], axis=1)
+    weight_gradient = mx.segmented_mm(gradient.flatten(0, 1).T, x.flatten(0, 1), segments_E2)
+    x_gradient = mx.gather_mm(gradient, weight, rhs_indices=expert, sorted_indices=True)
+    return x_gradient, weight_gradient, mx.zeros_like(expert)
+
+
+def _rows(x_ND: mx.array, row_NK: mx.array, assignment_P: mx.array) -> mx.array:
+    """What goes into the blocked layout, (P, D)."""
+    return _with_zeros(x_ND)[assignment_P // row_NK.shape[1]]
+
+
+def _rows_vjp(primals: list[mx.array], gradient_PD: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    _, row_NK, assignment_P = primals
+    return gradient_PD[row_NK].sum(axis=1), mx.zeros_like(row_NK), mx.zeros_like(assignment_P)
+
+
+def _assigned(y_PD: mx.array, row_NK: mx.array, assignment_P: mx.array) -> mx.array:
+    """What comes out of it, (N, K, D)."""
+    return y_PD[row_NK]
+
+
+def _assigned_vjp(primals: list[mx.array], gradient_NKD: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    _, row_NK, assignment_P = primals
+    gradient_PD = _with_zeros(gradient_NKD.flatten(0, 1))[assignment_P]
+    return gradient_PD, mx.zeros_like(row_NK), mx.zeros_like(assignment_P)
+
+
+def _with_zeros(x: mx.array) -> mx.array:
+    """One more row, for those of no assignment to read."""
+    return mx.concatenate([x, mx.zeros((1, x.shape[1]), dtype=x.dtype)])
+
+
+block_products = with_vjp(_products, _products_vjp)
+# Each is the other's transpose, so that gradients are gathered too: MLX's CPU adds scattered rows one number at a time.
+to_rows, from_rows = with_vjp(_rows, _rows_vjp), with_vjp(_assigned, _assigned_vjp)

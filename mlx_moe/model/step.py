@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.model.distributed import World
-from mlx_moe.model.elementwise import logsumexp
+from mlx_moe.model.loss import cross_entropy
 from mlx_moe.model.moe import Routing, auxiliary_loss, entropy, load
 from mlx_moe.model.transformer import Transformer
 
@@ -39,8 +39,8 @@ def compile_step(
     state = [model.state, optimizer.state, mx.random.state]
 
     def losses(tokens_BT1: mx.array, load_LE: mx.array | None, scale: mx.array | None) -> tuple[mx.array, ...]:
-        logits_BTV, routings = model(tokens_BT1[:, :-1], dtype=dtype)
-        loss = tokens_loss = cross_entropy(logits_BTV, tokens_BT1[:, 1:])
+        x_BTD, routings = model(tokens_BT1[:, :-1], dtype=dtype, hidden_only=True)
+        loss = tokens_loss = cross_entropy(x_BTD, model.head, tokens_BT1[:, 1:], needs_gradients=True)
         if config.moe:
             load_LE = world.mean(loads_of(routings)) if load_LE is None else load_LE
             for routing, load_E in zip(routings, load_LE, strict=True):
@@ -64,7 +64,7 @@ def compile_step(
 
     @partial(mx.compile, inputs=state, outputs=[mx.random.state])
     def load_in(tokens_BT1: mx.array) -> mx.array:
-        return loads_of(model(tokens_BT1[:, :-1], dtype=dtype, route_only=True)[1])
+        return loads_of(model(tokens_BT1[:, :-1], dtype=dtype, hidden_only=True)[1])
 
     @partial(mx.compile, inputs=state, outputs=[model.state, mx.random.state])
     def gradients_in(tokens_BT1: mx.array, load_LE: mx.array, scale: mx.array) -> tuple[mx.array, Any]:
@@ -72,12 +72,6 @@ def compile_step(
         return reported, gradients
 
     return CompiledStep(whole, load_in, gradients_in, mx.compile(update, inputs=state, outputs=state))
-
-
-def cross_entropy(logits_BTV: mx.array, targets_BT: mx.array) -> mx.array:
-    logits_BTV = logits_BTV.astype(mx.float32)
-    chosen_BT = mx.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1).squeeze(-1)
-    return (logsumexp(logits_BTV) - chosen_BT).mean(axis=-1).mean()  # long sums in one go are inexact on CPU
 
 
 def loads_of(routings: Sequence[Routing]) -> mx.array:

@@ -15,8 +15,9 @@ from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.model.attention import KVCache
 from mlx_moe.model.distributed import connect
+from mlx_moe.model.loss import cross_entropy
 from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, optimizer_state
-from mlx_moe.model.step import CompiledStep, compile_step, cross_entropy, loads_of, norm_of
+from mlx_moe.model.step import CompiledStep, compile_step, loads_of, norm_of
 from mlx_moe.model.transformer import Transformer
 from mlx_moe.parameters import Arrays, optimizer_table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
@@ -53,6 +54,7 @@ class Trainer:
         self._optimizer = build_optimizer(config, optimizer)
         self._optimizer.init(self._model.trainable_parameters())
         self._step = self._compile_step()
+        self._loss = mx.compile(self._loss_of, inputs=[self._model.state])
         self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
         self._in_flight: mx.array | None = None
 
@@ -73,11 +75,11 @@ class Trainer:
         self._in_flight = losses
 
         def fetch() -> StepMetrics:
-            loss, cross_entropy, *entropy_L = np.array(self.world.mean(losses)).tolist()
+            loss, tokens_loss, *entropy_L = np.array(self.world.mean(losses)).tolist()
             if self.config.moe is None:
-                return StepMetrics(loss, cross_entropy, _float(grad_norm))
+                return StepMetrics(loss, tokens_loss, _float(grad_norm))
             entropies = np.array(entropy_L, np.float32)
-            return StepMetrics(loss, cross_entropy, _float(grad_norm), np.array(load_LE), entropies)
+            return StepMetrics(loss, tokens_loss, _float(grad_norm), np.array(load_LE), entropies)
 
         return fetch
 
@@ -115,7 +117,11 @@ class Trainer:
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
         tokens = mx.array(own_rows(self.world, tokens_BT1))
-        return _float(self.world.mean(cross_entropy(self._logits(tokens[:, :-1]), tokens[:, 1:])))
+        return _float(self.world.mean(self._loss(tokens)))
+
+    def _loss_of(self, tokens_BT1: mx.array) -> mx.array:
+        x_BTD, _ = self._model(tokens_BT1[:, :-1], hidden_only=True)
+        return cross_entropy(x_BTD, self._model.head, tokens_BT1[:, 1:])
 
     def logits(self, tokens_BT: Tokens) -> Logits:
         self._model.eval()
@@ -136,7 +142,7 @@ class Trainer:
 
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()
-        _, routings = self._model(mx.array(tokens_BT), route_only=True)
+        _, routings = self._model(mx.array(tokens_BT), hidden_only=True)
         return np.array(loads_of(routings)) if routings else None
 
     def decoder(self) -> Decoder:

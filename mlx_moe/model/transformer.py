@@ -75,13 +75,13 @@ class Transformer(nn.Module):
         cache: list[KVCache] | None = None,
         experts: list[mx.array] | None = None,
         dtype: mx.Dtype = mx.float32,
-        route_only: bool = False,
+        hidden_only: bool = False,
     ) -> tuple[mx.array, list[Routing]]:
         """Returns (logits (B, T, V) in `dtype`, the routing of every MoE layer).
 
         With a cache, tokens continue what it holds. `experts` forces every layer's choices. Matrix products take and
-        give `dtype`; the residual stream, norms and routers stay in float32. `route_only` leaves the head out: the
-        first result is then what it would read.
+        give `dtype`; the residual stream, norms and routers stay in float32. `hidden_only` leaves the head out:
+        the first result is then what it would read, (B, T, D).
         """
         x_BTD = self.embed_tokens(tokens_BT)
         if "embed_positions" in self:
@@ -100,7 +100,11 @@ class Transformer(nn.Module):
             if routing is not None:
                 routings.append(routing)
         x_BTD = self.norm(x_BTD).astype(dtype)
-        if route_only:
+        if hidden_only:
             return x_BTD, routings
-        head = self.lm_head if "lm_head" in self else self.embed_tokens
-        return widened(mx.matmul, x_BTD, head.weight.astype(dtype).T), routings
+        return widened(mx.matmul, x_BTD, self.head.astype(dtype).T), routings
+
+    @property
+    def head(self) -> mx.array:
+        """(V, D): the embeddings where they are tied."""
+        return (self.lm_head if "lm_head" in self else self.embed_tokens).weight
