@@ -17,7 +17,7 @@ def test_upcycling_is_exact_under_any_router(config, moe, router_init):
     plan = plan_upcycling(config, moe, router_init, router_std=1.0)
     target = plan.target_config
     assert [(tensor.target, tensor.shape) for tensor in plan.tensors] == [(p.name, p.shape) for p in table(target)]
-    for dtype, limit in ((np.float64, 1e-9), (np.float32, 1e-5)):
+    for dtype, limit in ((np.float64, 1e-9), (np.float32, 2e-5)):
         arrays = weights(config, dtype)
         upcycled = apply(plan, arrays)
         assert {name: array.shape for name, array in upcycled.items()} == {p.name: p.shape for p in table(target)}
