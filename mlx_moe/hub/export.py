@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def export(
     name = formats.choose_format(source.config, requested)
     if out.exists():
         raise InputError(f"{out} exists already; name a folder that does not")
+    source = _held_as(source, name)
     holders = {holder.name: holder for holder in layout(name, source.config)}
     shapes = {parameter.name: parameter.shape for parameter in table(source.config)}
     try:
@@ -56,6 +58,13 @@ def export(
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}; nothing of it was kept") from None
     return name
+
+
+def _held_as(source: Checkpoint, name: str) -> Checkpoint:
+    """The same model as the format spells it: tensors that only the format knows are zeros."""
+    config = formats.held_as(source.config, name)
+    zeros = {p.name: np.zeros(p.shape, np.float32) for p in table(config) if p.name not in source.weights}
+    return replace(source, config=config, weights=source.weights | zeros) if zeros else source
 
 
 def _read_back(source: Checkpoint, name: str, folder: Path) -> None:

@@ -91,7 +91,7 @@ CANNOT = {
     "no positions": (small_model("llama", position_encoding="none"), "llama", "position_encoding none"),
     "the other kind": (small_model("llama"), "mixtral", "without experts; take --format llama"),
     "nearest": (small_model("hybrid", d_ff=192), "auto", "nearest is gpt2, which cannot hold"),
-    "unknown": (small_model("llama"), "gguf", "auto, llama, mixtral, gpt2"),
+    "unknown": (small_model("llama"), "gguf", "auto, llama, qwen2, qwen3, mixtral, .*gpt2"),
 }
 
 
