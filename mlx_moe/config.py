@@ -48,33 +48,30 @@ class MoEConfig(_Frozen):
         return self
 
 
-class LinearScaling(_Frozen):
-    """All rotations slower by `factor`."""
+class RopeScaling(_Frozen):
+    """Slower rotations, for contexts beyond the original one.
 
-    rope_type: Literal["linear"]
+    Those that turn less than `low_freq_factor` times in the original context slow down by `factor`, those that turn
+    more than `high_freq_factor` times do not: Llama 3.1's. Without an original context all do: linear scaling.
+    """
+
     factor: float = Field(ge=1)
-
-
-class Llama3Scaling(_Frozen):
-    """The slow rotations slower still by `factor`, as in Llama 3.1 (`mlx_moe.rotations`)."""
-
-    rope_type: Literal["llama3"]
-    factor: float = Field(ge=1)
+    original_context_length: int = Field(0, ge=0)
     low_freq_factor: float = Field(1.0, gt=0)
     high_freq_factor: float = Field(4.0, gt=0)
-    original_context_length: int = Field(8192, ge=1)
+
+    @property
+    def rope_type(self) -> Literal["linear", "llama3"]:
+        return "llama3" if self.original_context_length else "linear"
 
     @model_validator(mode="after")
-    def _low_is_below_high(self) -> Llama3Scaling:
+    def _low_is_below_high(self) -> RopeScaling:
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor {self.low_freq_factor:g} is not below high_freq_factor {self.high_freq_factor:g}; "
                 "lower it"
             )
         return self
-
-
-RopeScaling = Annotated[LinearScaling | Llama3Scaling, Field(discriminator="rope_type")]
 
 
 def _default_d_ff(data: dict[str, Any]) -> int:

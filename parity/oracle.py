@@ -191,12 +191,10 @@ def best_experts(router_logits: Array, k: int) -> NDArray[np.int64]:
 
 
 def _scaled(config: ModelConfig, frequencies: Array) -> Array:
-    """As Llama 3.1's `apply_scaling` has it, by wavelengths in positions; or all divided by the factor."""
+    """As Llama 3.1's `apply_scaling` has it, by wavelengths in positions; without an original context, all slowed."""
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
     context, low, high = scaling.original_context_length, scaling.low_freq_factor, scaling.high_freq_factor
     slowed = []
     for frequency in frequencies:

@@ -99,12 +99,14 @@ def generate(
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.", show_default=False)], out: OutArgument
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a name on the hub.", show_default=False)],
+    out: OutArgument,
 ) -> None:
-    """Turn a Hugging Face model (Llama, Mistral, Mixtral, GPT-2) into a checkpoint."""
+    """Turn a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, GPT-2) into a checkpoint."""
     from mlx_moe.hub.models import import_model
+    from mlx_moe.hub.names import find_model
 
-    import_model(folder, out)
+    import_model(find_model(model), out)
 
 
 def _transfer(

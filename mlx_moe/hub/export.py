@@ -104,10 +104,12 @@ def _card(source: Checkpoint, name: str) -> str:
         "" if state.validation_loss is None else f"| validation loss | {state.validation_loss:.4f} nats per token |\n"
     )
     experts = f"| experts | {config.moe.n_experts} per layer, {config.moe.top_k} per token |\n" if config.moe else ""
+    lineage = f"| lineage | {', '.join(state.lineage)} |\n" if state.lineage else ""
+    base_model = f"base_model: {state.lineage[0]}\n" if state.lineage and "/" in state.lineage[0] else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [mlx, mlxmoe]
+{base_model}tags: [mlx, mlxmoe]
 ---
 
 # {config.display_name}
@@ -119,7 +121,7 @@ tags: [mlx, mlxmoe]
 {experts}| context | {config.context_length:,} tokens |
 | source checkpoint | {source.path.resolve().name} |
 | made | {made} |
-{loss}| exported | with mlxmoe {version("mlxmoe")}, float32 |
+{lineage}{loss}| exported | with mlxmoe {version("mlxmoe")}, float32 |
 
 ```python
 from transformers import AutoModelForCausalLM

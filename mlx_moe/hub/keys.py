@@ -72,9 +72,12 @@ class Keys:
     def __contains__(self, key: str) -> bool:
         return key in self._left
 
-    def value(self, key: str) -> Any:
-        """What a key says, left there; None where it is not there."""
-        return self._left.get(key)
+    def is_null(self, key: str) -> bool:
+        """Whether a key is not there, or null; then it is done with."""
+        if self._left.get(key) is not None:
+            return False
+        self._left.pop(key, None)
+        return True
 
     def one_of(self, key: str, supported: Iterable[Any], default: Any = REQUIRED) -> Any:
         value = self.take(key, default)

@@ -15,6 +15,7 @@ from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, unpack
+from mlx_moe.hub.names import model_name
 from mlx_moe.hub.tensor_files import open_tensors
 from mlx_moe.parameters import Arrays
 from mlx_moe.training import checkpoint
@@ -36,7 +37,7 @@ def open_model(path: Path) -> Checkpoint:
     if not is_model_folder(path):
         return checkpoint.load(path)
     config, weights = read_model(path)
-    return Checkpoint(path, config, TrainerState(2 if config.moe else 1, 0, ORIGIN), weights)
+    return Checkpoint(path, config, _state(path, config), weights)
 
 
 def is_model_folder(path: Path) -> bool:
@@ -81,7 +82,7 @@ def import_model(folder: Path, out: Path) -> None:
     if (folder / checkpoint.MANIFEST).is_file():
         raise InputError(f"{folder} is a checkpoint already; use it as it is")
     config, weights = read_model(folder)
-    state, console = TrainerState(2 if config.moe else 1, 0, ORIGIN), Console()
+    state, console = _state(folder, config), Console()
     tokenizer = folder if (folder / "tokenizer.json").is_file() else None
     if tokenizer is None:
         console.warn(f"{folder} has no tokenizer.json; the checkpoint is without a tokenizer")
@@ -90,6 +91,10 @@ def import_model(folder: Path, out: Path) -> None:
     checkpoint.save(out, config, state, weights, None, tokenizer)
     console.parameters(count_parameters(config), config.display_name)
     console.line(f"wrote {out}")
+
+
+def _state(folder: Path, config: ModelConfig) -> TrainerState:
+    return TrainerState(2 if config.moe else 1, 0, ORIGIN, lineage=(model_name(folder),))
 
 
 def transfer_model(

@@ -26,9 +26,9 @@ SCALINGS: dict[str, dict[str, str]] = {
 def read_rope(keys: Keys, default_theta: float) -> dict[str, Any]:
     """The fields of our ModelConfig. What two spellings both say must be the same."""
     thetas: dict[str, float] = {}
-    if keys.value("rope_theta") is not None:
+    if not keys.is_null("rope_theta"):
         thetas["rope_theta"] = keys.number("rope_theta")
-    scalings: dict[str, dict[str, Any] | None] = {}
+    scalings: dict[str, tuple[str, dict[str, float]]] = {}
     for name in ("rope_parameters", "rope_scaling"):
         section = keys.section(name)
         if section is None:
@@ -38,18 +38,15 @@ def read_rope(keys: Keys, default_theta: float) -> dict[str, Any]:
         kinds = [section.one_of(key, SCALINGS) for key in ("rope_type", "type") if key in section] or ["default"]
         if kinds[-1] != kinds[0]:
             section.refuse("type", kinds[-1], f"rope_type says {kinds[0]}; make them the same")
-        told = {ours: section.number(theirs) for theirs, ours in SCALINGS[kinds[0]].items()}
-        scalings[name] = {"rope_type": kinds[0], **told} if told else None
+        scalings[name] = kinds[0], {ours: section.number(theirs) for theirs, ours in SCALINGS[kinds[0]].items()}
         section.refuse_the_rest()
     for said in (thetas, scalings):
         for name, value in said.items():
             first = next(iter(said))
             if value != said[first]:
                 keys.refuse(name, value, f"{first} says {said[first]}; make them the same")
-    return {
-        "rope_theta": next(iter(thetas.values()), default_theta),
-        "rope_scaling": next(iter(scalings.values()), None),
-    }
+    _, scaling = next(iter(scalings.values()), ("default", {}))
+    return {"rope_theta": next(iter(thetas.values()), default_theta), "rope_scaling": scaling or None}
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:

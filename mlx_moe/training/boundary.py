@@ -87,7 +87,8 @@ def transfer_checkpoint(
     certificate = certify(limits, before, after, probes_BT1)
     if certificate.passed or allow_lossy:
         phase = 2 if source.config.moe is None and plan.target_config.moe else 3
-        state = TrainerState(phase, 0, backend.name)
+        done = f"{'upcycled' if phase == 2 else 'grown'} to {plan.target_config.display_name}"
+        state = TrainerState(phase, 0, backend.name, lineage=(*source.state.lineage, done))
         checkpoint.save(out, plan.target_config, state, after.weights(), None, source.tokenizer_folder)
     return certificate
 

@@ -43,12 +43,16 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where in a run a checkpoint stands: `step` optimizer steps into `phase` (1, 2 or 3)."""
+    """Where in a run a checkpoint stands: `step` optimizer steps into `phase` (1, 2 or 3).
+
+    `lineage`: the model of someone else's that it comes from, and what was made of that outside a run, oldest first.
+    """
 
     phase: Annotated[int, Field(ge=1, le=3)]
     step: Annotated[int, Field(ge=0)]
     backend: str
     validation_loss: float | None = None
+    lineage: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from published_models import LIMIT, edit_config, logits, random_tokens, save
 
 import mlx_moe.model.library
 import torch_ref.library
-from mlx_moe.config import MoEConfig
+from mlx_moe.config import MoEConfig, RopeScaling
 from mlx_moe.errors import InputError
 from mlx_moe.hub.export import export
 from mlx_moe.hub.models import open_model, read_model
@@ -79,8 +79,7 @@ def test_every_spelling_of_scaled_rope(tmp_path):
     ):
         edit_config(tmp_path / "theirs", **changes)
         config = read_model(tmp_path / "theirs")[0]
-        assert config.rope_theta == 7e4
-        assert config.rope_scaling.model_dump() == {"rope_type": "linear", "factor": 2}
+        assert (config.rope_theta, config.rope_scaling) == (7e4, RopeScaling(factor=2))
 
 
 def transferred(source, plan):

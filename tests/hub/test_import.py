@@ -141,7 +141,7 @@ REFUSED = {
     "a factor that quickens": (
         "llama",
         {"rope_parameters": {"rope_type": "linear", "factor": 0.5, "rope_theta": 1e4}},
-        r"rope_scaling\.linear\.factor = 0\.5",
+        r"rope_scaling\.factor = 0\.5",
     ),
     "RoPE's spellings differ": ("llama", {"rope_theta": 1e6}, r"rope_parameters\.rope_theta = 50000.0.*1000000.0"),
     "interleaved": ("llama", {"rope_interleaved": True}, "rope_interleaved = True.*False"),
@@ -175,6 +175,13 @@ REFUSED = {
     "size as text": ("llama", {"hidden_size": "32"}, "hidden_size = '32'.*whole number"),
     "heads": ("llama", {"num_key_value_heads": 3}, "n_heads 4 is not divisible by n_kv_heads 3"),
     "shape": ("llama", {"intermediate_size": 64}, r"mlp\.gate_proj\.weight has shape \(48, 32\).*\(64, 32\)"),
+    "shape of a head's norm": (
+        "qwen3",
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
+        r"q_norm\.weight has shape \(16,\).*\(8,\)",
+    ),
+    "experts of Granite": ("granitemoe", {"num_local_experts": 2}, r"has shape \(4, .*\(2, "),
+    "no norms of heads": ("llama", {"model_type": "qwen3", "architectures": None}, r"q_norm\.weight is missing"),
     "missing": ("llama", {"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
     "surplus": ("llama", {"num_hidden_layers": 1}, r"no tensor model\.layers\.1.*9 such"),
     "untied without a head": ("llama-tied", {"tie_word_embeddings": False}, r"lm_head\.weight is missing"),
