@@ -207,6 +207,8 @@ class UpcyclePhaseConfig(PhaseConfig, MoEConfig):
     learning_rate: float = Field(1e-4, gt=0)
     router_init: Literal["random", "zero"] = "random"
     router_std: float = Field(0.02, gt=0)
+    noise: float = Field(0.0, ge=0)  # on the copies, relative to each tensor's standard deviation
+    drop: float = Field(0.0, ge=0, le=1)  # the share of its neurons that each expert draws anew
 
     @property
     def moe(self) -> MoEConfig:

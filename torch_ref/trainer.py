@@ -241,9 +241,11 @@ class Decoder:
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
-    """The target tensor, by PyTorch; it shares no memory with the source. The plan computes pads, once for both."""
+    """The target tensor, by PyTorch; it shares no memory with the source. Pads and draws are the plan's."""
     if plan.source is None:
         return torch.from_numpy(plan.fresh())
+    if plan.draw is not None:
+        return torch.from_numpy(plan.draw.experts(source[plan.source].cpu().numpy()))
     tensor = source[plan.source][None] if plan.new_axis else source[plan.source]
     if plan.pad is not None:
         rows = torch.tensor(plan.pad.rows(tensor.cpu().numpy()), device=tensor.device)

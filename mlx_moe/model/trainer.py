@@ -189,9 +189,11 @@ class Decoder:
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
-    """The target tensor, by MLX. Pads are computed by the plan, once for both backends."""
+    """The target tensor, by MLX. Pads and draws are computed by the plan, once for both backends."""
     if plan.source is None:
         return mx.array(plan.fresh())
+    if plan.draw is not None:
+        return mx.array(plan.draw.experts(np.array(source[plan.source])))
     array = source[plan.source][None] if plan.new_axis else source[plan.source]
     if plan.pad is not None:
         array = mx.concatenate([array, mx.array(plan.pad.rows(np.array(array)))], axis=plan.pad.axis)

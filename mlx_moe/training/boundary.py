@@ -36,7 +36,7 @@ def plan_boundary(run: RunConfig, phase: int, config: ModelConfig) -> Plan:
     """The plan from the model of `phase` to that of the next."""
     if phase == 1:
         moe = run.phases.moe
-        return plan_upcycling(config, moe.moe, moe.router_init, moe.router_std, run.seed)
+        return plan_upcycling(config, moe.moe, moe.router_init, moe.router_std, run.seed, moe.noise, moe.drop)
     return plan_growth(config, _large(run, config), run.phases.large_moe.split, run.seed)
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.parameters import normal
+from mlx_moe.transfer.draws import Draw
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,7 @@ class TensorPlan:
 
     Take the source, view it as `source[None]` if `new_axis`, append the pad's rows, then apply the maps in order.
     A tensor without a source is `fresh()`: nothing but pad. `is_new`: it copies weights, but its gradient is its own.
+    With a `draw`, the weights are its experts of the source instead.
     """
 
     target: str
@@ -75,14 +77,15 @@ class TensorPlan:
     pad: Pad | None = None
     maps: tuple[AxisMap, ...] = ()
     is_new: bool = False
+    draw: Draw | None = None
 
     def moments(self, power: int) -> TensorPlan:
         """How the mean of the gradient (power 1) or of its square (2) comes about; 0 in pads and in what is new."""
-        if self.source is None or self.is_new:
+        if self.source is None or self.is_new or (self.draw and self.draw.dropped_EN.size):
             return fresh_tensor(self.target, self.shape, "constant")
         pad = Pad(self.pad.axis, self.pad.count, "constant") if self.pad else None
         maps = (AxisMap(old.axis, old.index, old.gradient and old.gradient[power - 1]) for old in self.maps)
-        return replace(self, pad=pad, maps=tuple(maps))
+        return replace(self, pad=pad, maps=tuple(maps), draw=None)
 
     def fresh(self) -> NDArray[np.float32]:
         """The tensor that has no source, of shape `shape`."""
@@ -97,6 +100,11 @@ class Plan:
     source_config: ModelConfig
     target_config: ModelConfig
     tensors: tuple[TensorPlan, ...]
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether it is meant to change the model."""
+        return any(tensor.draw is not None for tensor in self.tensors)
 
     def moments(self, power: int) -> Plan:
         """The plan for Adam's first moments (power 1; Muon's momentum too) or second moments (power 2)."""
@@ -137,6 +145,8 @@ def fresh_tensor(
 
 
 def _execute(plan: TensorPlan, source: NDArray[Any]) -> NDArray[Any]:
+    if plan.draw is not None:
+        return plan.draw.experts(source)
     array = np.array(source[None] if plan.new_axis else source)
     if plan.pad is not None:
         array = np.concatenate([array, plan.pad.rows(array)], axis=plan.pad.axis)

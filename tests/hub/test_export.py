@@ -68,6 +68,18 @@ def test_from_their_dense_model_to_their_mixture(tmp_path, mlxmoe):
         assert said in card
 
 
+def test_a_lossy_upcycling_is_written_and_says_by_how_much(tmp_path, mlxmoe):
+    save("qwen3", tmp_path / "dense")
+    options = ("--experts", 4, "--backend", "torch")
+    result = mlxmoe("upcycle", tmp_path / "dense", tmp_path / "moe", *options, "--drop", 0.5)
+    assert result.code == 0, result.err
+    for said in ("jump", "NOT lossless", "noise and drop change the model on purpose"):
+        assert said in result.out
+    assert mlxmoe("export", tmp_path / "moe", tmp_path / "out", "--format", "qwen3_moe").code == 0
+    result = mlxmoe("upcycle", tmp_path / "dense", tmp_path / "other", *options, "--drop", 1.5)
+    assert (result.code, "drop = 1.5" in result.err) == (2, True)
+
+
 def test_shards(tmp_path):
     source = fresh(small_model("llama", moe=EXPERTS), tmp_path)
     export(source, tmp_path / "one", "auto")
