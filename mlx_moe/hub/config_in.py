@@ -78,7 +78,7 @@ def _llama(keys: Keys, family: str) -> dict[str, Any]:
     fields |= {"head_dim": head_dim} if head_dim is not None else {}
     _refuse_windows(keys, family, fields["context_length"], fields["n_layers"])
     if family == "granitemoe":
-        _refuse_multipliers(keys, d_model // n_heads)
+        _refuse_multipliers(keys, max(1, d_model // n_heads))
     return fields | _biases(keys, family) | _feed_forward(keys, family)
 
 
