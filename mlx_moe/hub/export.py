@@ -17,8 +17,8 @@ from mlx_moe.hub import formats
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, layout, unpack
 from mlx_moe.hub.models import ORIGIN
-from mlx_moe.hub.tensor_files import SHARD_BYTES, open_tensors, write_tensors
 from mlx_moe.parameters import table
+from mlx_moe.tensor_files import SHARD_BYTES, open_tensors, write_tensors
 from mlx_moe.training.checkpoint import Checkpoint
 from mlx_moe.training.files import make_folder, replacing
 from mlx_moe.validation import read_mapping
@@ -49,7 +49,7 @@ def export(
             _write_json(formats.to_json(source.config, name, special_tokens), partial / "config.json")
             (partial / "README.md").write_text(_card(source, name), encoding="utf-8")
             theirs = {name: holder.shape(shapes) for name, holder in holders.items()}
-            write_tensors(partial, theirs, lambda name: holders[name].pack(source.weights), shard_bytes)
+            write_tensors(partial, theirs, lambda name: [holders[name].pack(source.weights)], shard_bytes)
             _read_back(source, name, partial)
             if check is not None:
                 check(partial)
@@ -65,7 +65,7 @@ def _read_back(source: Checkpoint, name: str, folder: Path) -> None:
     ours, theirs = (model.model_dump(exclude=set(training)) for model in (source.config, config))
     if ours != theirs or (source.config.moe and source.config.moe.top_k) != (config.moe and config.moe.top_k):
         raise InputError(f"{name} does not hold {source.path} as it is: {ours} became {theirs}; nothing was kept")
-    for tensor, array in unpack(find(folder, open_tensors(folder), family, config), config):
+    for tensor, array in unpack(find(folder, open_tensors(folder), family, config), config).items():
         if not np.array_equal(array, source.weights[tensor]):
             raise InputError(f"{tensor} came back from {folder} changed; the disk may be faulty; nothing was kept")
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
-from mlx_moe.hub.tensor_files import DTYPES, StoredTensor
-from mlx_moe.parameters import Arrays, table
+from mlx_moe.parameters import Weights, table
+from mlx_moe.tensor_files import DTYPES, StoredTensor, StoredWeights
 
 FAMILIES = ("llama", "mistral", "mixtral", "gpt2")
 PREFIXES = {"llama": "model.", "mistral": "model.", "mixtral": "model.", "gpt2": ""}  # as mlx-lm reads them
@@ -47,7 +47,7 @@ class Holder:
         first += sum(shapes[part][0] for part in self.parts[1:])
         return (first, *rest)[::-1] if self.transposed else (first, *rest)
 
-    def pack(self, weights: Arrays) -> NDArray[np.float32]:
+    def pack(self, weights: Weights) -> NDArray[np.float32]:
         """The tensor, a view where it can be."""
         parts = [weights[part] if self.expert is None else weights[part][self.expert] for part in self.parts]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -122,18 +122,26 @@ def find(
     return found
 
 
-def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Our tensors, by name, one at a time."""
+def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> StoredWeights:
+    """Our tensors, by name; views of the file where one holds just that."""
     shapes = {parameter.name: parameter.shape for parameter in table(config)}
     holders: dict[str, list[tuple[Holder, StoredTensor]]] = {name: [] for name in shapes}
     for holder, stored in found:
         for part in holder.parts:
             holders[part].append((holder, stored))
-    for name, shape in shapes.items():
-        array = np.empty(shape, np.float32)
-        for holder, stored in holders[name]:
-            target = array if holder.expert is None else array[holder.expert]
-            start = sum(shapes[part][0] for part in holder.parts[: holder.parts.index(name)])
-            whole = stored.read().T if holder.transposed else stored.read()
-            target[...] = whole[start : start + len(target)]
-        yield name, array
+
+    def part_of(name: str, holder: Holder, stored: StoredTensor) -> NDArray[np.float32]:
+        whole = stored.read().T if holder.transposed else stored.read()
+        start = sum(shapes[part][0] for part in holder.parts[: holder.parts.index(name)])
+        return whole[start : start + shapes[name][0]] if len(holder.parts) > 1 else whole
+
+    def read(name: str) -> NDArray[np.float32]:
+        first, *others = holders[name]
+        if first[0].expert is None:
+            return part_of(name, *first)
+        experts = np.empty(shapes[name], np.float32)
+        for holder, stored in (first, *others):
+            experts[holder.expert] = part_of(name, holder, stored)
+        return experts
+
+    return StoredWeights(shapes, read)
