@@ -79,6 +79,11 @@ def table(config: ModelConfig) -> list[Parameter]:
     return list(_table(config))
 
 
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by name, in the order of the table."""
+    return {parameter.name: parameter.shape for parameter in table(config)}
+
+
 def initialize(config: ModelConfig, seed: int) -> Arrays:
     """Initial weights, the same for every backend: a pure function of (config, seed).
 

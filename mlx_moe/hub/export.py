@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from mlx_moe.hub import formats
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, layout, unpack
 from mlx_moe.hub.models import ORIGIN
-from mlx_moe.parameters import table
-from mlx_moe.tensor_files import SHARD_BYTES, open_tensors, write_tensors
+from mlx_moe.parameters import shapes
+from mlx_moe.tensor_files import SHARD_BYTES, StoredWeights, open_tensors, write_tensors
 from mlx_moe.training.checkpoint import Checkpoint
 from mlx_moe.training.files import make_folder, replacing
 from mlx_moe.validation import read_mapping
@@ -40,7 +41,6 @@ def export(
     if out.exists():
         raise InputError(f"{out} exists already; name a folder that does not")
     holders = {holder.name: holder for holder in layout(name, source.config)}
-    shapes = {parameter.name: parameter.shape for parameter in table(source.config)}
     try:
         make_folder(out.parent)
         with replacing(out) as partial:
@@ -48,8 +48,10 @@ def export(
             special_tokens = _write_tokenizer(source, partial)
             _write_json(formats.to_json(source.config, name, special_tokens), partial / "config.json")
             (partial / "README.md").write_text(_card(source, name), encoding="utf-8")
-            theirs = {name: holder.shape(shapes) for name, holder in holders.items()}
-            write_tensors(partial, theirs, lambda name: [holders[name].pack(source.weights)], shard_bytes)
+            theirs = {name: holder.shape(shapes(source.config)) for name, holder in holders.items()}
+            # One tensor of ours holds the experts of many of theirs.
+            weights = StoredWeights(source.weights, lru_cache(1)(source.weights.__getitem__))
+            write_tensors(partial, theirs, lambda name: [holders[name].pack(weights)], shard_bytes)
             _read_back(source, name, partial)
             if check is not None:
                 check(partial)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Weights, table
+from mlx_moe.parameters import Weights, shapes, table
 from mlx_moe.tensor_files import DTYPES, StoredTensor, StoredWeights
 
 FAMILIES = ("llama", "mistral", "mixtral", "gpt2")
@@ -94,7 +94,7 @@ def find(
 
     Raises InputError where one is missing, has another shape or an unknown dtype, or where one more is there.
     """
-    shapes = {parameter.name: parameter.shape for parameter in table(config)}
+    expected = shapes(config)
     left, found = dict(tensors), []
     for holder in layout(family, config):
         bare = holder.name.removeprefix(PREFIXES[family])
@@ -102,7 +102,7 @@ def find(
         name = next((name for name in spellings if name in left), None)
         if name is None:
             raise InputError(f"{folder}: tensor {holder.name} is missing, which its config asks for")
-        stored, shape = left.pop(name), holder.shape(shapes)
+        stored, shape = left.pop(name), holder.shape(expected)
         if stored.shape != shape:
             raise InputError(f"{folder}: {name} has shape {stored.shape}, its config asks for {shape}")
         if stored.dtype not in DTYPES:
@@ -124,24 +124,24 @@ def find(
 
 def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> StoredWeights:
     """Our tensors, by name; views of the file where one holds just that."""
-    shapes = {parameter.name: parameter.shape for parameter in table(config)}
-    holders: dict[str, list[tuple[Holder, StoredTensor]]] = {name: [] for name in shapes}
+    expected = shapes(config)
+    holders: dict[str, list[tuple[Holder, StoredTensor]]] = {name: [] for name in expected}
     for holder, stored in found:
         for part in holder.parts:
             holders[part].append((holder, stored))
 
     def part_of(name: str, holder: Holder, stored: StoredTensor) -> NDArray[np.float32]:
         whole = stored.read().T if holder.transposed else stored.read()
-        start = sum(shapes[part][0] for part in holder.parts[: holder.parts.index(name)])
-        return whole[start : start + shapes[name][0]] if len(holder.parts) > 1 else whole
+        start = sum(expected[part][0] for part in holder.parts[: holder.parts.index(name)])
+        return whole[start : start + expected[name][0]] if len(holder.parts) > 1 else whole
 
     def read(name: str) -> NDArray[np.float32]:
         first, *others = holders[name]
         if first[0].expert is None:
             return part_of(name, *first)
-        experts = np.empty(shapes[name], np.float32)
+        experts = np.empty(expected[name], np.float32)
         for holder, stored in (first, *others):
             experts[holder.expert] = part_of(name, holder, stored)
         return experts
 
-    return StoredWeights(shapes, read)
+    return StoredWeights(expected, read)

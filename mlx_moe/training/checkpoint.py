@@ -25,7 +25,7 @@ from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig
 from mlx_moe.data.tokenizers import copy_tokenizer
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, Weights, table
+from mlx_moe.parameters import Arrays, Weights, shapes
 from mlx_moe.tensor_files import Blocks, StoredTensor, read_header, stored_weights, write_file
 from mlx_moe.training.files import flush, make_folder, remove, replacing, sweep
 from mlx_moe.validation import read_mapping, validate
@@ -101,16 +101,15 @@ def save_blocks(
         make_folder(path.parent)
         with replacing(path) as partial:
             partial.mkdir()
-            shapes = {parameter.name: parameter.shape for parameter in table(config)}
-            hashes = {MODEL: write_file(partial / MODEL, shapes, blocks)}
+            hashes = {MODEL: write_file(partial / MODEL, shapes(config), blocks)}
             if check is not None:
                 with ThreadPoolExecutor(1) as thread:  # the disk need not wait for the check, nor it for the disk
                     flushed = thread.submit(flush, partial / MODEL)
                     check(stored_weights(read_header(partial / MODEL)))
                 flushed.result()
             if optimizer_state is not None:
-                shapes = {name: array.shape for name, array in optimizer_state.items()}
-                hashes[OPTIMIZER] = write_file(partial / OPTIMIZER, shapes, lambda name: [optimizer_state[name]])
+                sizes = {name: array.shape for name, array in optimizer_state.items()}
+                hashes[OPTIMIZER] = write_file(partial / OPTIMIZER, sizes, lambda name: [optimizer_state[name]])
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, partial / "tokenizer")
             configs.save(config, partial / CONFIG)
@@ -284,7 +283,7 @@ def _read(file: Path) -> Arrays:
 
 
 def _check_shapes(path: Path, config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:
-    expected = {parameter.name: parameter.shape for parameter in table(config)}
+    expected = shapes(config)
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(f"checkpoint {path}: tensor {name} is missing")

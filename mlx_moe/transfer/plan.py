@@ -19,7 +19,7 @@ from mlx_moe.config import ModelConfig
 from mlx_moe.parameters import Weights, normal
 from mlx_moe.tensor_files import Blocks, StoredWeights
 
-BLOCK = 1 << 20  # elements
+BLOCK = 1 << 19  # elements; what is taken, padded and scaled on the way takes a few times that
 
 
 @dataclass(frozen=True, eq=False)
