@@ -2,13 +2,13 @@
 
     python benchmarks/transfers.py [MODEL ...] [--backend mlx] [--rounds 3] [--mergekit VENV/bin/mergekit-moe]
 
-A MODEL is a checkpoint or a folder of Hugging Face's; without one, 100 M random parameters. Each round runs every command
-and then copies its output, in turns, and takes the median. Prints a table and JSON. Linux: memory is read from /proc.
+A MODEL is a checkpoint or a folder of Hugging Face's; without one, 100 M random parameters. Each round runs a command
+and copies its output; medians. Prints a line for each and JSON. Linux: memory is read from /proc.
 
 ==========  ==========================================================================================
 transfer    seconds until the file is there, hashed and on the disk, but for the certificate
 certified   seconds of the certificate, which include loading the backend
-command     seconds of all of it
+all         seconds of the command
 memory      the largest resident set, mapped files included; in brackets the part of it that is no file's,
             beyond what the process has once the backend is loaded, over the largest tensor written
 cp, sync    seconds of `cp`, and of the `sync` after it that the transfer has done, too
@@ -107,9 +107,8 @@ def copied(file: Path, copy: Path) -> dict[str, float]:
 def watch(command: list[Any]) -> dict[str, Any]:
     """Seconds, largest resident set and largest part of it that is no file's (bytes), and what a command printed."""
     began = time.perf_counter()
-    with subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as child:
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(list(map(str, command)), stdout=said, stderr=subprocess.STDOUT)
         resident = private = 0
         while child.poll() is None:
             status = Path(f"/proc/{child.pid}/status").read_text()
@@ -117,11 +116,12 @@ def watch(command: list[Any]) -> dict[str, Any]:
             resident = max(resident, sizes.get("VmHWM", 0))
             private = max(private, sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0))
             time.sleep(0.01)
-        assert child.stdout
-        output = child.stdout.read()
+        seconds = time.perf_counter() - began
+        said.seek(0)
+        output = said.read()
     if child.returncode:
         sys.exit(output)
-    return {"command": time.perf_counter() - began, "resident": resident, "private": private, "output": output}
+    return {"all": seconds, "resident": resident, "private": private, "output": output}
 
 
 def compare_with_mergekit(model: Path, ours: Path, scratch: Path, mergekit: Path) -> dict[str, Any]:
@@ -139,11 +139,11 @@ def compare_with_mergekit(model: Path, ours: Path, scratch: Path, mergekit: Path
         found[name] = float(np.abs(torch_ref.library.logits(folder, tokens_BT) - dense_BTV).max())
     found |= {"bytes": sum(file.stat().st_size for file in theirs.glob("*.safetensors"))}
     print(
-        f"mergekit-moe: {found['command']:.1f} s, {found['resident'] / 1e9:.2f} GB resident, "
+        f"mergekit-moe: {found['all']:.1f} s, {found['resident'] / 1e9:.2f} GB resident, "
         f"{found['private'] / 1e9:.2f} GB of it no file's, {found['bytes'] / 1e9:.2f} GB written; "
         f"max |Δlogit| in transformers {found['mergekit']:.1e}, of ours {found['mlxmoe']:.1e}"
     )
-    return found | {"model": str(model), "command": "mergekit-moe", "seconds": found["command"]}
+    return found | {"model": str(model), "command": "mergekit-moe"}
 
 
 def show(row: dict[str, Any]) -> None:
@@ -151,6 +151,7 @@ def show(row: dict[str, Any]) -> None:
         f"{Path(row['model']).name} {row['command']} ({row['backend']}), {row['gigabytes']:.2f} GB: "
         f"transfer {row['transfer']:.1f} s = {row['transfer'] / row['cp']:.2f} x cp = "
         f"{row['transfer'] / (row['cp'] + row['sync']):.2f} x (cp + sync), certified {row['certified']:.1f} s, "
+        f"all {row['all']:.1f} s, "
         f"memory {row['resident'] / 1e9:.2f} GB ({row['beyond']:.2f}), cp {row['cp']:.2f} s, sync {row['sync']:.2f} s",
         flush=True,
     )

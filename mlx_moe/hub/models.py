@@ -57,9 +57,9 @@ def read_model(folder: Path) -> tuple[ModelConfig, Weights]:
 def probe_tokens(source: Checkpoint, n: int) -> Tokens:
     """(n, T + 1) tokens of stories where the model has a tokenizer that knows their words, else random ones.
 
-    Random tokens take a published model to where rounding alone moves its logits by more than 1e-4, and so do long
-    texts (SmolLM2-135M, whose logits reach 42, upcycled, float32: 3e-3 in 1,024 random tokens, 1.4e-4 in 256 of
-    text, under 9e-5 in 64).
+    Random tokens take a published model to where rounding alone moves its logits far, and a certificate says little
+    there; so do long texts (SmolLM2-135M, whose logits reach 42, upcycled, float32: 3e-3 in 1,024 random tokens,
+    1.4e-4 in 256 of text, under 9e-5 in 64).
     """
     random_BT1 = random_probes(source.config, n)[:, : PROBE_TOKENS + 1]
     if source.tokenizer_folder is None:

@@ -103,7 +103,7 @@ class Console:
             [
                 (
                     "max |Δlogit|",
-                    f"{certificate.max_logit_difference:.2e} (limit {certificate.limit_logit_difference:g})",
+                    f"{certificate.max_logit_difference:.2e} (limit {certificate.limit_logit_difference:.2g})",
                 ),
                 *self._floor(certificate),
                 ("per sequence", "  ".join(f"{difference:.1e}" for difference in certificate.logit_differences)),

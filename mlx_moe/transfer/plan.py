@@ -217,15 +217,19 @@ def _take(array: NDArray[Any], wanted: NDArray[np.int64], axis: int) -> NDArray[
     first = int(wanted[0])
     if np.array_equal(wanted, np.arange(first, first + len(wanted))):
         return array[(slice(None),) * axis + (slice(first, first + len(wanted)),)]
-    return np.take(array, wanted, axis)
+    if array.flags.c_contiguous:
+        return np.take(array, wanted, axis)
+    return array[(slice(None),) * axis + (wanted,)]  # np.take would copy the whole first
 
 
 def _take_padded(array: NDArray[Any], rows: NDArray[Any], wanted: NDArray[np.int64], axis: int) -> NDArray[Any]:
     beyond = wanted >= array.shape[axis]
+    if beyond.all():
+        return _take(rows, wanted - array.shape[axis], axis)
     if not beyond.any():
         return _take(array, wanted, axis)
     taken = np.empty((*array.shape[:axis], len(wanted), *array.shape[axis + 1 :]), array.dtype)
     along = (slice(None),) * axis
-    taken[(*along, ~beyond)] = np.take(array, wanted[~beyond], axis)
-    taken[(*along, beyond)] = np.take(rows, wanted[beyond] - array.shape[axis], axis)
+    taken[(*along, ~beyond)] = _take(array, wanted[~beyond], axis)
+    taken[(*along, beyond)] = _take(rows, wanted[beyond] - array.shape[axis], axis)
     return taken

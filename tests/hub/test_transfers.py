@@ -128,7 +128,7 @@ def test_the_floor_of_rounding_is_small_but_not_zero(backend):
 
 
 def test_no_tensor_is_in_memory_as_a_whole_more_than_once(tmp_path):
-    """Beyond what is mapped, 1.3 times the largest, padded and scaled."""
+    """Padded and scaled on the way, beyond what is mapped."""
     config = small_model("llama", vocab_size=64, d_model=320, n_layers=1, d_ff=1280, moe={"n_experts": 8})
     source = checkpoint.Checkpoint(tmp_path, config, TrainerState(2, 0, "torch"), initialize(config, 0))
     checkpoint.save(tmp_path / "source", config, source.state, source.weights, None)
@@ -142,7 +142,7 @@ def test_no_tensor_is_in_memory_as_a_whole_more_than_once(tmp_path):
     finally:
         tracemalloc.stop()
     assert largest > 30e6
-    assert peak < 1.3 * largest
+    assert peak < largest
 
 
 def test_what_changes_the_model_is_not_kept(tmp_path, backend):
