@@ -8,7 +8,7 @@ safetensors file.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -20,6 +20,7 @@ from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 
 Arrays = dict[str, NDArray[np.float32]]
+Weights = Mapping[str, NDArray[np.float32]]  # in memory, or fetched from a file when asked for
 
 
 class Axis(Enum):
@@ -77,6 +78,11 @@ MOMENTS = {"muon": ("m",), "adamw": ("m", "v")}
 def table(config: ModelConfig) -> list[Parameter]:
     """All parameters of a model, in the order of the forward pass."""
     return list(_table(config))
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by name, in the order of the table."""
+    return {parameter.name: parameter.shape for parameter in table(config)}
 
 
 def initialize(config: ModelConfig, seed: int) -> Arrays:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
-from mlx_moe.hub.tensor_files import DTYPES, StoredTensor
-from mlx_moe.parameters import Arrays, table
+from mlx_moe.parameters import Weights, shapes, table
+from mlx_moe.tensor_files import DTYPES, StoredTensor, StoredWeights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "gpt2")
 PREFIXES = {family: "" if family == "gpt2" else "model." for family in FAMILIES}  # as mlx-lm reads them
@@ -75,7 +75,7 @@ class Holder:
         view: NDArray[np.float32] = (whole.T if self.transposed else whole)[along]
         return view
 
-    def pack(self, weights: Arrays) -> NDArray[np.float32]:
+    def pack(self, weights: Weights) -> NDArray[np.float32]:
         """The tensor, a view where it can be."""
         parts = [weights[part] if self.expert is None else weights[part][self.expert] for part in self.parts]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
@@ -129,7 +129,7 @@ def find(
 
     Raises InputError where one is missing, has another shape or an unknown dtype, or where one more is there.
     """
-    shapes = {parameter.name: parameter.shape for parameter in table(config)}
+    expected = shapes(config)
     left, found = dict(tensors), []
     for holder in layout(family, config):
         bare = holder.name.removeprefix(PREFIXES[family])
@@ -137,7 +137,7 @@ def find(
         name = next((name for name in spellings if name in left), None)
         if name is None:
             raise InputError(f"{folder}: tensor {holder.name} is missing, which its config asks for")
-        stored, shape = left.pop(name), holder.shape(shapes)
+        stored, shape = left.pop(name), holder.shape(expected)
         if stored.shape != shape:
             raise InputError(f"{folder}: {name} has shape {stored.shape}, its config asks for {shape}")
         if stored.dtype not in DTYPES:
@@ -157,16 +157,21 @@ def find(
     return found
 
 
-def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Our tensors, by name, one at a time."""
-    shapes = {parameter.name: parameter.shape for parameter in table(config)}
-    holders: dict[str, list[tuple[Holder, StoredTensor]]] = {name: [] for name in shapes}
+def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> StoredWeights:
+    """Our tensors, by name; views of the file where one holds just that."""
+    expected = shapes(config)
+    holders: dict[str, list[tuple[Holder, StoredTensor]]] = {name: [] for name in expected}
     for holder, stored in found:
         for part in holder.parts:
             holders[part].append((holder, stored))
-    for name, shape in shapes.items():
-        array = np.empty(shape, np.float32)
-        for holder, stored in holders[name]:
-            target = array if holder.expert is None else array[holder.expert]
-            target[...] = holder.part(name, stored.read(), shapes)
-        yield name, array
+
+    def read(name: str) -> NDArray[np.float32]:
+        first, *others = holders[name]
+        if first[0].expert is None:
+            return first[0].part(name, first[1].read(), expected)
+        experts = np.empty(expected[name], np.float32)
+        for holder, stored in (first, *others):
+            experts[holder.expert] = holder.part(name, stored.read(), expected)
+        return experts
+
+    return StoredWeights(expected, read)

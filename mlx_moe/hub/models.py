@@ -16,8 +16,8 @@ from mlx_moe.errors import InputError
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, unpack
 from mlx_moe.hub.names import model_name
-from mlx_moe.hub.tensor_files import open_tensors
-from mlx_moe.parameters import Arrays
+from mlx_moe.parameters import Weights
+from mlx_moe.tensor_files import open_tensors
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Backend, Tokens
 from mlx_moe.training.boundary import random_probes, transfer_checkpoint
@@ -47,21 +47,20 @@ def is_model_folder(path: Path) -> bool:
     return (path / checkpoint.CONFIG).is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
 
 
-def read_model(folder: Path) -> tuple[ModelConfig, Arrays]:
+def read_model(folder: Path) -> tuple[ModelConfig, Weights]:
     """The architecture and float32 weights of a model in Hugging Face's folder; InputError where they do not fit."""
     if not folder.is_dir():
         raise InputError(f"no model at {folder}: there is no such folder")
     family, config = read_config(folder)
-    found = find(folder, open_tensors(folder), family, config)
-    return config, dict(unpack(found, config))
+    return config, unpack(find(folder, open_tensors(folder), family, config), config)
 
 
 def probe_tokens(source: Checkpoint, n: int) -> Tokens:
     """(n, T + 1) tokens of stories where the model has a tokenizer that knows their words, else random ones.
 
-    Random tokens take a published model to where rounding alone moves its logits by more than 1e-4, and so do long
-    texts (SmolLM2-135M, whose logits reach 42, upcycled, float32: 3e-3 in 1,024 random tokens, 1.4e-4 in 256 of
-    text, under 9e-5 in 64).
+    Random tokens take a published model to where rounding alone moves its logits far, and a certificate says little
+    there; so do long texts (SmolLM2-135M, whose logits reach 42, upcycled, float32: 3e-3 in 1,024 random tokens,
+    1.4e-4 in 256 of text, under 9e-5 in 64).
     """
     random_BT1 = random_probes(source.config, n)[:, : PROBE_TOKENS + 1]
     if source.tokenizer_folder is None:
@@ -107,10 +106,13 @@ def transfer_model(
     console.line(f"backend: {backend.reason}")
     limits = VerificationConfig()
     probes_BT1 = probe_tokens(source, limits.probe_sequences)
-    certificate = transfer_checkpoint(source, made, out, backend, device, limits, allow_lossy, probes_BT1)
-    console.boundary(f"{source.config.display_name} -> {made.target_config.display_name}", certificate)
-    if not certificate.passed and not allow_lossy:
+    transfer = transfer_checkpoint(source, made, out, backend, device, limits, allow_lossy, probes_BT1)
+    console.boundary(f"{source.config.display_name} -> {made.target_config.display_name}", transfer.certificate)
+    if not transfer.certificate.passed and not allow_lossy:
         return False
     console.parameters(count_parameters(made.target_config), made.target_config.display_name)
-    console.line(f"wrote {out}")
+    console.line(
+        f"wrote {out}: {transfer.bytes_written / 1e9:.2f} GB in {transfer.seconds - transfer.seconds_certified:.1f} s, "
+        f"certified in {transfer.seconds_certified:.1f} s"
+    )
     return True

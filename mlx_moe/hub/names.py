@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_moe.data import tokenizers
 from mlx_moe.errors import InputError, one_line
-from mlx_moe.hub.tensor_files import INDEX, open_tensors
+from mlx_moe.tensor_files import INDEX, open_tensors
 
 PATTERNS = ["config.json", "model*.safetensors", INDEX, *tokenizers.FILES]
 

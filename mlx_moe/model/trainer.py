@@ -18,7 +18,7 @@ from mlx_moe.model.distributed import connect
 from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from mlx_moe.model.step import CompiledStep, compile_step, cross_entropy, loads_of, norm_of
 from mlx_moe.model.transformer import Transformer
-from mlx_moe.parameters import Arrays, optimizer_table
+from mlx_moe.parameters import Arrays, Weights, optimizer_table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
@@ -34,7 +34,7 @@ class Trainer:
         self,
         config: ModelConfig,
         optimizer: OptimizerConfig,
-        weights: Arrays | dict[str, mx.array],
+        weights: Weights | dict[str, mx.array],
         device: str = "auto",
         engine: EngineConfig = EngineConfig(),
     ):
