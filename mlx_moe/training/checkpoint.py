@@ -1,8 +1,7 @@
 """Checkpoints: a folder that is there whole or not at all, and that says what it holds.
 
 `config.json` (the model), `model.safetensors`, `optimizer.safetensors` (absent where the optimizer starts fresh),
-`trainer.json` (phase, step) and `manifest.json` (bytes and SHA-256 of each). Written by either backend, read by the
-other.
+`trainer.json` (phase, step) and `manifest.json` (bytes and SHA-256 of each). Either backend reads the other's.
 """
 
 from __future__ import annotations
@@ -43,16 +42,13 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where in a run a checkpoint stands: `step` optimizer steps into `phase` (1, 2 or 3).
-
-    `lineage`: the model of someone else's that it comes from, and what was made of that outside a run, oldest first.
-    """
+    """Where in a run a checkpoint stands: `step` optimizer steps into `phase` (1, 2 or 3)."""
 
     phase: Annotated[int, Field(ge=1, le=3)]
     step: Annotated[int, Field(ge=0)]
     backend: str
     validation_loss: float | None = None
-    lineage: tuple[str, ...] = ()
+    lineage: tuple[str, ...] = ()  # the model of others that it comes from, and what became of that outside a run
 
 
 @dataclass(frozen=True)
