@@ -6,7 +6,8 @@ logits, and with how much of it the model's layers amplify, which no formula in 
 the model before, its sums taken in two orders (`reordering.py`), the floor is max |e₀ − e₁|; across a boundary one sees
 max |e₀ − e₂|. e₂ has the same sources as e₁, a sum or a scale more per tensor, and weights that growth rounded once
 more: at most some three times the variance, so √((1 + 3) / 2) = √2 times the difference is to be expected. Maxima of
-few independent amounts vary: MARGIN allows √2 · 2.8 = 4. A fault shows where it exceeds a few roundings.
+few independent amounts vary: MARGIN allows √2 · 2.8 = 4. Measured: upcycling 0.4 to 0.8, growth 0.7 to 1.6 floors (96
+transfers of small models). A fault shows where it exceeds a few roundings.
 
 B batch, T time, V vocabulary.
 """
