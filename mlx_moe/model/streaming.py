@@ -51,7 +51,8 @@ class StreamedModel:
             x_BTD, routing = self._load(Block, f"layers.{layer}.")(x_BTD, None, experts_NK)
             if routing is not None:
                 routings.append(routing)
-            mx.eval(x_BTD, routings)  # lets go of the layer
+            mx.eval(x_BTD, routings)
+            mx.clear_cache()  # lets go of the layer
         return self._load(Norm, "norm.")(x_BTD), routings
 
     def _head(self) -> mx.array:

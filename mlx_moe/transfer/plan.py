@@ -241,8 +241,7 @@ def _take_padded(array: NDArray[Any], rows: NDArray[Any], wanted: NDArray[np.int
         return _take(rows, wanted - array.shape[axis], axis)
     if not beyond.any():
         return _take(array, wanted, axis)
-    taken = np.empty((*array.shape[:axis], len(wanted), *array.shape[axis + 1 :]), array.dtype)
-    along = (slice(None),) * axis
-    taken[(*along, ~beyond)] = _take(array, wanted[~beyond], axis)
-    taken[(*along, beyond)] = _take(rows, wanted[beyond] - array.shape[axis], axis)
-    return taken
+    order = np.argsort(beyond, kind="stable")
+    inside, outside = np.split(wanted[order], [len(wanted) - np.count_nonzero(beyond)])
+    parts = _take(array, inside, axis), _take(rows, outside - array.shape[axis], axis)
+    return _take(np.concatenate(parts, axis), np.argsort(order), axis)
