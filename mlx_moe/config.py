@@ -48,6 +48,32 @@ class MoEConfig(_Frozen):
         return self
 
 
+class RopeScaling(_Frozen):
+    """Slower rotations, for contexts beyond the original one.
+
+    Those that turn less than `low_freq_factor` times in the original context slow down by `factor`, those that turn
+    more than `high_freq_factor` times do not: Llama 3.1's. Without an original context all do: linear scaling.
+    """
+
+    factor: float = Field(ge=1)
+    original_context_length: int = Field(0, ge=0)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+
+    @property
+    def rope_type(self) -> Literal["linear", "llama3"]:
+        return "llama3" if self.original_context_length else "linear"
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> RopeScaling:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor:g} is not below high_freq_factor {self.high_freq_factor:g}; "
+                "lower it"
+            )
+        return self
+
+
 def _default_d_ff(data: dict[str, Any]) -> int:
     """4 × d_model, or 8/3 × d_model in steps of 32 for the three matrices of SwiGLU (Shazeer 2020)."""
     d_model = data.get("d_model", 1)
@@ -55,7 +81,7 @@ def _default_d_ff(data: dict[str, Any]) -> int:
 
 
 class ModelConfig(_Frozen):
-    """One architecture. `n_kv_heads`, `head_dim` and `d_ff` follow from the rest when left out."""
+    """One architecture. `n_kv_heads`, `head_dim`, `d_ff` and `attention_bias` follow from the rest when left out."""
 
     architecture: str = "simple"
     vocab_size: int = Field(50257, ge=2)
@@ -73,8 +99,13 @@ class ModelConfig(_Frozen):
     d_ff: int = Field(default_factory=_default_d_ff, ge=1)
     position_encoding: _component("position_encoding") = "rope"  # type: ignore[valid-type]
     rope_theta: float = Field(10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False  # RMSNorm over every head's queries and keys, before they are rotated (Qwen3)
     attention_backend: _component("attention_backend") = "sdpa"  # type: ignore[valid-type]
     bias: bool = True
+    attention_bias: Literal["none", "qkv", "qkvo"] = Field(
+        default_factory=lambda data: "qkvo" if data.get("bias", True) else "none"
+    )
     weight_tying: bool = True
     dropout: float = Field(0.0, ge=0, lt=1)
     init_std: float = Field(0.02, gt=0)
@@ -93,13 +124,16 @@ class ModelConfig(_Frozen):
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
         if self.position_encoding == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs, so take an even one")
+        if self.rope_scaling and self.position_encoding != "rope":
+            raise ValueError(f"position_encoding {self.position_encoding} has no rope_scaling; leave that out")
         return self
 
     @property
     def display_name(self) -> str:
         """The architecture in one word, e.g. `12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm`."""
         heads = f"{self.n_heads}H" + (f"{self.n_kv_heads}KV" if self.n_kv_heads != self.n_heads else "")
-        position = {"rope": "RoPE", "learned_absolute": "Learned", "none": "NoPE"}
+        scaling = f"-{self.rope_scaling.rope_type}" if self.rope_scaling else ""
+        position = {"rope": f"RoPE{scaling}", "learned_absolute": "Learned", "none": "NoPE"}
         norm = {"rmsnorm": "RMS", "layernorm": "LN", "layernorm_nobias": "LNnb"}
         activation = {
             "gelu": "GELU",
@@ -116,7 +150,8 @@ class ModelConfig(_Frozen):
         experts = f"-{self.moe.n_experts}E{self.moe.top_k}" if self.moe else ""
         return (
             f"{self.n_layers}L-{heads}-{self.d_model}D-{position.get(self.position_encoding, self.position_encoding)}"
-            f"-{norm.get(self.normalization, self.normalization)}-{ffn}-{self.norm_position.title()}Norm{experts}"
+            f"-{norm.get(self.normalization, self.normalization)}-{ffn}-{self.norm_position.title()}Norm"
+            f"{'-QKNorm' if self.qk_norm else ''}{experts}"
         )
 
 
@@ -172,6 +207,8 @@ class UpcyclePhaseConfig(PhaseConfig, MoEConfig):
     learning_rate: float = Field(1e-4, gt=0)
     router_init: Literal["random", "zero"] = "random"
     router_std: float = Field(0.02, gt=0)
+    noise: float = Field(0.0, ge=0)  # on the copies, relative to each tensor's standard deviation
+    drop: float = Field(0.0, ge=0, le=1)  # the share of its neurons that each expert draws anew
 
     @property
     def moe(self) -> MoEConfig:

@@ -8,7 +8,7 @@ safetensors file.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -20,6 +20,7 @@ from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 
 Arrays = dict[str, NDArray[np.float32]]
+Weights = Mapping[str, NDArray[np.float32]]  # in memory, or fetched from a file when asked for
 
 
 class Axis(Enum):
@@ -34,6 +35,7 @@ class Axis(Enum):
     Q_HEADS_WRITE = "query heads, written"
     KV_HEADS_WRITE = "key-value heads, written"
     Q_HEADS_READ = "query heads, read"
+    HEAD_NORM = "one head, normalised"
     FFN_WRITE = "FFN neurons, written"
     FFN_READ = "FFN neurons, read"
 
@@ -76,6 +78,11 @@ MOMENTS = {"muon": ("m",), "adamw": ("m", "v")}
 def table(config: ModelConfig) -> list[Parameter]:
     """All parameters of a model, in the order of the forward pass."""
     return list(_table(config))
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by name, in the order of the table."""
+    return {parameter.name: parameter.shape for parameter in table(config)}
 
 
 def initialize(config: ModelConfig, seed: int) -> Arrays:
@@ -157,11 +164,16 @@ def _block(config: ModelConfig, prefix: str) -> Iterator[Parameter]:
     q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     yield from _norm(config, f"{prefix}input_layernorm")
     attention = f"{prefix}self_attn."
-    yield from _linear(config, f"{attention}q_proj", (q_width, D), (Axis.Q_HEADS_WRITE, Axis.RESIDUAL_READ))
+    qkv_bias, o_bias = config.attention_bias != "none", config.attention_bias == "qkvo"
+    axes = (Axis.Q_HEADS_WRITE, Axis.RESIDUAL_READ)
+    yield from _linear(f"{attention}q_proj", (q_width, D), axes, qkv_bias)
     for projection in ("k_proj", "v_proj"):
         axes = (Axis.KV_HEADS_WRITE, Axis.RESIDUAL_READ)
-        yield from _linear(config, f"{attention}{projection}", (kv_width, D), axes)
-    yield from _linear(config, f"{attention}o_proj", (D, q_width), (Axis.RESIDUAL_WRITE, Axis.Q_HEADS_READ))
+        yield from _linear(f"{attention}{projection}", (kv_width, D), axes, qkv_bias)
+    if config.qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            yield Parameter(f"{attention}{norm}.weight", (config.head_dim,), (Axis.HEAD_NORM,), "ones")
+    yield from _linear(f"{attention}o_proj", (D, q_width), (Axis.RESIDUAL_WRITE, Axis.Q_HEADS_READ), o_bias)
     yield from _norm(config, f"{prefix}post_attention_layernorm")
     experts: tuple[int, ...] = ()
     mlp = f"{prefix}mlp."
@@ -172,8 +184,8 @@ def _block(config: ModelConfig, prefix: str) -> Iterator[Parameter]:
         mlp = f"{mlp}experts."
     for projection in FFN_INPUTS[config.ffn_type]:
         axes = (Axis.FFN_WRITE, Axis.RESIDUAL_READ)
-        yield from _linear(config, f"{mlp}{projection}", (F, D), axes, experts)
-    yield from _linear(config, f"{mlp}down_proj", (D, F), (Axis.RESIDUAL_WRITE, Axis.FFN_READ), experts)
+        yield from _linear(f"{mlp}{projection}", (F, D), axes, config.bias, experts)
+    yield from _linear(f"{mlp}down_proj", (D, F), (Axis.RESIDUAL_WRITE, Axis.FFN_READ), config.bias, experts)
 
 
 NORMS_WITH_BIAS = {"layernorm"}
@@ -189,14 +201,14 @@ def _norm(config: ModelConfig, name: str) -> Iterator[Parameter]:
 
 
 def _linear(
-    config: ModelConfig,
     name: str,
     shape: tuple[int, int],
     axes: tuple[Axis, Axis],
+    bias: bool,
     experts: tuple[int, ...] = (),
 ) -> Iterator[Parameter]:
     leading = (Axis.EXPERT,) * len(experts)
     start: Literal["normal", "residual"] = "residual" if axes[0] is Axis.RESIDUAL_WRITE else "normal"
     yield Parameter(f"{name}.weight", experts + shape, leading + axes, start)
-    if config.bias:
+    if bias:
         yield Parameter(f"{name}.bias", experts + shape[:1], leading + axes[:1], "zeros")

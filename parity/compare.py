@@ -12,7 +12,7 @@ from mlx_moe.accounting import count_parameters
 from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, VerificationConfig
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import is_model_folder, open_model
-from mlx_moe.parameters import Arrays, initialize, normal
+from mlx_moe.parameters import Arrays, Weights, initialize, normal
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Tokens, Trainer, choose_backend
@@ -69,7 +69,7 @@ class Pair:
     torch: Trainer
 
     @staticmethod
-    def build(config: ModelConfig, weights: Arrays) -> Pair:
+    def build(config: ModelConfig, weights: Weights) -> Pair:
         """Raises InputError where a backend is not installed. On CPU both compute in full float32."""
         trainers = [
             choose_backend(name).trainer(config, OptimizerConfig(), weights, "cpu") for name in ("mlx", "torch")
@@ -168,7 +168,7 @@ def truth_tokens(config: ModelConfig, seed: int) -> Tokens:
 def _compare(
     subject: str,
     pair: Pair,
-    weights: Arrays,
+    weights: Weights,
     seed: int,
     boundary: tuple[Pair, Pair] | None = None,
     slack: float = 1.0,

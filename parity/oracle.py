@@ -84,7 +84,7 @@ class Oracle:
         if kind in ("embed_tokens", "embed_positions"):
             output = self._weights[f"{name}.weight"][x]
         elif kind.endswith("norm"):
-            output = self._norm(name, x)
+            output = self._norm(name, x, kind in ("q_norm", "k_norm") or self.config.normalization == "rmsnorm")
         elif kind == "self_attn":
             output = self._attention(name, x)
         elif kind == "mlp":
@@ -104,9 +104,9 @@ class Oracle:
         bias = self._weights.get(f"{name}.bias")
         return y if bias is None else y + bias[part]
 
-    def _norm(self, name: str, x: Array) -> Array:
+    def _norm(self, name: str, x: Array, is_rms: bool) -> Array:
         """LayerNorm (Ba et al. 2016), or RMSNorm (Zhang & Sennrich 2019), which has no mean and no bias."""
-        if self.config.normalization != "rmsnorm":
+        if not is_rms:
             x = x - _mean(x)
         y = x / np.sqrt(_mean(x * x) + self.config.norm_eps) * self._weights[f"{name}.weight"]
         bias = self._weights.get(f"{name}.bias")
@@ -118,6 +118,8 @@ class Oracle:
             self.module(f"{name}.{letter}_proj", x_BTD).reshape(n_batch, n_time, -1, config.head_dim).swapaxes(1, 2)
             for letter in "qkv"
         )
+        if config.qk_norm:
+            q_BHTd, k_BGTd = self.module(f"{name}.q_norm", q_BHTd), self.module(f"{name}.k_norm", k_BGTd)
         if config.position_encoding == "rope":
             q_BHTd, k_BGTd = self._rotate(q_BHTd), self._rotate(k_BGTd)
         out_BHTd = np.empty_like(q_BHTd)
@@ -131,7 +133,7 @@ class Oracle:
     def _rotate(self, x_BHTd: Array) -> Array:
         """Rotary positions (Su et al. 2021), coordinate i paired with i + d/2."""
         half = self.config.head_dim // 2
-        frequencies = (self.config.rope_theta ** -(np.arange(half) / half)).astype(self._dtype)
+        frequencies = _scaled(self.config, self.config.rope_theta ** -(np.arange(half) / half)).astype(self._dtype)
         angles = np.arange(x_BHTd.shape[2], dtype=self._dtype)[:, None] * frequencies
         cos, sin = np.cos(angles), np.sin(angles)
         first, second = x_BHTd[..., :half], x_BHTd[..., half:]
@@ -186,6 +188,24 @@ def through(
 def best_experts(router_logits: Array, k: int) -> NDArray[np.int64]:
     """The k experts (…, K) by falling logit, ties to the lower index."""
     return np.argsort(-router_logits, axis=-1, kind="stable")[..., :k]
+
+
+def _scaled(config: ModelConfig, frequencies: Array) -> Array:
+    """As Llama 3.1's `apply_scaling` has it, by wavelengths in positions; without an original context, all slowed."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    context, low, high = scaling.original_context_length, scaling.low_freq_factor, scaling.high_freq_factor
+    slowed = []
+    for frequency in frequencies:
+        wavelength = 2 * math.pi / frequency
+        if wavelength > context / low:
+            frequency /= scaling.factor
+        elif wavelength >= context / high:
+            smooth = (context / wavelength - low) / (high - low)
+            frequency *= (1 - smooth) / scaling.factor + smooth
+        slowed.append(frequency)
+    return np.array(slowed)
 
 
 def _mean(x: Array) -> Array:

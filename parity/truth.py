@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.parameters import Arrays
+from mlx_moe.parameters import Weights
 from mlx_moe.training.backend import Tokens, Trainer
 from parity.oracle import Array, Call, Oracle, best_experts, through
 
@@ -98,7 +98,7 @@ class Measurement:
 class Truth:
     """What a model should compute on these tokens (B, T), module by module."""
 
-    def __init__(self, config: ModelConfig, weights: Arrays, tokens_BT: Tokens):
+    def __init__(self, config: ModelConfig, weights: Weights, tokens_BT: Tokens):
         self.config, self.tokens_BT = config, tokens_BT
         exact, plain = Oracle(config, weights), Oracle(config, weights, np.float32)
         self._trace = exact(tokens_BT)

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.rotations import rotation_frequencies
 from torch_ref.layers import Linear
+
+Frequencies = tuple[float, ...]  # radians per position of every pair of a head's coordinates
 
 
 class KVCache:
@@ -36,35 +39,33 @@ class KVCache:
         return self._keys, self._values
 
 
-def rope(x_BHTd: Tensor, offset: int, theta: float) -> Tensor:
+def rope(x_BHTd: Tensor, offset: int, frequencies_h: Frequencies) -> Tensor:
     """Rotary positions (Su et al. 2021), the halves of a head paired as in Llama."""
-    n_tokens, head_dim = x_BHTd.shape[-2:]
-    cos_Th, sin_Th = _rotations(offset, n_tokens, head_dim, theta, x_BHTd.device)
+    cos_Th, sin_Th = _rotations(offset, x_BHTd.shape[-2], frequencies_h, x_BHTd.device)
     first_BHTh, second_BHTh = x_BHTd.float().chunk(2, dim=-1)
     rotated = (first_BHTh * cos_Th - second_BHTh * sin_Th, second_BHTh * cos_Th + first_BHTh * sin_Th)
     return torch.cat(rotated, dim=-1).to(x_BHTd.dtype)
 
 
 @torch.compiler.assume_constant_result
-def _rotations(offset: int, n_tokens: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _rotation_table(offset, n_tokens, head_dim, theta, device)
+def _rotations(offset: int, n_tokens: int, frequencies_h: Frequencies, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _rotation_table(offset, n_tokens, frequencies_h, device)
 
 
 @lru_cache(maxsize=8)
 def _rotation_table(
-    offset: int, n_tokens: int, head_dim: int, theta: float, device: torch.device
+    offset: int, n_tokens: int, frequencies_h: Frequencies, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     positions_T = torch.arange(offset, offset + n_tokens, device=device, dtype=torch.float64)
-    frequencies_h = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
-    angles_Th = positions_T[:, None] * frequencies_h
+    angles_Th = positions_T[:, None] * torch.tensor(frequencies_h, device=device, dtype=torch.float64)
     return angles_Th.cos().float(), angles_Th.sin().float()
 
 
-def unrotated(x_BHTd: Tensor, offset: int, theta: float) -> Tensor:
+def unrotated(x_BHTd: Tensor, offset: int, frequencies_h: Frequencies) -> Tensor:
     return x_BHTd
 
 
-POSITION_ENCODINGS: dict[str, Callable[[Tensor, int, float], Tensor]] = {
+POSITION_ENCODINGS: dict[str, Callable[[Tensor, int, Frequencies], Tensor]] = {
     "learned_absolute": unrotated,  # added to the embeddings
     "rope": rope,
     "none": unrotated,
@@ -105,19 +106,25 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = Linear(config.d_model, q_width, config.bias)
-        self.k_proj = Linear(config.d_model, kv_width, config.bias)
-        self.v_proj = Linear(config.d_model, kv_width, config.bias)
-        self.o_proj = Linear(q_width, config.d_model, config.bias)
+        qkv_bias, o_bias = config.attention_bias != "none", config.attention_bias == "qkvo"
+        self.q_proj = Linear(config.d_model, q_width, qkv_bias)
+        self.k_proj = Linear(config.d_model, kv_width, qkv_bias)
+        self.v_proj = Linear(config.d_model, kv_width, qkv_bias)
+        self.o_proj = Linear(q_width, config.d_model, o_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self._head_dim = config.head_dim
-        self._theta = config.rope_theta
+        self._frequencies_h = tuple(rotation_frequencies(config).tolist())
         self._rotate = POSITION_ENCODINGS[config.position_encoding]
         self._attend = ATTENTION_BACKENDS[config.attention_backend]
 
     def forward(self, x_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
         offset = cache.length if cache else 0
-        q_BHTd = self._rotate(self._split_heads(self.q_proj(x_BTD)), offset, self._theta)
-        k_BGSd = self._rotate(self._split_heads(self.k_proj(x_BTD)), offset, self._theta)
+        q_BHTd, k_BGSd = self._split_heads(self.q_proj(x_BTD)), self._split_heads(self.k_proj(x_BTD))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHTd, k_BGSd = _normalized(self.q_norm, q_BHTd), _normalized(self.k_norm, k_BGSd)
+        q_BHTd = self._rotate(q_BHTd, offset, self._frequencies_h)
+        k_BGSd = self._rotate(k_BGSd, offset, self._frequencies_h)
         v_BGSd = self._split_heads(self.v_proj(x_BTD))
         if cache:
             k_BGSd, v_BGSd = cache.extend(k_BGSd, v_BGSd)
@@ -126,3 +133,9 @@ class Attention(nn.Module):
 
     def _split_heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+
+
+def _normalized(norm: nn.RMSNorm, x_BHTd: Tensor) -> Tensor:
+    """In float32, like every norm."""
+    normed_BHTd: Tensor = norm(x_BHTd.float())
+    return normed_BHTd.to(x_BHTd.dtype)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, optimizer_table
+from mlx_moe.parameters import Arrays, Weights, optimizer_table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
@@ -39,7 +39,7 @@ class Trainer:
         self,
         config: ModelConfig,
         optimizer: OptimizerConfig,
-        weights: Arrays | dict[str, Tensor],
+        weights: Weights | dict[str, Tensor],
         device: str = "auto",
         engine: EngineConfig = EngineConfig(),
     ):
@@ -241,9 +241,11 @@ class Decoder:
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
-    """The target tensor, by PyTorch; it shares no memory with the source. The plan computes pads, once for both."""
+    """The target tensor, by PyTorch; it shares no memory with the source. Pads and draws are the plan's."""
     if plan.source is None:
         return torch.from_numpy(plan.fresh())
+    if plan.draw is not None:
+        return torch.from_numpy(plan.draw.experts(source[plan.source].cpu().numpy()))
     tensor = source[plan.source][None] if plan.new_axis else source[plan.source]
     if plan.pad is not None:
         rows = torch.tensor(plan.pad.rows(tensor.cpu().numpy()), device=tensor.device)

@@ -72,7 +72,9 @@ def flops_per_token(config: ModelConfig) -> Flops:
     norms = (2 * config.n_layers + 1) * NORMALIZATION[config.normalization] * D
     rotations = ROTATION * (Q + G) if config.position_encoding == "rope" else 0
     neurons = ffns_per_token * F * (ACTIVATION[config.activation] + (config.ffn_type == "swiglu"))
-    biases = (Q + 2 * G + D + ffns_per_token * (n_inputs * F + D)) if config.bias else 0
+    head_norms = NORMALIZATION["rmsnorm"] * (Q + G) if config.qk_norm else 0
+    biases = {"none": 0, "qkv": Q + 2 * G, "qkvo": Q + 2 * G + D}[config.attention_bias]
+    biases += ffns_per_token * (n_inputs * F + D) if config.bias else 0
     softmaxes = SOFTMAX * (config.n_heads * T + n_experts)
     residual = 2 * D + (2 * ffns_per_token * D if config.moe else 0)  # gates weigh and sum the experts' outputs
     return Flops(
@@ -82,7 +84,7 @@ def flops_per_token(config: ModelConfig) -> Flops:
         ffn=config.n_layers * ffns_per_token * 2 * (n_inputs + 1) * D * F,
         head=2 * D * config.vocab_size,
         elementwise=norms
-        + config.n_layers * (rotations + neurons + biases + softmaxes + residual)
+        + config.n_layers * (head_norms + rotations + neurons + biases + softmaxes + residual)
         + SOFTMAX * config.vocab_size,
     )
 

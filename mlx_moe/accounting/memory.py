@@ -172,6 +172,8 @@ class _Block:
         norms = 0
         if on_mlx_cpu or (backend, device, config.normalization) == ("torch", "cpu", "rmsnorm"):
             norms = 2 * N * D * FLOAT  # the normalised rows; GPUs have kernels that compute them again
+        if config.qk_norm:  # what the norms of heads read, and the same
+            norms += N * (Q + G) * FLOAT * (2 if device == "cpu" else 1)
         experts = 0
         if config.moe:
             gathered_and_scattered = 2 * (R if backend == "mlx" else assignments) * D * half

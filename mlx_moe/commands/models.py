@@ -22,23 +22,29 @@ def upcycle(
     experts: Annotated[int, typer.Option(min=1, help="Experts in every layer.")] = 8,
     top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
     router: Annotated[str, typer.Option(help="random or zero.")] = "random",
+    noise: Annotated[float, typer.Option(help="On each expert, relative to a tensor's std; lossy.")] = 0.0,
+    drop: Annotated[float, typer.Option(help="Share of its neurons that each expert draws anew; lossy.")] = 0.0,
     seed: int = 0,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     allow_lossy: AllowLossy = False,
 ) -> None:
-    """Turn a dense checkpoint into a mixture of experts that computes the same."""
+    """Turn a dense checkpoint into a mixture of experts that computes the same, unless noise or drop is asked for."""
     from mlx_moe.config import UpcyclePhaseConfig
-    from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING, plan_upcycling
+    from mlx_moe.transfer.upcycling import LOSSY_METHOD, ZERO_ROUTER_WARNING, plan_upcycling
     from mlx_moe.validation import validate
 
-    moe = validate(UpcyclePhaseConfig, {"n_experts": experts, "top_k": top_k, "router_init": router})
+    options = {"n_experts": experts, "top_k": top_k, "router_init": router, "noise": noise, "drop": drop}
+    moe = validate(UpcyclePhaseConfig, options)
+    is_lossy = bool(noise or drop)
     if router == "zero":
         typer.echo(f"warning: {ZERO_ROUTER_WARNING}", err=True)
     _transfer(
-        checkpoint, out, backend, device, allow_lossy,
-        lambda model: plan_upcycling(model, moe.moe, moe.router_init, moe.router_std, seed),
+        checkpoint, out, backend, device, allow_lossy or is_lossy,
+        lambda model: plan_upcycling(model, moe.moe, moe.router_init, moe.router_std, seed, noise, drop),
     )  # fmt: skip
+    if is_lossy:
+        typer.echo(LOSSY_METHOD)
 
 
 def grow(
@@ -99,12 +105,14 @@ def generate(
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.", show_default=False)], out: OutArgument
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a name on the hub.", show_default=False)],
+    out: OutArgument,
 ) -> None:
-    """Turn a Hugging Face model (Llama, Mistral, Mixtral, GPT-2) into a checkpoint."""
+    """Turn a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, GPT-2) into a checkpoint."""
     from mlx_moe.hub.models import import_model
+    from mlx_moe.hub.names import find_model
 
-    import_model(folder, out)
+    import_model(find_model(model), out)
 
 
 def _transfer(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from mlx_moe.hub import formats
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, layout, unpack
 from mlx_moe.hub.models import ORIGIN
-from mlx_moe.hub.tensor_files import SHARD_BYTES, open_tensors, write_tensors
-from mlx_moe.parameters import table
+from mlx_moe.parameters import shapes
+from mlx_moe.tensor_files import SHARD_BYTES, StoredWeights, open_tensors, write_tensors
 from mlx_moe.training.checkpoint import Checkpoint
 from mlx_moe.training.files import make_folder, replacing
 from mlx_moe.validation import read_mapping
@@ -39,8 +41,8 @@ def export(
     name = formats.choose_format(source.config, requested)
     if out.exists():
         raise InputError(f"{out} exists already; name a folder that does not")
+    source = _held_as(source, name)
     holders = {holder.name: holder for holder in layout(name, source.config)}
-    shapes = {parameter.name: parameter.shape for parameter in table(source.config)}
     try:
         make_folder(out.parent)
         with replacing(out) as partial:
@@ -48,14 +50,27 @@ def export(
             special_tokens = _write_tokenizer(source, partial)
             _write_json(formats.to_json(source.config, name, special_tokens), partial / "config.json")
             (partial / "README.md").write_text(_card(source, name), encoding="utf-8")
-            theirs = {name: holder.shape(shapes) for name, holder in holders.items()}
-            write_tensors(partial, theirs, lambda name: holders[name].pack(source.weights), shard_bytes)
+            theirs = {name: holder.shape(shapes(source.config)) for name, holder in holders.items()}
+            # One tensor of ours holds the experts of many of theirs.
+            weights = StoredWeights(source.weights, lru_cache(1)(source.weights.__getitem__))
+            write_tensors(partial, theirs, lambda name: [holders[name].pack(weights)], shard_bytes)
             _read_back(source, name, partial)
             if check is not None:
                 check(partial)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}; nothing of it was kept") from None
     return name
+
+
+def _held_as(source: Checkpoint, name: str) -> Checkpoint:
+    """The same model as the format spells it: tensors that only the format knows are zeros."""
+    config = formats.held_as(source.config, name)
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes(config).items() if name not in source.weights}
+    if not zeros:
+        return source
+    names = [*source.weights, *zeros]
+    weights = StoredWeights(names, lambda name: zeros[name] if name in zeros else source.weights[name])
+    return replace(source, config=config, weights=weights)
 
 
 def _read_back(source: Checkpoint, name: str, folder: Path) -> None:
@@ -65,7 +80,7 @@ def _read_back(source: Checkpoint, name: str, folder: Path) -> None:
     ours, theirs = (model.model_dump(exclude=set(training)) for model in (source.config, config))
     if ours != theirs or (source.config.moe and source.config.moe.top_k) != (config.moe and config.moe.top_k):
         raise InputError(f"{name} does not hold {source.path} as it is: {ours} became {theirs}; nothing was kept")
-    for tensor, array in unpack(find(folder, open_tensors(folder), family, config), config):
+    for tensor, array in unpack(find(folder, open_tensors(folder), family, config), config).items():
         if not np.array_equal(array, source.weights[tensor]):
             raise InputError(f"{tensor} came back from {folder} changed; the disk may be faulty; nothing was kept")
 
@@ -95,10 +110,12 @@ def _card(source: Checkpoint, name: str) -> str:
         "" if state.validation_loss is None else f"| validation loss | {state.validation_loss:.4f} nats per token |\n"
     )
     experts = f"| experts | {config.moe.n_experts} per layer, {config.moe.top_k} per token |\n" if config.moe else ""
+    lineage = f"| lineage | {', '.join(state.lineage)} |\n" if state.lineage else ""
+    base_model = f"base_model: {state.lineage[0]}\n" if state.lineage and "/" in state.lineage[0] else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [mlx, mlxmoe]
+{base_model}tags: [mlx, mlxmoe]
 ---
 
 # {config.display_name}
@@ -110,7 +127,7 @@ tags: [mlx, mlxmoe]
 {experts}| context | {config.context_length:,} tokens |
 | source checkpoint | {source.path.resolve().name} |
 | made | {made} |
-{loss}| exported | with mlxmoe {version("mlxmoe")}, float32 |
+{lineage}{loss}| exported | with mlxmoe {version("mlxmoe")}, float32 |
 
 ```python
 from transformers import AutoModelForCausalLM

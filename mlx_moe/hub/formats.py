@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
-from mlx_moe.hub.config_in import CLASSES
+from mlx_moe.hub.config_in import CLASSES, SWITCHED_WINDOWS
+from mlx_moe.hub.rope_keys import write_rope
 
-FORMATS = ("llama", "mixtral", "gpt2")
+FORMATS = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "gpt2")
 
 
 def choose_format(config: ModelConfig, requested: str) -> str:
@@ -24,7 +26,8 @@ def choose_format(config: ModelConfig, requested: str) -> str:
         return fitting[0]
     if requested != "auto" and not lacking[requested]:
         return requested
-    nearest = min(FORMATS, key=lambda name: len(lacking[name]))
+    of_its_kind = [name for name in FORMATS if (name in LLAMAS and LLAMAS[name].experts) == (config.moe is not None)]
+    nearest = min(of_its_kind, key=lambda name: len(lacking[name]))
     if fitting:
         way_out = f"take --format {fitting[0]}"
     elif nearest == requested:
@@ -41,23 +44,59 @@ def obstacles(config: ModelConfig, name: str) -> list[str]:
     return [reason for holds, reason in checks if not holds]
 
 
+def held_as(config: ModelConfig, name: str) -> ModelConfig:
+    """The model as the format spells it: Granite's attention has all biases or none, so o_proj's become zeros."""
+    if name == "granitemoe" and config.attention_bias == "qkv":
+        return config.model_copy(update={"attention_bias": "qkvo"})
+    return config
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What a relative of Llama can hold; where transformers can hold more, it is mlx-lm that cannot."""
+
+    experts: bool
+    qk_norm: bool
+    attention_bias: tuple[str, ...]
+    bias: tuple[bool, ...] = (False,)
+    any_head_dim: bool = False
+    rope_scaling: bool = True
+
+
+LLAMAS = {
+    "llama": _Format(False, False, ("none", "qkvo"), (False, True), any_head_dim=True),
+    "qwen2": _Format(False, False, ("qkv",)),
+    "qwen3": _Format(False, True, ("none",), any_head_dim=True),
+    "mixtral": _Format(True, False, ("none",), rope_scaling=False),
+    "qwen3_moe": _Format(True, True, ("none",), any_head_dim=True, rope_scaling=False),
+    "granitemoe": _Format(True, False, ("none", "qkv", "qkvo")),
+}
+
+
 def _llama_checks(config: ModelConfig, name: str) -> list[tuple[bool, str]]:
-    checks = [
+    form, head_dim = LLAMAS[name], config.d_model // config.n_heads
+    return [
         (config.normalization == "rmsnorm", f"normalization {config.normalization} (only rmsnorm)"),
         (config.norm_position == "pre", "norm_position post (only pre)"),
         (config.ffn_type == "swiglu", f"ffn_type {config.ffn_type} (only swiglu)"),
         (config.activation == "silu", f"activation {config.activation} (mlx-lm: only silu)"),
         (config.position_encoding == "rope", f"position_encoding {config.position_encoding} (only rope)"),
-        (config.d_model % config.n_heads == 0, f"n_heads {config.n_heads}, which do not divide d_model"),
-    ]
-    if name == "llama":
-        return [*checks, (config.moe is None, "experts")]
-    head_dim = config.d_model // config.n_heads
-    return [
-        *checks,
-        (config.moe is not None, "a model without experts"),
-        (not config.bias, "biases"),
-        (config.head_dim == head_dim, f"head_dim {config.head_dim} (mlx-lm: only d_model / n_heads = {head_dim})"),
+        ((config.moe is not None) == form.experts, "a model without experts" if form.experts else "experts"),
+        (config.qk_norm == form.qk_norm, "a model without qk_norm" if form.qk_norm else "qk_norm"),
+        (config.bias in form.bias, "biases"),
+        (
+            config.attention_bias in form.attention_bias,
+            f"attention_bias {config.attention_bias} (only {', '.join(form.attention_bias)})",
+        ),
+        (config.rope_scaling is None or form.rope_scaling, "rope_scaling (mlx-lm)"),
+        (
+            config.head_dim == head_dim or form.any_head_dim,
+            f"head_dim {config.head_dim} (mlx-lm: only d_model / n_heads = {head_dim})",
+        ),
+        (
+            config.d_model % config.n_heads == 0 or (form.any_head_dim and name != "llama"),
+            f"n_heads {config.n_heads}, which do not divide d_model",
+        ),
     ]
 
 
@@ -73,6 +112,8 @@ def _gpt2_checks(config: ModelConfig) -> list[tuple[bool, str]]:
             f"position_encoding {config.position_encoding} (only learned_absolute)",
         ),
         (config.bias, "bias false (only true)"),
+        (config.attention_bias == "qkvo", f"attention_bias {config.attention_bias} (only qkvo)"),
+        (not config.qk_norm, "qk_norm"),
         (config.weight_tying, "weight_tying false (mlx-lm: only true)"),
         (config.n_kv_heads == config.n_heads, f"n_kv_heads {config.n_kv_heads} (only n_heads)"),
         (config.n_heads * config.head_dim == d_model, f"head_dim {config.head_dim} (only d_model / n_heads)"),
@@ -112,18 +153,35 @@ def to_json(config: ModelConfig, name: str, special_tokens: dict[str, int | None
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
         "max_position_embeddings": config.context_length,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **write_rope(config),
         "attention_dropout": 0.0,
     }
+    if name in ("llama", "qwen3", "mixtral", "qwen3_moe"):
+        values |= {"head_dim": config.head_dim}
+    if name == "llama":
+        values |= {"mlp_bias": config.bias}
+    if name in ("llama", "qwen3", "qwen3_moe", "granitemoe"):
+        values |= {"attention_bias": config.attention_bias != "none"}
+    if name in SWITCHED_WINDOWS:
+        values |= {"use_sliding_window": False}
+    if name == "mixtral":
+        values |= {"sliding_window": None}
     if config.moe is None:
-        return values | {"attention_bias": config.bias, "mlp_bias": config.bias}
-    return values | {
-        "num_local_experts": config.moe.n_experts,
-        "num_experts_per_tok": config.moe.top_k,
-        "sliding_window": None,
-    }
+        return values
+    values |= {"num_experts_per_tok": config.moe.top_k}
+    if name == "qwen3_moe":
+        return values | {
+            "num_experts": config.moe.n_experts,
+            "moe_intermediate_size": config.d_ff,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+        }
+    values |= {"num_local_experts": config.moe.n_experts}
+    if name == "granitemoe":
+        values |= dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+        values |= {"attention_multiplier": config.head_dim**-0.5}
+    return values

@@ -12,16 +12,35 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
-from mlx_moe.hub.tensor_files import DTYPES, StoredTensor
-from mlx_moe.parameters import Arrays, table
+from mlx_moe.parameters import Weights, shapes, table
+from mlx_moe.tensor_files import DTYPES, StoredTensor, StoredWeights
 
-FAMILIES = ("llama", "mistral", "mixtral", "gpt2")
-PREFIXES = {"llama": "model.", "mistral": "model.", "mixtral": "model.", "gpt2": ""}  # as mlx-lm reads them
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "gpt2")
+PREFIXES = {family: "" if family == "gpt2" else "model." for family in FAMILIES}  # as mlx-lm reads them
 ALSO_WITH = {"gpt2": "transformer."}  # what transformers writes
 # Not learned: computed once more by whoever reads the model.
 DERIVED = re.compile(r"(.*\.)?(self_attn\.rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias)")
 
-MIXTRAL_EXPERT = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+# Our names in a block's `mlp`; {} is an expert, and Granite's holds the up projections after the gates.
+EXPERTS = {
+    "mixtral": {
+        "router": "block_sparse_moe.gate",
+        "experts.gate_proj": "block_sparse_moe.experts.{}.w1",
+        "experts.up_proj": "block_sparse_moe.experts.{}.w3",
+        "experts.down_proj": "block_sparse_moe.experts.{}.w2",
+    },
+    "qwen3_moe": {
+        "router": "mlp.gate",
+        "experts.gate_proj": "mlp.experts.{}.gate_proj",
+        "experts.up_proj": "mlp.experts.{}.up_proj",
+        "experts.down_proj": "mlp.experts.{}.down_proj",
+    },
+    "granitemoe": {
+        "router": "block_sparse_moe.router.layer",
+        "experts.gate_proj": "block_sparse_moe.input_linear",
+        "experts.down_proj": "block_sparse_moe.output_linear",
+    },
+}
 GPT2_TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
 GPT2_BLOCK = {
     "ln_1": ("input_layernorm",),
@@ -35,42 +54,58 @@ GPT2_BLOCK = {
 
 @dataclass(frozen=True)
 class Holder:
-    """A tensor of a family, and our tensors in it, one after the other along the first axis."""
+    """A tensor of a family, and our tensors in it, one after the other along an axis."""
 
     name: str
     parts: tuple[str, ...]
     expert: int | None = None  # it holds that one of a stack of experts
     transposed: bool = False  # (in, out), where ours are (out, in)
+    axis: int = 0
 
     def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-        first, *rest = shapes[self.parts[0]] if self.expert is None else shapes[self.parts[0]][1:]
-        first += sum(shapes[part][0] for part in self.parts[1:])
-        return (first, *rest)[::-1] if self.transposed else (first, *rest)
+        whole = list(shapes[self.parts[0]] if self.expert is None else shapes[self.parts[0]][1:])
+        whole[self.axis] += sum(shapes[part][self.axis] for part in self.parts[1:])
+        return tuple(whole[::-1] if self.transposed else whole)
 
-    def pack(self, weights: Arrays) -> NDArray[np.float32]:
+    def part(self, name: str, whole: NDArray[np.float32], shapes: dict[str, tuple[int, ...]]) -> NDArray[np.float32]:
+        """Our tensor of that name, or the one of its expert, out of the family's; a view."""
+        start = sum(shapes[part][self.axis] for part in self.parts[: self.parts.index(name)])
+        end = start + shapes[name][self.axis if self.expert is None else self.axis + 1]
+        along = (slice(None),) * self.axis + (slice(start, end),)
+        view: NDArray[np.float32] = (whole.T if self.transposed else whole)[along]
+        return view
+
+    def pack(self, weights: Weights) -> NDArray[np.float32]:
         """The tensor, a view where it can be."""
         parts = [weights[part] if self.expert is None else weights[part][self.expert] for part in self.parts]
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
         return whole.T if self.transposed else whole
 
 
 def layout(family: str, config: ModelConfig) -> list[Holder]:
     """The tensors of a family for a model that it can hold, in the order of the forward pass."""
     names = [parameter.name for parameter in table(config)]
-    return list(_gpt2(config, names) if family == "gpt2" else _llama(config, names, PREFIXES[family]))
+    if family == "gpt2":
+        return list(_gpt2(config, names))
+    return [holder for name in names for holder in _llama(config, name, family)]
 
 
-def _llama(config: ModelConfig, names: list[str], prefix: str) -> Iterator[Holder]:
-    """Our names are theirs, but for Mixtral's experts."""
-    for name in names:
-        theirs = name if name == "lm_head.weight" else prefix + name
-        if ".mlp.experts." in name and config.moe:
-            block, _, projection = theirs.partition("mlp.experts.")
-            place = f"{MIXTRAL_EXPERT[projection.removesuffix('.weight')]}.weight"
-            for expert in range(config.moe.n_experts):
-                yield Holder(f"{block}block_sparse_moe.experts.{expert}.{place}", (name,), expert)
-        else:
-            yield Holder(theirs.replace("mlp.router", "block_sparse_moe.gate"), (name,))
+def _llama(config: ModelConfig, name: str, family: str) -> Iterator[Holder]:
+    """Our names are theirs, but for routers and experts."""
+    prefix = "" if name == "lm_head.weight" else PREFIXES[family]
+    block, mlp, place = name.rpartition("mlp.")
+    if not mlp or config.moe is None:
+        yield Holder(prefix + name, (name,))
+        return
+    module = place.removesuffix(".weight")
+    theirs = f"{prefix}{block}{EXPERTS[family].get(module)}.weight"
+    if "{}" in theirs:
+        for expert in range(config.moe.n_experts):
+            yield Holder(theirs.format(expert), (name,), expert)
+    elif (family, module) == ("granitemoe", "experts.gate_proj"):
+        yield Holder(theirs, (name, name.replace("gate_proj", "up_proj")), axis=1)
+    elif module in EXPERTS[family]:
+        yield Holder(theirs, (name,))
 
 
 def _gpt2(config: ModelConfig, names: list[str]) -> Iterator[Holder]:
@@ -94,7 +129,7 @@ def find(
 
     Raises InputError where one is missing, has another shape or an unknown dtype, or where one more is there.
     """
-    shapes = {parameter.name: parameter.shape for parameter in table(config)}
+    expected = shapes(config)
     left, found = dict(tensors), []
     for holder in layout(family, config):
         bare = holder.name.removeprefix(PREFIXES[family])
@@ -102,7 +137,7 @@ def find(
         name = next((name for name in spellings if name in left), None)
         if name is None:
             raise InputError(f"{folder}: tensor {holder.name} is missing, which its config asks for")
-        stored, shape = left.pop(name), holder.shape(shapes)
+        stored, shape = left.pop(name), holder.shape(expected)
         if stored.shape != shape:
             raise InputError(f"{folder}: {name} has shape {stored.shape}, its config asks for {shape}")
         if stored.dtype not in DTYPES:
@@ -122,18 +157,21 @@ def find(
     return found
 
 
-def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Our tensors, by name, one at a time."""
-    shapes = {parameter.name: parameter.shape for parameter in table(config)}
-    holders: dict[str, list[tuple[Holder, StoredTensor]]] = {name: [] for name in shapes}
+def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> StoredWeights:
+    """Our tensors, by name; views of the file where one holds just that."""
+    expected = shapes(config)
+    holders: dict[str, list[tuple[Holder, StoredTensor]]] = {name: [] for name in expected}
     for holder, stored in found:
         for part in holder.parts:
             holders[part].append((holder, stored))
-    for name, shape in shapes.items():
-        array = np.empty(shape, np.float32)
-        for holder, stored in holders[name]:
-            target = array if holder.expert is None else array[holder.expert]
-            start = sum(shapes[part][0] for part in holder.parts[: holder.parts.index(name)])
-            whole = stored.read().T if holder.transposed else stored.read()
-            target[...] = whole[start : start + len(target)]
-        yield name, array
+
+    def read(name: str) -> NDArray[np.float32]:
+        first, *others = holders[name]
+        if first[0].expert is None:
+            return first[0].part(name, first[1].read(), expected)
+        experts = np.empty(expected[name], np.float32)
+        for holder, stored in (first, *others):
+            experts[holder.expert] = holder.part(name, stored.read(), expected)
+        return experts
+
+    return StoredWeights(expected, read)

@@ -15,8 +15,9 @@ from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, unpack
-from mlx_moe.hub.tensor_files import open_tensors
-from mlx_moe.parameters import Arrays
+from mlx_moe.hub.names import model_name
+from mlx_moe.parameters import Weights
+from mlx_moe.tensor_files import open_tensors
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Backend, Tokens
 from mlx_moe.training.boundary import random_probes, transfer_checkpoint
@@ -36,7 +37,7 @@ def open_model(path: Path) -> Checkpoint:
     if not is_model_folder(path):
         return checkpoint.load(path)
     config, weights = read_model(path)
-    return Checkpoint(path, config, TrainerState(2 if config.moe else 1, 0, ORIGIN), weights)
+    return Checkpoint(path, config, _state(path, config), weights)
 
 
 def is_model_folder(path: Path) -> bool:
@@ -46,21 +47,20 @@ def is_model_folder(path: Path) -> bool:
     return (path / checkpoint.CONFIG).is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
 
 
-def read_model(folder: Path) -> tuple[ModelConfig, Arrays]:
+def read_model(folder: Path) -> tuple[ModelConfig, Weights]:
     """The architecture and float32 weights of a model in Hugging Face's folder; InputError where they do not fit."""
     if not folder.is_dir():
         raise InputError(f"no model at {folder}: there is no such folder")
     family, config = read_config(folder)
-    found = find(folder, open_tensors(folder), family, config)
-    return config, dict(unpack(found, config))
+    return config, unpack(find(folder, open_tensors(folder), family, config), config)
 
 
 def probe_tokens(source: Checkpoint, n: int) -> Tokens:
     """(n, T + 1) tokens of stories where the model has a tokenizer that knows their words, else random ones.
 
-    Random tokens take a published model to where rounding alone moves its logits by more than 1e-4, and so do long
-    texts (SmolLM2-135M, whose logits reach 42, upcycled, float32: 3e-3 in 1,024 random tokens, 1.4e-4 in 256 of
-    text, under 9e-5 in 64).
+    Random tokens take a published model to where rounding alone moves its logits far, and a certificate says little
+    there; so do long texts (SmolLM2-135M, whose logits reach 42, upcycled, float32: 3e-3 in 1,024 random tokens,
+    1.4e-4 in 256 of text, under 9e-5 in 64).
     """
     random_BT1 = random_probes(source.config, n)[:, : PROBE_TOKENS + 1]
     if source.tokenizer_folder is None:
@@ -81,7 +81,7 @@ def import_model(folder: Path, out: Path) -> None:
     if (folder / checkpoint.MANIFEST).is_file():
         raise InputError(f"{folder} is a checkpoint already; use it as it is")
     config, weights = read_model(folder)
-    state, console = TrainerState(2 if config.moe else 1, 0, ORIGIN), Console()
+    state, console = _state(folder, config), Console()
     tokenizer = folder if (folder / "tokenizer.json").is_file() else None
     if tokenizer is None:
         console.warn(f"{folder} has no tokenizer.json; the checkpoint is without a tokenizer")
@@ -90,6 +90,10 @@ def import_model(folder: Path, out: Path) -> None:
     checkpoint.save(out, config, state, weights, None, tokenizer)
     console.parameters(count_parameters(config), config.display_name)
     console.line(f"wrote {out}")
+
+
+def _state(folder: Path, config: ModelConfig) -> TrainerState:
+    return TrainerState(2 if config.moe else 1, 0, ORIGIN, lineage=(model_name(folder),))
 
 
 def transfer_model(
@@ -102,10 +106,13 @@ def transfer_model(
     console.line(f"backend: {backend.reason}")
     limits = VerificationConfig()
     probes_BT1 = probe_tokens(source, limits.probe_sequences)
-    certificate = transfer_checkpoint(source, made, out, backend, device, limits, allow_lossy, probes_BT1)
-    console.boundary(f"{source.config.display_name} -> {made.target_config.display_name}", certificate)
-    if not certificate.passed and not allow_lossy:
+    transfer = transfer_checkpoint(source, made, out, backend, device, limits, allow_lossy, probes_BT1)
+    console.boundary(f"{source.config.display_name} -> {made.target_config.display_name}", transfer.certificate)
+    if not transfer.certificate.passed and not allow_lossy:
         return False
     console.parameters(count_parameters(made.target_config), made.target_config.display_name)
-    console.line(f"wrote {out}")
+    console.line(
+        f"wrote {out}: {transfer.bytes_written / 1e9:.2f} GB in {transfer.seconds - transfer.seconds_certified:.1f} s, "
+        f"certified in {transfer.seconds_certified:.1f} s"
+    )
     return True

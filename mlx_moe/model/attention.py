@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_moe.config import ModelConfig
 from mlx_moe.model.elementwise import on_cpu, softmax, widened
 from mlx_moe.model.layers import Linear
+from mlx_moe.rotations import rotation_frequencies
 
 
 class KVCache:
@@ -35,16 +36,18 @@ class KVCache:
         return self._keys, self._values
 
 
-def rope(x_BHTd: mx.array, offset: int, theta: float) -> mx.array:
-    """Rotary positions (Su et al. 2021), the halves of a head paired as in Llama."""
-    return mx.fast.rope(x_BHTd, x_BHTd.shape[-1], traditional=False, base=theta, scale=1.0, offset=offset)
+def rope(x_BHTd: mx.array, offset: int, periods_h: mx.array) -> mx.array:
+    """Rotary positions (Su et al. 2021), the halves of a head paired as in Llama; `periods_h`: positions per radian."""
+    return mx.fast.rope(
+        x_BHTd, x_BHTd.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=periods_h
+    )
 
 
-def unrotated(x_BHTd: mx.array, offset: int, theta: float) -> mx.array:
+def unrotated(x_BHTd: mx.array, offset: int, periods_h: mx.array) -> mx.array:
     return x_BHTd
 
 
-POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, float], mx.array]] = {
+POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, mx.array], mx.array]] = {
     "learned_absolute": unrotated,  # added to the embeddings
     "rope": rope,
     "none": unrotated,
@@ -80,19 +83,25 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = Linear(config.d_model, q_width, config.bias)
-        self.k_proj = Linear(config.d_model, kv_width, config.bias)
-        self.v_proj = Linear(config.d_model, kv_width, config.bias)
-        self.o_proj = Linear(q_width, config.d_model, config.bias)
+        qkv_bias, o_bias = config.attention_bias != "none", config.attention_bias == "qkvo"
+        self.q_proj = Linear(config.d_model, q_width, qkv_bias)
+        self.k_proj = Linear(config.d_model, kv_width, qkv_bias)
+        self.v_proj = Linear(config.d_model, kv_width, qkv_bias)
+        self.o_proj = Linear(q_width, config.d_model, o_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self._head_dim = config.head_dim
-        self._theta = config.rope_theta
+        self._periods_h = mx.array(1 / rotation_frequencies(config), mx.float32)
         self._rotate = POSITION_ENCODINGS[config.position_encoding]
         self._attend = ATTENTION_BACKENDS[config.attention_backend]
 
     def __call__(self, x_BTD: mx.array, cache: KVCache | None = None) -> mx.array:
         offset = cache.length if cache else 0
-        q_BHTd = self._rotate(self._split_heads(self.q_proj(x_BTD)), offset, self._theta)
-        k_BGSd = self._rotate(self._split_heads(self.k_proj(x_BTD)), offset, self._theta)
+        q_BHTd, k_BGSd = self._split_heads(self.q_proj(x_BTD)), self._split_heads(self.k_proj(x_BTD))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHTd, k_BGSd = _normalized(self.q_norm, q_BHTd), _normalized(self.k_norm, k_BGSd)
+        q_BHTd = self._rotate(q_BHTd, offset, self._periods_h)
+        k_BGSd = self._rotate(k_BGSd, offset, self._periods_h)
         v_BGSd = self._split_heads(self.v_proj(x_BTD))
         if cache:
             k_BGSd, v_BGSd = cache.extend(k_BGSd, v_BGSd)
@@ -101,3 +110,9 @@ class Attention(nn.Module):
 
     def _split_heads(self, x_BTC: mx.array) -> mx.array:
         return mx.unflatten(x_BTC, -1, (-1, self._head_dim)).swapaxes(1, 2)
+
+
+def _normalized(norm: nn.RMSNorm, x_BHTd: mx.array) -> mx.array:
+    """In float32, like every norm."""
+    normed_BHTd: mx.array = norm(x_BHTd.astype(mx.float32))
+    return normed_BHTd.astype(x_BHTd.dtype)

@@ -19,7 +19,7 @@ from mlx_moe.model.loss import cross_entropy
 from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from mlx_moe.model.step import CompiledStep, compile_step, loads_of, norm_of
 from mlx_moe.model.transformer import Transformer
-from mlx_moe.parameters import Arrays, optimizer_table
+from mlx_moe.parameters import Arrays, Weights, optimizer_table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
@@ -35,7 +35,7 @@ class Trainer:
         self,
         config: ModelConfig,
         optimizer: OptimizerConfig,
-        weights: Arrays | dict[str, mx.array],
+        weights: Weights | dict[str, mx.array],
         device: str = "auto",
         engine: EngineConfig = EngineConfig(),
     ):
@@ -195,9 +195,11 @@ class Decoder:
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
-    """The target tensor, by MLX. Pads are computed by the plan, once for both backends."""
+    """The target tensor, by MLX. Pads and draws are computed by the plan, once for both backends."""
     if plan.source is None:
         return mx.array(plan.fresh())
+    if plan.draw is not None:
+        return mx.array(plan.draw.experts(np.array(source[plan.source])))
     array = source[plan.source][None] if plan.new_axis else source[plan.source]
     if plan.pad is not None:
         array = mx.concatenate([array, mx.array(plan.pad.rows(np.array(array)))], axis=plan.pad.axis)

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mlx_moe.accounting import machines
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays
+from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import Precision, PrecisionName
 from mlx_moe.transfer.plan import Plan
 
@@ -151,12 +151,24 @@ class Trainer(Protocol):
     def peak_memory_bytes(self) -> int: ...
 
 
+class StreamedModel(Protocol):
+    """A model whose weights are fetched a layer at a time and let go again; float32, and nothing but the logits."""
+
+    config: ModelConfig
+
+    def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
+        """One sequence's (T, V) after the other; all go through the layers together."""
+
+    def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
+        """As `Trainer.routed_logits`."""
+
+
 class TrainerFactory(Protocol):
     def __call__(
         self,
         config: ModelConfig,
         optimizer: OptimizerConfig,
-        weights: Arrays,
+        weights: Weights,
         device: str = "auto",
         engine: EngineConfig = EngineConfig(),
     ) -> Trainer: ...
@@ -173,6 +185,11 @@ class Backend:
     def trainer(self) -> TrainerFactory:
         factory: TrainerFactory = importlib.import_module(TRAINERS[self.name]).Trainer
         return factory
+
+    def streamed(self, config: ModelConfig, weights: Weights, device: str = "auto") -> StreamedModel:
+        module = importlib.import_module(f"{self._package}.streaming")
+        model: StreamedModel = module.StreamedModel(config, weights, device)
+        return model
 
     @property
     def speed(self) -> Any:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from mlx_moe.config import ModelConfig, OptimizerConfig, PhaseConfig, RunConfig, VerificationConfig
+from mlx_moe.config import ModelConfig, PhaseConfig, RunConfig, VerificationConfig
 from mlx_moe.errors import InputError
+from mlx_moe.parameters import Weights
 from mlx_moe.training import checkpoint
-from mlx_moe.training.backend import Backend, Tokens, Trainer
+from mlx_moe.training.backend import Backend, Logits, StreamedModel, Tokens, Trainer
 from mlx_moe.training.checkpoint import Checkpoint, TrainerState
-from mlx_moe.transfer.certificate import Certificate, Replay, probe
+from mlx_moe.transfer.certificate import Certificate, Replay, max_difference, probe
 from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth, usual_size
-from mlx_moe.transfer.plan import Plan
+from mlx_moe.transfer.plan import Plan, made, made_in_blocks
+from mlx_moe.transfer.reordering import plan_reordering
 from mlx_moe.transfer.upcycling import plan_upcycling
 
 PROBE_TOKENS = 256  # the logits of all 8,192 tokens that a published model can see would take 1.6 GB
@@ -36,16 +43,44 @@ def plan_boundary(run: RunConfig, phase: int, config: ModelConfig) -> Plan:
     """The plan from the model of `phase` to that of the next."""
     if phase == 1:
         moe = run.phases.moe
-        return plan_upcycling(config, moe.moe, moe.router_init, moe.router_std, run.seed)
+        return plan_upcycling(config, moe.moe, moe.router_init, moe.router_std, run.seed, moe.noise, moe.drop)
     return plan_growth(config, _large(run, config), run.phases.large_moe.split, run.seed)
 
 
 def certify(limits: VerificationConfig, before: Trainer, after: Trainer, probes_BT1: Tokens) -> Certificate:
+    def each_logits(model: Trainer, tokens_BT: Tokens) -> Iterator[Logits]:
+        return (model.logits(tokens_T[None])[0] for tokens_T in tokens_BT)
+
     replay = partial(replay_routing, before, after) if before.config.moe and after.config.moe else None
-    return probe(before.logits, after.logits, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay)
+    models = partial(each_logits, before), partial(each_logits, after)
+    return probe(*models, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay)
 
 
-def replay_routing(before: Trainer, after: Trainer, tokens_BT: Tokens) -> Replay:
+def certify_streamed(
+    limits: VerificationConfig,
+    before: StreamedModel,
+    reordered: StreamedModel,
+    after: StreamedModel,
+    probes_BT1: Tokens,
+) -> Certificate:
+    """`reordered` is `before` with its units in another order, to see what rounding does."""
+    replay = partial(replay_routing, before, after) if before.config.moe and after.config.moe else None
+    models, floor = (before.each_logits, after.each_logits), partial(rounding_floor, before, reordered)
+    return probe(*models, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay, floor)
+
+
+def rounding_floor(model: StreamedModel, reordered: StreamedModel, tokens_BT: Tokens) -> float:
+    """The largest difference of a logit between a model and itself in another order, with the same experts."""
+    one = model.routed_logits(tokens_BT)
+    other = reordered.routed_logits(tokens_BT, one.experts_LNK if model.config.moe else None)
+    return max_difference(one.logits_BTV, other.logits_BTV)
+
+
+def in_another_order(config: ModelConfig, weights: Weights) -> Weights:
+    return made(plan_reordering(config), weights)
+
+
+def replay_routing(before: Trainer | StreamedModel, after: Trainer | StreamedModel, tokens_BT: Tokens) -> Replay:
     """Run `after`, of as many layers or more, with the experts that `before` chose.
 
     New layers copy the choices of the layer that they copy; they add nothing yet, so their own routing is not compared.
@@ -65,6 +100,18 @@ def replay_routing(before: Trainer, after: Trainer, tokens_BT: Tokens) -> Replay
     )
 
 
+@dataclass(frozen=True)
+class Transfer:
+    certificate: Certificate
+    bytes_written: int
+    seconds: float
+    seconds_certified: float  # of those
+
+
+class _ChangedModel(Exception):
+    pass
+
+
 def transfer_checkpoint(
     source: Checkpoint,
     plan: Plan,
@@ -74,22 +121,38 @@ def transfer_checkpoint(
     limits: VerificationConfig,
     allow_lossy: bool,
     probes_BT1: Tokens,
-) -> Certificate:
-    """Apply a plan to a checkpoint, prove it lossless on the probes, and write the result to `out`.
+) -> Transfer:
+    """Apply a plan to a checkpoint, piece by piece, and prove on the probes that what was written is lossless.
 
-    Of the weights only: nothing trains on from a checkpoint outside a run. Raises InputError where `out` exists; writes
+    Of the weights only: nothing trains on from a checkpoint outside a run. Raises InputError where `out` exists; keeps
     nothing where the certificate fails and `allow_lossy` is not set.
     """
     if out.exists():
         raise InputError(f"{out} exists already; name a folder that does not")
-    before = backend.trainer(source.config, OptimizerConfig(), source.weights, device)
-    after = before.transferred(plan)
-    certificate = certify(limits, before, after, probes_BT1)
-    if certificate.passed or allow_lossy:
-        phase = 2 if source.config.moe is None and plan.target_config.moe else 3
-        state = TrainerState(phase, 0, backend.name)
-        checkpoint.save(out, plan.target_config, state, after.weights(), None, source.tokenizer_folder)
-    return certificate
+    began = time.perf_counter()
+    found: list[tuple[Certificate, float]] = []
+
+    def check(written: Weights) -> None:
+        began = time.perf_counter()
+        models = (
+            backend.streamed(source.config, source.weights, device),
+            backend.streamed(source.config, in_another_order(source.config, source.weights), device),
+            backend.streamed(plan.target_config, written, device),
+        )
+        certificate = certify_streamed(limits, *models, probes_BT1)
+        found.append((certificate, time.perf_counter() - began))
+        if not certificate.passed and not allow_lossy:
+            raise _ChangedModel
+
+    phase = 2 if source.config.moe is None and plan.target_config.moe else 3
+    done = f"{'upcycled' if phase == 2 else 'grown'} to {plan.target_config.display_name}"
+    state = TrainerState(phase, 0, backend.name, lineage=(*source.state.lineage, done))
+    blocks = made_in_blocks(plan, source.weights)
+    with suppress(_ChangedModel):
+        checkpoint.save_blocks(out, plan.target_config, state, blocks, source.tokenizer_folder, check)
+    ((certificate, seconds_certified),) = found
+    n_bytes = 4 * sum(math.prod(tensor.shape) for tensor in plan.tensors)
+    return Transfer(certificate, n_bytes, time.perf_counter() - began, seconds_certified)
 
 
 def random_probes(config: ModelConfig, n: int, seed: int = 0) -> Tokens:

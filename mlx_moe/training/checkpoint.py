@@ -1,8 +1,7 @@
 """Checkpoints: a folder that is there whole or not at all, and that says what it holds.
 
 `config.json` (the model), `model.safetensors`, `optimizer.safetensors` (absent where the optimizer starts fresh),
-`trainer.json` (phase, step) and `manifest.json` (bytes and SHA-256 of each). Written by either backend, read by the
-other.
+`trainer.json` (phase, step) and `manifest.json` (bytes and SHA-256 of each). Either backend reads the other's.
 """
 
 from __future__ import annotations
@@ -11,31 +10,27 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig
 from mlx_moe.data.tokenizers import copy_tokenizer
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, table
-from mlx_moe.training.files import make_folder, remove, replacing, sweep
+from mlx_moe.parameters import Arrays, Weights, shapes
+from mlx_moe.tensor_files import Blocks, StoredTensor, read_header, stored_weights, write_file
+from mlx_moe.training.files import flush, make_folder, remove, replacing, sweep
 from mlx_moe.validation import read_mapping, validate
 
-MODEL, OPTIMIZER, CONFIG, STATE, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "config.json",
-    "trainer.json",
-    "manifest.json",
-)
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+CONFIG, STATE, MANIFEST = "config.json", "trainer.json", "manifest.json"
 PHASE_FOLDERS = {1: "1-dense", 2: "2-moe", 3: "3-large-moe"}
 
 Parsed = TypeVar("Parsed")
@@ -49,6 +44,7 @@ class TrainerState:
     step: Annotated[int, Field(ge=0)]
     backend: str
     validation_loss: float | None = None
+    lineage: tuple[str, ...] = ()  # the model of others that it comes from, and what became of that outside a run
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     state: TrainerState
-    weights: Arrays
+    weights: Weights
 
     @cached_property
     def optimizer_state(self) -> Arrays | None:
@@ -80,7 +76,7 @@ def save(
     path: Path,
     config: ModelConfig,
     state: TrainerState,
-    weights: Arrays,
+    weights: Weights,
     optimizer_state: Arrays | None,
     tokenizer: Path | None = None,
 ) -> None:
@@ -88,26 +84,44 @@ def save(
 
     `tokenizer`: a folder to copy in, for a checkpoint outside a run. Raises InputError where the disk does not let it.
     """
+    save_blocks(path, config, state, lambda name: [weights[name]], tokenizer, optimizer_state=optimizer_state)
+
+
+def save_blocks(
+    path: Path,
+    config: ModelConfig,
+    state: TrainerState,
+    blocks: Blocks,
+    tokenizer: Path | None = None,
+    check: Callable[[Weights], None] | None = None,
+    optimizer_state: Arrays | None = None,
+) -> None:
+    """`save`, where the weights come piece by piece; `check` may look at what was written, and raise."""
     try:
         make_folder(path.parent)
         with replacing(path) as partial:
             partial.mkdir()
-            _write(weights, partial / MODEL)
+            hashes = {MODEL: write_file(partial / MODEL, shapes(config), blocks)}
+            if check is not None:
+                with ThreadPoolExecutor(1) as thread:  # the disk need not wait for the check, nor it for the disk
+                    flushed = thread.submit(flush, partial / MODEL)
+                    check(stored_weights(read_header(partial / MODEL)))
+                flushed.result()
             if optimizer_state is not None:
-                _write(optimizer_state, partial / OPTIMIZER)
+                sizes = {name: array.shape for name, array in optimizer_state.items()}
+                hashes[OPTIMIZER] = write_file(partial / OPTIMIZER, sizes, lambda name: [optimizer_state[name]])
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, partial / "tokenizer")
             configs.save(config, partial / CONFIG)
             (partial / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
             manifest = {
-                file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+                file.name: {"bytes": file.stat().st_size, "sha256": hashes.get(file.name) or _sha256(file)}
                 for file in sorted(partial.iterdir())
                 if file.is_file()
             }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write checkpoint {path}: {reason}; nothing of it was kept") from None
+    except OSError as error:
+        raise InputError(f"cannot write checkpoint {path}: {error.strerror or error}; nothing of it was kept") from None
 
 
 def load(path: Path) -> Checkpoint:
@@ -248,9 +262,9 @@ def _damage(path: Path) -> str | None:
 
 def _load_verified(path: Path) -> Checkpoint:
     config, state = _parse(ModelConfig, path / CONFIG), _parse(TrainerState, path / STATE)
-    weights = _read(path / MODEL)
-    _check_shapes(path, config, weights)
-    return Checkpoint(path, config, state, weights)
+    tensors = read_header(path / MODEL)
+    _check_shapes(path, config, tensors)
+    return Checkpoint(path, config, state, stored_weights(tensors))
 
 
 def _parse(kind: type[Parsed], file: Path) -> Parsed:
@@ -261,15 +275,6 @@ def _parse(kind: type[Parsed], file: Path) -> Parsed:
         raise InputError(f"cannot read {file}: {'; '.join(str(error).splitlines())}") from None
 
 
-def _write(arrays: Arrays, file: Path) -> None:
-    # safetensors writes memory as it lies; what MLX hands out may be a transposed view.
-    in_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(in_order, file, metadata={"format": "np"})
-    file.chmod(mode)  # safetensors would let nobody else read it
-
-
 def _read(file: Path) -> Arrays:
     try:
         return load_file(file)
@@ -277,16 +282,16 @@ def _read(file: Path) -> Arrays:
         raise InputError(f"cannot read {file}: {error}") from None
 
 
-def _check_shapes(path: Path, config: ModelConfig, weights: Arrays) -> None:
-    expected = {parameter.name: parameter.shape for parameter in table(config)}
+def _check_shapes(path: Path, config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:
+    expected = shapes(config)
     for name, shape in expected.items():
-        if name not in weights:
+        if name not in tensors:
             raise InputError(f"checkpoint {path}: tensor {name} is missing")
-        if weights[name].shape != shape:
-            raise InputError(f"checkpoint {path}: {name} has shape {weights[name].shape}, its config asks for {shape}")
-        if weights[name].dtype != "float32":
-            raise InputError(f"checkpoint {path}: {name} holds {weights[name].dtype}; write it as float32")
-    if extra := sorted(weights.keys() - expected.keys()):
+        if tensors[name].shape != shape:
+            raise InputError(f"checkpoint {path}: {name} has shape {tensors[name].shape}, its config asks for {shape}")
+        if tensors[name].dtype != "F32":
+            raise InputError(f"checkpoint {path}: {name} holds {tensors[name].dtype}; write it as float32")
+    if extra := sorted(tensors.keys() - expected.keys()):
         raise InputError(f"checkpoint {path}: its config has no tensor {extra[0]} ({len(extra)} such)")
 
 

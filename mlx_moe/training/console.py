@@ -103,8 +103,9 @@ class Console:
             [
                 (
                     "max |Δlogit|",
-                    f"{certificate.max_logit_difference:.2e} (limit {certificate.limit_logit_difference:g})",
+                    f"{certificate.max_logit_difference:.2e} (limit {certificate.limit_logit_difference:.2g})",
                 ),
+                *self._floor(certificate),
                 ("per sequence", "  ".join(f"{difference:.1e}" for difference in certificate.logit_differences)),
                 *self._ties(certificate),
                 ("loss", f"{certificate.loss_before:.6f} -> {certificate.loss_after:.6f}"),
@@ -113,6 +114,11 @@ class Console:
                 ("verdict", "lossless" if certificate.passed else "NOT lossless"),
             ]
         )
+
+    def _floor(self, certificate: Certificate) -> list[tuple[str, str]]:
+        if certificate.rounding_floor is None:
+            return []
+        return [("by rounding alone", f"{certificate.rounding_floor:.2e}, the model before with its sums reordered")]
 
     def _ties(self, certificate: Certificate) -> list[tuple[str, str]]:
         if not certificate.routing_flips:

@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
         flush(path.parent)
         delete(replaced)
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         delete(partial)
         _put_back(replaced)
         raise

@@ -22,7 +22,7 @@ from mlx_moe.training.results import report_phase, summarize
 from mlx_moe.training.run_folder import RunFolder
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
 from mlx_moe.training.trackers import check_installed
-from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING
+from mlx_moe.transfer.upcycling import LOSSY_METHOD, ZERO_ROUTER_WARNING
 
 
 def train(run: RunConfig, directory: Path, backend: Backend, n_phases: int, options: Options, console: Console) -> None:
@@ -129,9 +129,12 @@ class Experiment:
         self.console.boundary(f"Boundary {phase}-{phase + 1}: {verb}", certificate)
         if phase == 1 and self.run.phases.moe.router_init == "zero":
             self.console.warn(ZERO_ROUTER_WARNING)
-        record = certificate.to_json() | {"allowed_lossy": not certificate.passed and self.options.allow_lossy}
+        if plan.is_lossy:
+            self.console.warn(LOSSY_METHOD)
+        allow_lossy = self.options.allow_lossy or plan.is_lossy
+        record = certificate.to_json() | {"allowed_lossy": not certificate.passed and allow_lossy}
         file = self.folder.save_boundary(f"{phase}-{phase + 1}", record)
-        if not certificate.passed and not self.options.allow_lossy:
+        if not certificate.passed and not allow_lossy:
             raise TrainingStopped(
                 f"boundary {phase}-{phase + 1} changed the model (see {file}); phase {phase + 1} was not started; "
                 "--allow-lossy goes on all the same",

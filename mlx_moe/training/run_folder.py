@@ -21,7 +21,7 @@ from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.data.tokens import SPLITS, TokenData
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays
+from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.training import checkpoint, log
 from mlx_moe.training.backend import Alone, World
 from mlx_moe.training.checkpoint import TrainerState
@@ -219,9 +219,9 @@ class RunFolder:
             return read()
         return json.loads(self.world.from_first(json.dumps(read()).encode() if self._is_ours else b""))
 
-    def _arrays(self, arrays: Arrays | None) -> Arrays:
+    def _arrays(self, arrays: Weights | None) -> Arrays:
         if self.world.size == 1:
-            return arrays or {}
+            return dict(arrays or {})
         shapes = self._told(lambda: {name: array.shape for name, array in (arrays or {}).items()})
         told = {name: self.world.from_first(arrays[name].tobytes() if arrays else b"") for name in shapes}
         return {name: np.frombuffer(told[name], np.float32).reshape(shape) for name, shape in shapes.items()}

@@ -34,6 +34,7 @@ from mlx_moe.validation import validate
 Split = Literal["uneven", "even"]
 
 RESIDUAL = {Axis.RESIDUAL_READ, Axis.RESIDUAL_WRITE, Axis.NORM}
+HEADS_WRITE = {Axis.Q_HEADS_WRITE, Axis.KV_HEADS_WRITE}
 READ = {Axis.RESIDUAL_READ, Axis.Q_HEADS_READ, Axis.FFN_READ}
 
 GROWN = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
@@ -168,6 +169,8 @@ class _Growth:
         scale = shares.copy() if self.shares_out(parameter, kind) else np.ones(size_target)
         if kind is Axis.NORM and parameter.start == "ones":
             scale *= residual_scale(size, size_target)
+        if self.is_normalised(parameter.name) and kind in HEADS_WRITE:
+            scale *= residual_scale(self.config.d_model, self.target.d_model)
         if np.all(scale == 1) and np.array_equal(index, np.arange(size_target)):
             return None
         gradient = shares / scale
@@ -177,6 +180,10 @@ class _Growth:
             None if np.all(scale == 1) else scale,
             None if np.all(gradient == 1) else (gradient, gradient**2),
         )
+
+    def is_normalised(self, name: str) -> bool:
+        """Whether a norm of heads, which has the ε of all norms, follows: the grown ε' = η²·ε asks for η times x."""
+        return self.target.qk_norm and (".q_proj." in name or ".k_proj." in name)
 
     def shares_out(self, parameter: Parameter, kind: Axis) -> bool:
         """Whether the tensor holds the coefficients of the copies that it reads.

@@ -6,7 +6,9 @@ float64 and rounded once, so that all executions give the same float32 numbers, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.parameters import normal
+from mlx_moe.parameters import Weights, normal
+from mlx_moe.tensor_files import Blocks, StoredWeights
+from mlx_moe.transfer.draws import Draw
+
+BLOCK = 1 << 19  # elements; what is taken, padded and scaled on the way takes a few times that
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,22 +56,26 @@ class Pad:
     seed: int = 0
 
     def rows(self, source: NDArray[Any]) -> NDArray[Any]:
-        """The source's shape but `count` along `axis`, in the source's dtype."""
+        """The source's shape but `count` along `axis`, in the source's dtype; not to be written to."""
         shape = (*source.shape[: self.axis], self.count, *source.shape[self.axis + 1 :])
         if self.kind == "constant":
-            return np.full(shape, self.value, source.dtype)
+            return np.broadcast_to(source.dtype.type(self.value), shape)
         if self.kind == "mean":
             mean = source.mean(axis=self.axis, dtype=np.float64, keepdims=True)
-            return np.repeat(mean.astype(source.dtype), self.count, axis=self.axis)
-        return (normal(self.name, self.seed, shape) * np.float32(self.value)).astype(source.dtype)
+            return np.broadcast_to(mean.astype(source.dtype), shape)
+        drawn = normal(self.name, self.seed, shape)
+        drawn *= np.float32(self.value)
+        return drawn.astype(source.dtype, copy=False)
 
 
 @dataclass(frozen=True)
 class TensorPlan:
     """How one target tensor comes about.
 
-    Take the source, view it as `source[None]` if `new_axis`, append the pad's rows, then apply the maps in order.
+    Take the source, view it as `source[None]` if `new_axis`, append the pad's rows, then apply the maps, one for an
+    axis at most, in order.
     A tensor without a source is `fresh()`: nothing but pad. `is_new`: it copies weights, but its gradient is its own.
+    With a `draw`, the weights are its experts of the source instead.
     """
 
     target: str
@@ -75,19 +85,20 @@ class TensorPlan:
     pad: Pad | None = None
     maps: tuple[AxisMap, ...] = ()
     is_new: bool = False
+    draw: Draw | None = None
 
     def moments(self, power: int) -> TensorPlan:
         """How the mean of the gradient (power 1) or of its square (2) comes about; 0 in pads and in what is new."""
-        if self.source is None or self.is_new:
+        if self.source is None or self.is_new or (self.draw and self.draw.dropped_EN.size):
             return fresh_tensor(self.target, self.shape, "constant")
         pad = Pad(self.pad.axis, self.pad.count, "constant") if self.pad else None
         maps = (AxisMap(old.axis, old.index, old.gradient and old.gradient[power - 1]) for old in self.maps)
-        return replace(self, pad=pad, maps=tuple(maps))
+        return replace(self, pad=pad, maps=tuple(maps), draw=None)
 
     def fresh(self) -> NDArray[np.float32]:
         """The tensor that has no source, of shape `shape`."""
         assert self.pad is not None
-        return self.pad.rows(np.empty((0, *self.shape[1:]), np.float32))
+        return np.array(self.pad.rows(np.empty((0, *self.shape[1:]), np.float32)))
 
 
 @dataclass(frozen=True)
@@ -98,20 +109,46 @@ class Plan:
     target_config: ModelConfig
     tensors: tuple[TensorPlan, ...]
 
+    @property
+    def is_lossy(self) -> bool:
+        """Whether it is meant to change the model."""
+        return any(tensor.draw is not None for tensor in self.tensors)
+
     def moments(self, power: int) -> Plan:
         """The plan for Adam's first moments (power 1; Muon's momentum too) or second moments (power 2)."""
         return replace(self, tensors=tuple(tensor.moments(power) for tensor in self.tensors))
 
 
+def made(plan: Plan, weights: Weights) -> StoredWeights:
+    """The target's weights, each made when it is asked for."""
+    tensors = {tensor.target: tensor for tensor in plan.tensors}
+    return StoredWeights(tensors, lambda name: _whole(tensors[name], weights))
+
+
+def made_in_blocks(plan: Plan, weights: Weights) -> Blocks:
+    """The target's weights for a file, each in pieces that a large tensor needs little memory for."""
+    tensors = {tensor.target: tensor for tensor in plan.tensors}
+
+    def of(name: str) -> Iterator[NDArray[Any]]:
+        source = tensors[name].source
+        return blocks(tensors[name], None if source is None else weights[source])
+
+    return of
+
+
 def apply(plan: Plan, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The target's arrays, in the dtype of the source's, sharing no memory with them: the NumPy execution."""
     dtype = next(iter(arrays.values())).dtype
-    return {
-        tensor.target: tensor.fresh().astype(dtype)
-        if tensor.source is None
-        else _execute(tensor, arrays[tensor.source])
-        for tensor in plan.tensors
-    }
+    return {tensor.target: _whole(tensor, arrays).astype(dtype, copy=False) for tensor in plan.tensors}
+
+
+def _whole(plan: TensorPlan, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    if plan.source is None:
+        return plan.fresh()
+    if plan.draw is not None:
+        return plan.draw.experts(arrays[plan.source])
+    (array,) = blocks(plan, arrays[plan.source], size=sys.maxsize)
+    return array if array.flags.owndata else array.copy()
 
 
 def carry_moments(plan: Plan, state: Mapping[str, NDArray[Any]], kept: Collection[str]) -> dict[str, NDArray[Any]]:
@@ -136,13 +173,75 @@ def fresh_tensor(
     return TensorPlan(name, shape, source=None, pad=Pad(0, shape[0], kind, value, name, seed))
 
 
-def _execute(plan: TensorPlan, source: NDArray[Any]) -> NDArray[Any]:
-    array = np.array(source[None] if plan.new_axis else source)
+def blocks(plan: TensorPlan, source: NDArray[Any] | None, size: int = BLOCK) -> Iterator[NDArray[Any]]:
+    """The target's values in the order in which they lie, in pieces of about `size`; views where the source has them.
+
+    All rows of the pad are computed first, so that no sum depends on the pieces.
+    """
+    if plan.draw is not None and source is not None:
+        yield from (plan.draw.expert(expert, source) for expert in range(plan.shape[0]))
+        return
+    array = np.empty((0, *plan.shape[1:]), np.float32) if source is None else source
+    array = array[None] if plan.new_axis else array
+    rows = plan.pad.rows(array) if plan.pad else None
+    index = [np.arange(length) for length in array.shape]
     if plan.pad is not None:
-        array = np.concatenate([array, plan.pad.rows(array)], axis=plan.pad.axis)
+        index[plan.pad.axis] = np.arange(array.shape[plan.pad.axis] + plan.pad.count)
     for axis_map in plan.maps:
-        array = np.take(array, axis_map.index, axis=axis_map.axis)
+        index[axis_map.axis] = axis_map.index
+    for box in _boxes([len(along_axis) for along_axis in index], size):
+        yield _block(plan, array, rows, index, box)
+
+
+def _boxes(shape: Sequence[int], size: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of an array of about `size` elements, each one stretch of its memory; in order, they are all of it."""
+    first, *rest = shape
+    inner = math.prod(rest)
+    if inner > size:
+        for row in range(first):
+            yield from ((slice(row, row + 1), *box) for box in _boxes(rest, size))
+        return
+    step = size // max(inner, 1)
+    for start in range(0, first, step):
+        yield (slice(start, min(start + step, first)), *(slice(0, length) for length in rest))
+
+
+def _block(
+    plan: TensorPlan,
+    array: NDArray[Any],
+    rows: NDArray[Any] | None,
+    index: Sequence[NDArray[np.int64]],
+    box: tuple[slice, ...],
+) -> NDArray[Any]:
+    for axis, (along_axis, part) in enumerate(zip(index, box, strict=True)):
+        wanted = along_axis[part]
+        if rows is not None and plan.pad is not None and axis == plan.pad.axis:
+            array, rows = _take_padded(array, rows, wanted, axis), None
+        else:
+            array, rows = _take(array, wanted, axis), None if rows is None else _take(rows, wanted, axis)
+    for axis_map in plan.maps:
         if axis_map.scale is not None:
-            along_axis = [-1 if axis == axis_map.axis else 1 for axis in range(array.ndim)]
-            array *= axis_map.scale.astype(array.dtype).reshape(along_axis)
+            scale = axis_map.scale[box[axis_map.axis]].astype(array.dtype)
+            array = array * scale.reshape([-1 if axis == axis_map.axis else 1 for axis in range(array.ndim)])
     return array
+
+
+def _take(array: NDArray[Any], wanted: NDArray[np.int64], axis: int) -> NDArray[Any]:
+    first = int(wanted[0])
+    if np.array_equal(wanted, np.arange(first, first + len(wanted))):
+        return array[(slice(None),) * axis + (slice(first, first + len(wanted)),)]
+    if array.flags.c_contiguous:
+        return np.take(array, wanted, axis)
+    return array[(slice(None),) * axis + (wanted,)]  # np.take would copy the whole first
+
+
+def _take_padded(array: NDArray[Any], rows: NDArray[Any], wanted: NDArray[np.int64], axis: int) -> NDArray[Any]:
+    beyond = wanted >= array.shape[axis]
+    if beyond.all():
+        return _take(rows, wanted - array.shape[axis], axis)
+    if not beyond.any():
+        return _take(array, wanted, axis)
+    order = np.argsort(beyond, kind="stable")
+    inside, outside = np.split(wanted[order], [len(wanted) - np.count_nonzero(beyond)])
+    parts = _take(array, inside, axis), _take(rows, outside - array.shape[axis], axis)
+    return _take(np.concatenate(parts, axis), np.argsort(order), axis)

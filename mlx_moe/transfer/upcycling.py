@@ -1,7 +1,8 @@
 """Upcycling: a dense model becomes a mixture of identical experts that computes the same function.
 
 The gates sum to 1 and the experts are equal, so their weighted sum is the dense FFN under any router (Komatsuzaki et
-al. 2022, Sparse Upcycling).
+al. 2022, Sparse Upcycling). Experts that are told apart, by noise or by neurons that start anew (Drop-Upcycling,
+Nakamura et al. 2025: half of them), are not, and the model pays for it at first.
 
 Gradients. The experts' gradients sum to the dense one, so in the mean over experts m' = m / E, exactly. Squares follow
 the noise of the batch, which is most of them: of N tokens' gradients, weighted by gates near 1/K, an expert averages
@@ -10,13 +11,15 @@ N·K / E, so v' = v / (K·E), where a gradient without noise had v / E². Measur
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from mlx_moe.config import ModelConfig, MoEConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Axis, Parameter, table
+from mlx_moe.parameters import Axis, Parameter, normal, table
+from mlx_moe.transfer.draws import Draw
 from mlx_moe.transfer.plan import AxisMap, Plan, TensorPlan, fresh_tensor
 
 ZERO_ROUTER_WARNING = (
@@ -25,6 +28,8 @@ ZERO_ROUTER_WARNING = (
     "which is just as exact at the boundary"
 )
 
+LOSSY_METHOD = "noise and drop change the model on purpose; the figures above say by how much"
+
 
 def plan_upcycling(
     config: ModelConfig,
@@ -32,10 +37,14 @@ def plan_upcycling(
     router_init: Literal["random", "zero"] = "random",
     router_std: float = 0.02,
     seed: int = 0,
+    noise: float = 0.0,
+    drop: float = 0.0,
 ) -> Plan:
     """The plan from a dense model to experts that are all copies of its FFN.
 
-    The router is normal with standard deviation `router_std`, or zero (see ZERO_ROUTER_WARNING).
+    With `noise` (a standard deviation, relative to that of each tensor) or with `drop` (the share of the neurons that
+    each expert draws anew, the same ones in all its projections) they differ, and the plan is lossy. The router is
+    normal with standard deviation `router_std`, or zero (see ZERO_ROUTER_WARNING).
 
     Raises InputError if the model has experts already.
     """
@@ -44,7 +53,22 @@ def plan_upcycling(
     target = config.model_copy(update={"moe": moe})
     dense = {parameter.name for parameter in table(config)}
     std = router_std if router_init == "random" else 0.0
-    return Plan(config, target, tuple(_tensor(parameter, dense, moe.top_k, std, seed) for parameter in table(target)))
+    tensors = [_tensor(parameter, dense, moe.top_k, std, seed) for parameter in table(target)]
+    if noise or drop:
+        tensors = [
+            replace(tensor, draw=_draw(parameter, config.d_ff, noise, drop, seed)) if tensor.new_axis else tensor
+            for parameter, tensor in zip(table(target), tensors, strict=True)
+        ]
+    return Plan(config, target, tuple(tensors))
+
+
+def _draw(parameter: Parameter, d_ff: int, noise: float, drop: float, seed: int) -> Draw:
+    block = parameter.name.partition(".experts.")[0]
+    n_experts, n_dropped = parameter.shape[0], round(drop * d_ff)
+    dropped_EN = np.argsort(normal(f"{block} dropped", seed, (n_experts, d_ff)))[:, :n_dropped]
+    neurons = [axis for axis, kind in enumerate(parameter.axes[1:]) if kind in (Axis.FFN_WRITE, Axis.FFN_READ)]
+    # The bias of what the neurons write belongs to none of them.
+    return Draw(parameter.name, seed, noise, dropped_EN if neurons else dropped_EN[:, :0], *(neurons or [0]))
 
 
 def _tensor(parameter: Parameter, dense: set[str], top_k: int, router_std: float, seed: int) -> TensorPlan:

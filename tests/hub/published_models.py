@@ -9,12 +9,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.utils import logging
 
@@ -35,13 +43,33 @@ SIZE = {
 }
 GPT2_SIZE = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "eos_token_id": 2}
 ROPE = {"rope_type": "default", "rope_theta": 5e4}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+LLAMA3 = {  # of the 4 pairs of a head, one turns fast enough to be left alone, one is between, two are slowed down
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 24,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN3_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 BUILD = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, rope_parameters=ROPE)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=True)),
     "llama-biased": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, attention_bias=True, mlp_bias=True)),
     "llama-heads": lambda: LlamaForCausalLM(LlamaConfig(**(SIZE | {"num_key_value_heads": 4, "head_dim": 16}))),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZE, sliding_window=None)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZE, num_local_experts=4, num_experts_per_tok=2)),
+    "llama-biased-attention": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, attention_bias=True)),
+    "llama-linear": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, rope_parameters=LINEAR)),
+    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, rope_parameters=LLAMA3, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZE, rope_parameters=ROPE, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZE, rope_parameters=ROPE, head_dim=16)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZE, **EXPERTS)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZE, **QWEN3_EXPERTS, head_dim=16)),
+    "granitemoe": lambda: GraniteMoeForCausalLM(
+        GraniteMoeConfig(**SIZE, **EXPERTS, attention_multiplier=8**-0.5, attention_bias=True, rope_parameters=LLAMA3)
+    ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZE, bos_token_id=2)),
 }
 

@@ -63,8 +63,21 @@ def test_from_their_dense_model_to_their_mixture(tmp_path, mlxmoe):
     )
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2")["input_ids"] == [4, 5]
     card = (tmp_path / "out" / "README.md").read_text()
-    for said in ("4E2", "mixtral", "upcycled to experts", "0 steps", f"{checkpoint.load(tmp_path / 'moe').path.name}"):
+    taken = checkpoint.load(tmp_path / "moe").path.name
+    for said in ("4E2", "mixtral", "upcycled to experts", "dense, upcycled to 2L", "0 steps", taken):
         assert said in card
+
+
+def test_a_lossy_upcycling_is_written_and_says_by_how_much(tmp_path, mlxmoe):
+    save("qwen3", tmp_path / "dense")
+    options = ("--experts", 4, "--backend", "torch")
+    result = mlxmoe("upcycle", tmp_path / "dense", tmp_path / "moe", *options, "--drop", 0.5)
+    assert result.code == 0, result.err
+    for said in ("jump", "NOT lossless", "noise and drop change the model on purpose"):
+        assert said in result.out
+    assert mlxmoe("export", tmp_path / "moe", tmp_path / "out", "--format", "qwen3_moe").code == 0
+    result = mlxmoe("upcycle", tmp_path / "dense", tmp_path / "other", *options, "--drop", 1.5)
+    assert (result.code, "drop = 1.5" in result.err) == (2, True)
 
 
 def test_shards(tmp_path):
@@ -91,7 +104,7 @@ CANNOT = {
     "no positions": (small_model("llama", position_encoding="none"), "llama", "position_encoding none"),
     "the other kind": (small_model("llama"), "mixtral", "without experts; take --format llama"),
     "nearest": (small_model("hybrid", d_ff=192), "auto", "nearest is gpt2, which cannot hold"),
-    "unknown": (small_model("llama"), "gguf", "auto, llama, mixtral, gpt2"),
+    "unknown": (small_model("llama"), "gguf", "auto, llama, qwen2, qwen3, mixtral, .*gpt2"),
 }
 
 

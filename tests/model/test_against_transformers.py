@@ -4,9 +4,21 @@ import numpy as np
 import pytest
 import torch
 from small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from mlx_moe.config import MoEConfig
+from mlx_moe.hub.rope_keys import write_rope
 from parity.compare import rough_weights, small_model
 
 
@@ -21,7 +33,7 @@ def llama_config(config):
         "head_dim": config.head_dim,
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": write_rope(config)["rope_parameters"],
         "tie_word_embeddings": config.weight_tying,
     }
 
@@ -86,6 +98,8 @@ def check(config, model, convert):
         {"head_dim": 16, "n_layers": 3},
         {"norm_eps": 1e-2},
         {"bias": True},
+        {"rope_scaling": {"factor": 4.0}},
+        {"rope_scaling": {"factor": 8.0, "original_context_length": 24, "high_freq_factor": 2.0}},
     ],
     ids=str,
 )
@@ -100,6 +114,16 @@ def test_smollm():
     assert config.n_heads > config.n_kv_heads
     assert config.weight_tying
     check(config, LlamaForCausalLM(LlamaConfig(**llama_config(config))), llama_weights)
+
+
+def test_qwen2():
+    config = small_model("llama", n_kv_heads=2, attention_bias="qkv")
+    check(config, Qwen2ForCausalLM(Qwen2Config(**llama_config(config))), llama_weights)
+
+
+def test_qwen3():
+    config = small_model("llama", n_kv_heads=2, head_dim=16, qk_norm=True, norm_eps=1e-2)
+    check(config, Qwen3ForCausalLM(Qwen3Config(**llama_config(config))), llama_weights)
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])

@@ -85,7 +85,10 @@ def torch_gradients(config, weights, batch):
     return loss.item(), {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("config", every_model())
+QWEN3 = {"qk_norm": True, "attention_bias": "qkv", "rope_scaling": {"factor": 8.0, "original_context_length": 16}}
+
+
+@pytest.mark.parametrize("config", [*every_model(), pytest.param(small_model("llama", **QWEN3), id="head-norms")])
 def test_gradients(config):
     weights, batch = rough_weights(config, seed=3), random_tokens(config, n_columns=config.context_length + 1)
     mlx_loss, mlx_of = mlx_gradients(config, weights, batch)
@@ -224,6 +227,8 @@ def configs(draw):
         d_ff=draw(st.integers(1, 24)),
         norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
         norm_position=draw(st.sampled_from(["pre", "post"])),
+        attention_bias=draw(st.sampled_from(["none", "qkv", "qkvo"])),
+        qk_norm=draw(st.booleans()),
         rope_theta=draw(st.sampled_from([100.0, 10_000.0, 500_000.0])),
         bias=draw(st.booleans()),
         weight_tying=draw(st.booleans()),

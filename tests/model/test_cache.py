@@ -17,7 +17,12 @@ CHUNKS = {
 def cached_models():
     return [
         pytest.param(small_model(name, moe=moe, attention_backend=attention, **fields), id=f"{label}-{attention}")
-        for name, fields in (("gpt2", {}), ("smollm", {}), ("simple", {"position_encoding": "none"}))
+        for name, fields in (
+            ("gpt2", {}),
+            ("smollm", {}),
+            ("simple", {"position_encoding": "none"}),
+            ("llama", {"qk_norm": True, "rope_scaling": {"factor": 8.0, "original_context_length": 16}}),
+        )
         for moe in (None, EXPERTS)
         for attention in COMPONENTS["attention_backend"]
         for label in [f"{fields.get('position_encoding', name)}-{'experts' if moe else 'dense'}"]

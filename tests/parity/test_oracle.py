@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 from test_against_transformers import gpt2_weights, llama_config, llama_weights, mixtral_weights
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import torch_ref.attention
 import torch_ref.transformer
@@ -44,11 +53,29 @@ def distance(config, weights, model, theirs):
     return np.abs(Oracle(config, weights)(tokens_of(config)).logits_BTV - logits_BTV).max()
 
 
-@pytest.mark.parametrize("fields", [{}, {"n_kv_heads": 2, "rope_theta": 500_000.0, "weight_tying": True}], ids=str)
+LLAMA3 = {"factor": 8.0, "original_context_length": 24, "high_freq_factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n_kv_heads": 2, "rope_theta": 500_000.0, "weight_tying": True},
+        {"rope_theta": 100.0, "rope_scaling": LLAMA3},
+    ],
+    ids=str,
+)
 def test_llama(fields, in_float64):
     config = small_model("llama", **fields)
     weights = rough_weights(config, seed=1)
     theirs = LlamaForCausalLM(LlamaConfig(**llama_config(config)))
+    assert distance(config, weights, theirs, llama_weights(config, weights)) < LIMIT
+
+
+def test_qwen3(in_float64):
+    config = small_model("llama", n_kv_heads=2, head_dim=16, qk_norm=True, norm_eps=1e-2)
+    weights = rough_weights(config, seed=1)
+    theirs = Qwen3ForCausalLM(Qwen3Config(**llama_config(config)))
     assert distance(config, weights, theirs, llama_weights(config, weights)) < LIMIT
 
 
@@ -81,6 +108,10 @@ OPTIONS = [
     *({"norm_position": name} for name in ("pre", "post")),
     *({name: value} for name in ("bias", "weight_tying") for value in (True, False)),
     {"n_kv_heads": 2, "head_dim": 6},
+    {"qk_norm": True, "norm_eps": 1e-2},
+    {"attention_bias": "qkv"},
+    {"rope_scaling": {"factor": 4.0}},
+    {"rope_scaling": LLAMA3},
 ]
 
 

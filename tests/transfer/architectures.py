@@ -26,6 +26,9 @@ def architectures(draw, norm_positions=("pre", "post")):
         ffn_type=draw(st.sampled_from(COMPONENTS["ffn_type"])),
         position_encoding=draw(st.sampled_from(COMPONENTS["position_encoding"])),
         bias=draw(st.booleans()),
+        attention_bias=draw(st.sampled_from(["none", "qkv", "qkvo"])),
+        qk_norm=draw(st.booleans()),
+        norm_eps=draw(st.sampled_from([1e-5, 1e-2])),
         weight_tying=draw(st.booleans()),
     )
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from mlx_moe.transfer.certificate import Replay, probe
+from mlx_moe.transfer.certificate import MARGIN, Replay, probe
 
 BATCH = np.random.default_rng(0).integers(0, 7, (3, 6)).astype(np.int32)
 TABLE = np.random.default_rng(1).normal(size=(7, 7)).astype(np.float32)
@@ -11,11 +11,12 @@ TABLE = np.random.default_rng(1).normal(size=(7, 7)).astype(np.float32)
 
 def model(change=None):
     def logits(tokens_BT):
-        assert tokens_BT.shape == (1, 5)
-        out = TABLE[tokens_BT]
-        if change is not None:
-            change(out)
-        return out
+        assert tokens_BT.shape == (3, 5)
+        for tokens_T in tokens_BT:
+            out = TABLE[tokens_T][None]
+            if change is not None:
+                change(out)
+            yield out[0]
 
     return logits
 
@@ -102,3 +103,29 @@ def test_a_sequence_is_replayed_only_where_it_differs_and_flipped():
     assert not judge(last_logit, flipped=0).passed
     assert not judge(last_logit, router_difference=1e-3).passed
     assert not judge(last_logit, router_difference=np.nan).passed
+
+
+def test_a_limit_below_what_rounding_does_is_widened():
+    asked = []
+
+    def judge(change, floor):
+        def measure(tokens_BT):
+            asked.append(tokens_BT)
+            return floor
+
+        return probe(model(), model(change), BATCH, 1e-4, 1e-3, rounding_floor=measure)
+
+    def last_logit(logits):
+        logits[0, -1, 0] += 1e-3
+
+    assert judge(None, 1.0).passed
+    assert not asked
+    certificate = judge(last_logit, 3e-4)
+    assert certificate.passed
+    assert certificate.limit_logit_difference == MARGIN * 3e-4
+    assert json.loads(json.dumps(certificate.to_json()))["rounding_floor"] == 3e-4
+    (tokens_BT,) = asked
+    np.testing.assert_array_equal(tokens_BT[0], BATCH[np.argmax(certificate.logit_differences), :-1])
+    for floor in (2e-4, 1e-9, np.nan):
+        assert not judge(last_logit, floor).passed
+    assert judge(last_logit, 1e-9).limit_logit_difference == 1e-4

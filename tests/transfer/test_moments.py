@@ -34,6 +34,16 @@ def test_pads_leave_the_gradients_of_rmsnorm_as_they_were(architecture, moe):
     compare(plan_growth(config, target, "even"), weights(config))
 
 
+@pytest.mark.parametrize("split", ["even", "uneven"])
+def test_norms_of_heads_keep_their_gradients(split):
+    config = tiny("llama", qk_norm=True, attention_bias="qkv", norm_eps=0.1)
+    plan = plan_growth(config, grow_config(config, d_model=11, n_layers=3, n_heads=6), split)
+    checked = compare(
+        plan, weights(config), {"q_norm", "k_norm"} | ({"q_proj", "k_proj"} if split == "even" else set())
+    )
+    assert {"layers.0.self_attn.q_norm.weight", "layers.0.self_attn.k_norm.weight"} <= set(checked)
+
+
 @pytest.mark.parametrize(("architecture", "moe"), EVERY_MODEL)
 def test_uneven_copies_have_the_gradients_of_their_one_reader(architecture, moe):
     config = tiny(architecture, moe)
@@ -124,10 +134,10 @@ def test_a_state_is_carried_as_far_as_the_optimizer_keeps_it():
     np.testing.assert_array_equal(carried["m.embed_tokens.weight"], expected["embed_tokens.weight"])
 
 
-def tiny(architecture, moe=None):
+def tiny(architecture, moe=None, **fields):
     heads = {"n_heads": 4, "n_kv_heads": 2} if architecture == "smollm" else {"n_heads": 2}
     sizes = {"vocab_size": 7, "context_length": 6, "d_model": 4, "n_layers": 1 if moe else 2, "d_ff": 5, "head_dim": 4}
-    return load_architecture(architecture, **sizes, **heads, dropout=0.0, moe=moe and moe.model_dump())
+    return load_architecture(architecture, **sizes, **heads, **fields, dropout=0.0, moe=moe and moe.model_dump())
 
 
 def layers(config):

@@ -1,7 +1,20 @@
 import numpy as np
-from architectures import small
+import pytest
+from architectures import small, weights
 
-from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, apply, fresh_tensor
+from mlx_moe.config import MoEConfig
+from mlx_moe.transfer.growth import grow_config, plan_growth
+from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, apply, blocks, fresh_tensor, made, made_in_blocks
+from mlx_moe.transfer.upcycling import plan_upcycling
+
+EXPERTS = small(moe={"n_experts": 3}, normalization="layernorm", bias=True)
+PLANS = {
+    "experts": plan_upcycling(small(ffn_type="swiglu"), MoEConfig(n_experts=3)),
+    "twice as wide": plan_growth(small(), grow_config(small(), d_model=12, n_layers=2)),
+    "wider": plan_growth(EXPERTS, grow_config(EXPERTS, d_model=10, n_layers=2)),
+    "deeper": plan_growth(EXPERTS, grow_config(EXPERTS, d_model=6, n_layers=5)),
+    "all of it": plan_growth(EXPERTS, grow_config(EXPERTS, d_model=15, n_layers=3, n_heads=5, d_ff=11), "even"),
+}
 
 
 def run(array, **tensor):
@@ -43,3 +56,31 @@ def test_a_tensor_without_a_source_takes_the_dtype_of_the_others():
     out = apply(Plan(small(), small(), (tensor,)), {"in": np.ones(1)})["out"]
     assert out.dtype == np.float64
     np.testing.assert_array_equal(out, tensor.fresh())
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 10_000])
+@pytest.mark.parametrize("name", PLANS)
+def test_in_pieces_it_is_the_same_bit_for_bit(name, size):
+    plan = PLANS[name]
+    arrays = weights(plan.source_config, np.float32)
+    whole = apply(plan, arrays)
+    for tensor in plan.tensors:
+        pieces = list(blocks(tensor, None if tensor.source is None else arrays[tensor.source], size))
+        assert max(piece.size for piece in pieces) <= size
+        assert b"".join(piece.tobytes() for piece in pieces) == whole[tensor.target].tobytes(), tensor.target
+
+
+def test_one_by_one_it_is_the_same():
+    plan = PLANS["all of it"]
+    arrays = weights(plan.source_config, np.float32)
+    whole, one_by_one, in_blocks = apply(plan, arrays), made(plan, arrays), made_in_blocks(plan, arrays)
+    assert list(one_by_one) == list(whole)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(one_by_one[name], array)
+        np.testing.assert_array_equal(np.concatenate(list(in_blocks(name))), array)
+
+
+def test_experts_are_written_from_where_the_source_lies():
+    array = np.ones((5, 7), np.float32)
+    (plan,) = (tensor for tensor in PLANS["experts"].tensors if tensor.target == "layers.0.mlp.experts.up_proj.weight")
+    assert all(np.shares_memory(piece, array) for piece in blocks(plan, array, 35))

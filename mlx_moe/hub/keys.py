@@ -1,0 +1,121 @@
+"""The keys of a config.json: each is asked for, or known not to matter, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlx_moe.errors import InputError
+from mlx_moe.validation import nearest
+
+# What the logits do not depend on: provenance, training, generation, other heads, and how something is computed.
+_IRRELEVANT = """
+    _name_or_path _model_name_or_path _commit_hash transformers_version transformers.js_config is_llama_config dtype
+    torch_dtype finetuning_task task_specific_params problem_type id2label label2id num_labels tokenizer_class prefix
+    unsloth_version unsloth_fixed bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
+    decoder_start_token_id attention_dropout attn_pdrop embd_pdrop resid_pdrop summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj output_router_logits
+    router_aux_loss_coef router_jitter_noise gradient_checkpointing use_cache output_attentions output_hidden_states
+    return_dict use_return_dict torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward pretraining_tp
+    reorder_and_upcast_attn _attn_implementation _attn_implementation_autoset max_length min_length do_sample
+    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+    output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+"""
+IRRELEVANT = frozenset(_IRRELEVANT.split())
+
+# What would change the model, with the only values at which it does not.
+INERT: dict[str, tuple[Any, ...]] = {
+    "is_decoder": (False, True),  # all of these families are decoders, whatever it says
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "quantization": (None,),
+    "auto_map": (None, {}),
+    "model_file": (None,),
+    "use_mrope": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False,),
+    "rope_traditional": (False,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+}
+WAYS_OUT = {
+    "quantization_config": "quantised weights are not read; take the model in float32, bfloat16 or float16",
+    "quantization": "quantised weights are not read; take the model in float32, bfloat16 or float16",
+    "auto_map": "the model brings code of its own, which is never run",
+    "model_file": "the model brings code of its own, which is never run",
+}
+
+
+REQUIRED = object()
+
+
+class Keys:
+    """The keys of a config.json; those that nobody asked for are refused in the end."""
+
+    def __init__(self, file: Path, values: dict[str, Any], section: str = ""):
+        self._file = file
+        self._left = dict(values)
+        self._section = section
+
+    def take(self, key: str, default: Any = REQUIRED) -> Any:
+        if key not in self._left and default is REQUIRED:
+            raise InputError(f"{self._file} has no {self._section}{key}, which the model cannot do without")
+        return self._left.pop(key, default)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._left
+
+    def is_null(self, key: str) -> bool:
+        """Whether a key is not there, or null; then it is done with."""
+        if self._left.get(key) is not None:
+            return False
+        self._left.pop(key, None)
+        return True
+
+    def one_of(self, key: str, supported: Iterable[Any], default: Any = REQUIRED) -> Any:
+        value = self.take(key, default)
+        for known in supported:
+            if value == known and isinstance(value, bool) == isinstance(known, bool):
+                return value
+        self.refuse(key, value, f"supported: {', '.join(map(str, supported))}")
+
+    def whole(self, key: str, default: Any = REQUIRED) -> int:
+        value = self.take(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.refuse(key, value, "it must be a whole number from 1")
+        return value
+
+    def number(self, key: str, default: Any = REQUIRED) -> float:
+        value = self.take(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            self.refuse(key, value, "it must be a number above 0")
+        return float(value)
+
+    def section(self, key: str) -> Keys | None:
+        """The keys of a mapping under a key; None where there is none."""
+        values = self.take(key, None)
+        if values is not None and not isinstance(values, dict):
+            self.refuse(key, values, "it must be a mapping")
+        return None if values is None else Keys(self._file, values, f"{key}.")
+
+    def refuse(self, key: str, value: Any, supported: str) -> Any:
+        raise InputError(f"{self._file}: {self._section}{key} = {value!r} cannot be honoured; {supported}")
+
+    def refuse_the_rest(self) -> None:
+        for key, value in self._left.items():
+            if key in INERT:
+                inert = INERT[key]
+                if value not in inert:
+                    self.refuse(key, value, WAYS_OUT.get(key) or f"supported: {', '.join(map(str, inert))}")
+            elif key not in IRRELEVANT:
+                hint = nearest(key, sorted(IRRELEVANT | INERT.keys()), cutoff=0.8)
+                self.refuse(
+                    key, value, f"{hint}the key is unknown for this model_type; delete it if nothing hangs on it"
+                )

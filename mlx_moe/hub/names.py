@@ -1,0 +1,56 @@
+"""Models by their names on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+from mlx_moe.data import tokenizers
+from mlx_moe.errors import InputError, one_line
+from mlx_moe.tensor_files import INDEX, open_tensors
+
+PATTERNS = ["config.json", "model*.safetensors", INDEX, *tokenizers.FILES]
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: itself, or where huggingface_hub keeps the model of that name, fetched if need be.
+
+    Raises InputError where there is neither a folder nor a model that can be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        return folder
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=True))
+            if _is_whole(folder):
+                return folder
+        # One quick question first: without a network, a download retries for half a minute and prints every attempt.
+        HfApi().model_info(name, timeout=10)
+        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+    except Exception as error:  # whatever fails between here and the hub, the way out is the same
+        raise InputError(
+            f"no folder {name}, and cannot get a model of that name from the Hugging Face hub ({one_line(error)}); "
+            "name a folder that holds one"
+        ) from None
+
+
+def model_name(folder: Path) -> str:
+    """The name on the hub of a model in huggingface_hub's cache, else that of its folder."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return bool(open_tensors(folder))
+    except InputError:
+        return False

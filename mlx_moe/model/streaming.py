@@ -1,0 +1,67 @@
+"""A model run a layer at a time. B batch, T time, D model, V vocabulary, N tokens (B·T), K of E experts, L layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from numpy.typing import NDArray
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.model.layers import Norm
+from mlx_moe.model.moe import Routing
+from mlx_moe.model.trainer import choose_device
+from mlx_moe.model.transformer import Block
+from mlx_moe.parameters import Weights
+from mlx_moe.training.backend import Logits, RoutedLogits, Tokens
+
+
+class StreamedModel:
+    """`mlx_moe.training.backend.StreamedModel` on MLX; of weights that lie in a file, one layer is copied at a time."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, device: str = "auto"):
+        self.config = config
+        self._weights = weights
+        choose_device(device)
+
+    def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
+        normed_BTD, _ = self._below_the_head(tokens_BT, None)
+        head = self._head()
+        return (np.array(normed_TD @ head.T) for normed_TD in normed_BTD)
+
+    def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
+        normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
+        logits_BTV = np.array(normed_BTD @ self._head().T)
+        router_logits_LNE = [np.array(routing.logits_NE) for routing in routings]
+        chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
+        return RoutedLogits(logits_BTV, np.array(router_logits_LNE), np.array(chosen_LNK))
+
+    def _below_the_head(
+        self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None
+    ) -> tuple[mx.array, list[Routing]]:
+        embedded_BTD = self._weights["embed_tokens.weight"][tokens_BT]
+        if self.config.position_encoding == "learned_absolute":
+            embedded_BTD += self._weights["embed_positions.weight"][: tokens_BT.shape[1]]
+        x_BTD, routings = mx.array(embedded_BTD), []
+        for layer in range(self.config.n_layers):
+            experts_NK = None if experts_LNK is None else mx.array(experts_LNK[layer], mx.int32)
+            x_BTD, routing = self._load(Block, f"layers.{layer}.")(x_BTD, None, experts_NK)
+            if routing is not None:
+                routings.append(routing)
+            mx.eval(x_BTD, routings)
+            mx.clear_cache()  # lets go of the layer
+        return self._load(Norm, "norm.")(x_BTD), routings
+
+    def _head(self) -> mx.array:
+        return self._tensor("embed_tokens.weight" if self.config.weight_tying else "lm_head.weight")
+
+    def _load(self, kind: type[nn.Module], prefix: str) -> nn.Module:
+        module = kind(self.config).eval()
+        module.load_weights([(name, self._tensor(prefix + name)) for name, _ in tree_flatten(module.parameters())])
+        return module
+
+    def _tensor(self, name: str) -> mx.array:
+        return mx.array(self._weights[name])

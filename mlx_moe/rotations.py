@@ -1,0 +1,27 @@
+"""How fast RoPE turns each pair of a head's coordinates."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_moe.config import ModelConfig
+
+
+def rotation_frequencies(config: ModelConfig) -> NDArray[np.float64]:
+    """Radians per position, (head_dim / 2,), for the pairs of coordinates i and i + head_dim / 2 (Su et al. 2021).
+
+    Scaled ones are divided by the factor where they are slow, left where they are fast, and blended between (Chen et
+    al. 2023, Position Interpolation, for all of them; Grattafiori et al. 2024 and Llama 3.1's `apply_scaling`).
+    """
+    pairs = np.arange(config.head_dim // 2)
+    frequencies: NDArray[np.float64] = config.rope_theta ** (-2 * pairs / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_context_length * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor

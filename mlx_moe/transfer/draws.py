@@ -1,0 +1,43 @@
+"""What makes the experts of an upcycling differ: noise, or some of their neurons drawn anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_moe.parameters import normal
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """How each expert's tensor departs from the dense one.
+
+    `noise` is the standard deviation of what is added to every number, relative to that of the tensor. `dropped_EN`
+    names the neurons of each expert that start anew, normal with the mean and the standard deviation of the numbers
+    that they replace (Drop-Upcycling, Nakamura et al. 2025); they lie along `neuron_axis`.
+    """
+
+    name: str
+    seed: int
+    noise: float
+    dropped_EN: NDArray[np.int64]
+    neuron_axis: int
+
+    def expert(self, expert: int, source: NDArray[Any]) -> NDArray[Any]:
+        """The tensor of one expert, of the source's shape and dtype."""
+        made = source.astype(np.float64)
+        if self.noise:
+            made += self.noise * made.std() * normal(f"{self.name} {expert} noise", self.seed, source.shape)
+        dropped_N = self.dropped_EN[expert]
+        if len(dropped_N):
+            place = (slice(None),) * self.neuron_axis + (dropped_N,)
+            old = source[place].astype(np.float64)
+            made[place] = old.mean() + old.std() * normal(f"{self.name} {expert} drop", self.seed, old.shape)
+        return made.astype(source.dtype)
+
+    def experts(self, source: NDArray[Any]) -> NDArray[Any]:
+        """Those of all experts, (E, ...)."""
+        return np.stack([self.expert(expert, source) for expert in range(len(self.dropped_EN))])

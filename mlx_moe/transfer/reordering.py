@@ -1,0 +1,30 @@
+"""The same model with its units in another order: equal in exact arithmetic, and every sum rounds anew."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.parameters import Axis, Parameter, normal, table
+from mlx_moe.transfer.growth import RESIDUAL
+from mlx_moe.transfer.plan import AxisMap, Plan, TensorPlan
+
+
+def plan_reordering(config: ModelConfig, seed: int = 0) -> Plan:
+    """The residual stream's coordinates and each layer's FFN neurons in an order that is drawn; heads stay."""
+    return Plan(config, config, tuple(_tensor(parameter, seed) for parameter in table(config)))
+
+
+def _tensor(parameter: Parameter, seed: int) -> TensorPlan:
+    maps = []
+    for axis, (kind, size) in enumerate(zip(parameter.axes, parameter.shape, strict=True)):
+        if kind in RESIDUAL:
+            maps.append(AxisMap(axis, _order("residual", seed, size)))
+        elif kind in (Axis.FFN_WRITE, Axis.FFN_READ):
+            maps.append(AxisMap(axis, _order(parameter.name.partition(".mlp.")[0], seed, size)))
+    return TensorPlan(parameter.name, parameter.shape, parameter.name, maps=tuple(maps))
+
+
+def _order(name: str, seed: int, size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    order: np.ndarray[tuple[int], np.dtype[np.int64]] = np.argsort(normal(f"{name} order", seed, (size,)))
+    return order

@@ -1,0 +1,65 @@
+"""A model run a layer at a time. B batch, T time, D model, V vocabulary, N tokens (B·T), K of E experts, L layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.parameters import Weights
+from mlx_moe.training.backend import Logits, RoutedLogits, Tokens
+from torch_ref.layers import Norm
+from torch_ref.moe import Routing
+from torch_ref.trainer import choose_device
+from torch_ref.transformer import Block
+
+
+class StreamedModel:
+    """`mlx_moe.training.backend.StreamedModel` on PyTorch; on the CPU, weights that lie in a file are not copied."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, device: str = "auto"):
+        self.config = config
+        self._weights = weights
+        self._device = choose_device(device)
+
+    def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
+        normed_BTD, _ = self._below_the_head(tokens_BT, None)
+        head = self._head()
+        return (F.linear(normed_TD, head).cpu().numpy() for normed_TD in normed_BTD)
+
+    def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
+        normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
+        logits_BTV = F.linear(normed_BTD, self._head()).cpu().numpy()
+        router_logits_LNE = [routing.logits_NE.cpu().numpy() for routing in routings]
+        chosen_LNK = [routing.experts_NK.cpu().numpy() for routing in routings]
+        return RoutedLogits(logits_BTV, np.array(router_logits_LNE), np.array(chosen_LNK))
+
+    @torch.no_grad()
+    def _below_the_head(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None) -> tuple[Tensor, list[Routing]]:
+        embedded_BTD = self._weights["embed_tokens.weight"][tokens_BT]
+        if self.config.position_encoding == "learned_absolute":
+            embedded_BTD += self._weights["embed_positions.weight"][: tokens_BT.shape[1]]
+        x_BTD, routings = torch.from_numpy(embedded_BTD).to(self._device), []
+        for layer in range(self.config.n_layers):
+            experts_NK = None if experts_LNK is None else torch.from_numpy(experts_LNK[layer]).to(self._device)
+            x_BTD, routing = self._load(Block, f"layers.{layer}.")(x_BTD, None, experts_NK)
+            if routing is not None:
+                routings.append(routing)
+        return self._load(Norm, "norm.")(x_BTD), routings
+
+    def _head(self) -> Tensor:
+        return self._tensor("embed_tokens.weight" if self.config.weight_tying else "lm_head.weight")
+
+    def _load(self, kind: type[nn.Module], prefix: str) -> nn.Module:
+        with torch.device("meta"):
+            module = kind(self.config).eval()
+        module.load_state_dict({name: self._tensor(prefix + name) for name in module.state_dict()}, assign=True)
+        return module
+
+    def _tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(self._weights[name]).to(self._device)
