@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Numbers in a chunk of logits: 667 tokens of 50,257 words on CPU, 5,341 on CUDA. Every chunk reads and writes the
-# head's whole gradient, which a device that is faster at products feels sooner.
-CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
+from mlx_moe.accounting.memory import TORCH_LOGITS
 
 
 def cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, compiled: bool = False) -> Tensor:
@@ -32,7 +30,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, needs_gradients: bool, compiled: bool
     ) -> Tensor:
-        n_chunks = -(-len(x_ND) * len(weight_VD) // CHUNK.get(x_ND.device.type, CHUNK["cpu"]))
+        n_chunks = -(-len(x_ND) * len(weight_VD) // TORCH_LOGITS["gpu" if x_ND.is_cuda else "cpu"])
         likelihood = torch.compile(_likelihood) if compiled else _likelihood
         weight = weight_VD.to(x_ND.dtype)
         loss = torch.zeros((), device=x_ND.device)
