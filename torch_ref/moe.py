@@ -5,7 +5,7 @@ B batch, T time, N tokens (B·T), D model, F ffn, E experts, K experts per token
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,18 +70,52 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x_AC: Tensor, expert_A: Tensor, end_E: Tensor) -> Tensor:
         """Rows sorted by expert; the rows of expert e end before `end_E[e]`."""
-        weight = self.weight.to(x_AC.dtype).transpose(-1, -2)
-        if self.weight.shape[1] * x_AC.itemsize % 16 or self.weight.shape[2] * x_AC.itemsize % 16:
-            # grouped_mm takes rows of whole 16 bytes only
-            rows = x_AC.tensor_split(end_E[:-1].long().cpu())
-            y_AC = torch.cat([x @ w for x, w in zip(rows, weight, strict=True)])
-        else:
-            grouped_mm = F.grouped_mm if x_AC.dtype is torch.bfloat16 else _grouped_mm_uncompiled
-            y_AC = grouped_mm(x_AC, weight, offs=end_E)
-        if self.bias is None:
-            return y_AC
+        weight = self.weight.to(x_AC.dtype)
+        bias = None if self.bias is None else self.bias.to(x_AC.dtype)
+        # grouped_mm takes rows of whole 16 bytes only; without it, a GPU has to wait for the host to read the ends.
+        is_whole = not any(n * x_AC.itemsize % 16 for n in weight.shape[1:])
+        if x_AC.device.type == "cpu" or not is_whole:
+            return _one_by_one(x_AC, weight, bias, end_E)
+        grouped_mm = F.grouped_mm if x_AC.dtype is torch.bfloat16 else _grouped_mm_uncompiled
+        y_AC = grouped_mm(x_AC, weight.transpose(-1, -2), offs=end_E)
         # A product, and not an index, because its gradient is summed in the same order every time.
-        return y_AC + F.one_hot(expert_A, len(self.bias)).to(x_AC.dtype) @ self.bias.to(x_AC.dtype)
+        return y_AC if bias is None else y_AC + F.one_hot(expert_A, len(bias)).to(x_AC.dtype) @ bias
+
+
+@torch.compiler.disable
+def _one_by_one(x_AC: Tensor, weight: Tensor, bias: Tensor | None, end_E: Tensor) -> Tensor:
+    y_AC: Tensor = _ExpertProducts.apply(x_AC, weight, bias, end_E[:-1].tolist())
+    return y_AC
+
+
+class _ExpertProducts(torch.autograd.Function):
+    """One product per expert, with its bias in it, each written to where it belongs: what a dense layer costs."""
+
+    @staticmethod
+    def forward(ctx: Any, x_AC: Tensor, weight: Tensor, bias: Tensor | None, ends: list[int]) -> Tensor:
+        ctx.save_for_backward(x_AC, weight)
+        ctx.ends, ctx.has_bias = ends, bias is not None
+        y_AC = x_AC.new_empty(len(x_AC), weight.shape[1])
+        for e, (x, y) in enumerate(zip(x_AC.tensor_split(ends), y_AC.tensor_split(ends), strict=True)):
+            if bias is None:
+                torch.mm(x, weight[e].mT, out=y)
+            else:
+                torch.addmm(bias[e], x, weight[e].mT, out=y)
+        return y_AC
+
+    @staticmethod
+    def backward(ctx: Any, by_y_AC: Tensor) -> tuple[Tensor | None, ...]:
+        x_AC, weight = ctx.saved_tensors
+        by_y_AC = by_y_AC.contiguous()
+        by_x_AC, by_weight = torch.empty_like(x_AC), torch.empty_like(weight)
+        by_bias = weight.new_empty(weight.shape[:2]) if ctx.has_bias else None
+        rows = (tensor.tensor_split(ctx.ends) for tensor in (by_y_AC, x_AC, by_x_AC))
+        for e, (by_y, x, by_x) in enumerate(zip(*rows, strict=True)):
+            torch.mm(by_y, weight[e], out=by_x)
+            torch.mm(by_y.mT, x, out=by_weight[e])
+            if by_bias is not None:
+                torch.sum(by_y, dim=0, out=by_bias[e])
+        return by_x_AC, by_weight, by_bias, None
 
 
 class Experts(nn.Module):

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +23,7 @@ from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, 
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 from torch_ref.attention import KVCache
 from torch_ref.distributed import connect, distribute, gathered, whole
+from torch_ref.loss import cross_entropy
 from torch_ref.moe import Routing, auxiliary_loss, entropy, load
 from torch_ref.optimizers import build_optimizers, load_optimizer_state, optimizer_state
 from torch_ref.transformer import Transformer
@@ -60,11 +60,9 @@ class Trainer:
         }
         self._model.load_state_dict(tensors, assign=True)
         self._model.activation_checkpointing = engine.activation_checkpointing
-        self._cross_entropy = _cross_entropy
         if engine.compile:
             for layer in self._model.layers:
                 layer.compile()  # each block by itself: the second one finds the first one's code
-            self._cross_entropy = torch.compile(_cross_entropy)
         self._trained = distribute(self._model, self.world, engine.strategy)
         named = self._model.named_parameters()
         self._optimizers = build_optimizers(named, config, optimizer, self.world, engine.strategy)
@@ -83,17 +81,17 @@ class Trainer:
         losses = []
         for part, seed in zip(parts, seeds, strict=True):
             with self._gradients_stay_here() if part is not parts[-1] else nullcontext():
-                loss, cross_entropy, load_LE, entropy_L = self._losses(part, seed, load_LE)
+                loss, tokens_loss, load_LE, entropy_L = self._losses(part, seed, load_LE)
                 (loss * scale).backward()
-            losses.append(torch.cat([torch.stack([loss, cross_entropy]), entropy_L]).detach())
+            losses.append(torch.cat([torch.stack([loss, tokens_loss]), entropy_L]).detach())
         grad_norm = self._update()
 
         def fetch() -> StepMetrics:
-            loss, cross_entropy, *entropy_L = self.world.mean(torch.stack(losses).mean(dim=0)).tolist()
+            loss, tokens_loss, *entropy_L = self.world.mean(torch.stack(losses).mean(dim=0)).tolist()
             norm = float(whole(grad_norm))
             if load_LE is None:
-                return StepMetrics(loss, cross_entropy, norm)
-            return StepMetrics(loss, cross_entropy, norm, load_LE.cpu().numpy(), np.array(entropy_L, np.float32))
+                return StepMetrics(loss, tokens_loss, norm)
+            return StepMetrics(loss, tokens_loss, norm, load_LE.cpu().numpy(), np.array(entropy_L, np.float32))
 
         return fetch
 
@@ -102,15 +100,15 @@ class Trainer:
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """(loss, cross entropy, each layer's load and router entropy), for a part of a batch; with the whole's load."""
         self._seed_dropout(seed)
-        logits_BTV, routings = self._trained(tokens_BT1[:, :-1], dtype=self._dtype)
-        loss = cross_entropy = self._cross_entropy(logits_BTV, tokens_BT1[:, 1:])
+        x_BTD, routings = self._trained(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
+        loss = tokens_loss = cross_entropy(x_BTD, self._model.head, tokens_BT1[:, 1:], self._engine.compile)
         if self.config.moe is None:
-            return loss, cross_entropy, None, cross_entropy.new_zeros(0)
+            return loss, tokens_loss, None, loss.new_zeros(0)
         if load_LE is None:
             load_LE = self.world.mean(_loads(routings))
         for routing, load_E in zip(routings, load_LE, strict=True):
             loss = loss + auxiliary_loss(routing, load_E, self.config.moe)
-        return loss, cross_entropy, load_LE, torch.stack([entropy(routing) for routing in routings])
+        return loss, tokens_loss, load_LE, torch.stack([entropy(routing) for routing in routings])
 
     @torch.no_grad()
     def _load_of_all(self, parts: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
@@ -118,7 +116,7 @@ class Trainer:
         loads = []
         for part, seed in zip(parts, seeds, strict=True):
             self._seed_dropout(seed)
-            _, routings = self._model(part[:, :-1], dtype=self._dtype, route_only=True)
+            _, routings = self._model(part[:, :-1], dtype=self._dtype, hidden_only=True)
             loads.append(_loads(routings))
         return self.world.mean(torch.stack(loads).mean(dim=0))
 
@@ -153,8 +151,8 @@ class Trainer:
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
         tokens = self._tensor(own_rows(self.world, tokens_BT1))
-        logits_BTV, _ = self._model(tokens[:, :-1])
-        return self.world.mean(_cross_entropy(logits_BTV, tokens[:, 1:])).item()
+        x_BTD, _ = self._model(tokens[:, :-1], hidden_only=True)
+        return self.world.mean(cross_entropy(x_BTD, self._model.head, tokens[:, 1:])).item()
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tokens) -> Logits:
@@ -181,7 +179,7 @@ class Trainer:
     @torch.no_grad()
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()
-        _, routings = self._model(self._tensor(tokens_BT), route_only=True)
+        _, routings = self._model(self._tensor(tokens_BT), hidden_only=True)
         return _loads(routings).cpu().numpy() if routings else None
 
     def decoder(self) -> Decoder:
@@ -256,10 +254,6 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
             scale = torch.from_numpy(axis_map.scale.astype(np.float32)).to(tensor.device)
             tensor = tensor * scale.view([-1 if axis == axis_map.axis else 1 for axis in range(tensor.ndim)])
     return tensor.clone() if tensor is source[plan.source] else tensor
-
-
-def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
 
 
 def _loads(routings: list[Routing]) -> Tensor:

@@ -60,13 +60,13 @@ class Transformer(nn.Module):
         cache: list[KVCache] | None = None,
         experts: list[Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
-        route_only: bool = False,
+        hidden_only: bool = False,
     ) -> tuple[Tensor, list[Routing]]:
         """Returns (logits (B, T, V) in `dtype`, the routing of every MoE layer).
 
         With a cache, tokens continue what it holds. `experts` forces every layer's choices. Matrix products take and
-        give `dtype`; the residual stream, norms and routers stay in float32. `route_only` leaves the head out: the
-        first result is then what it would read.
+        give `dtype`; the residual stream, norms and routers stay in float32. `hidden_only` leaves the head out:
+        the first result is then what it would read, (B, T, D).
         """
         x_BTD = self.embed_tokens(tokens_BT)
         if self.embed_positions is not None:
@@ -83,7 +83,11 @@ class Transformer(nn.Module):
             if routing is not None:
                 routings.append(routing)
         x_BTD = self.norm(x_BTD).to(dtype)
-        if route_only:
+        if hidden_only:
             return x_BTD, routings
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(x_BTD, head.weight.to(dtype)), routings
+        return F.linear(x_BTD, self.head.to(dtype)), routings
+
+    @property
+    def head(self) -> Tensor:
+        """(V, D): the embeddings where they are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

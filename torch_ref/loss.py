@@ -1,0 +1,74 @@
+"""The loss, a chunk of tokens at a time: logits of a large vocabulary never all stand in memory.
+
+B batch, T time, N tokens (B·T, or those of a chunk), D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlx_moe.accounting.memory import TORCH_LOGITS
+
+
+def cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, compiled: bool = False) -> Tensor:
+    """The mean of −log softmax(x·Wᵀ) at the targets, (), float32 nats per token; products are taken in x's dtype.
+
+    The gradients are computed along with the loss (Liger Kernel, Hsu et al. 2024), so that a chunk's logits are needed
+    once; the graph serves for one backward pass. `compiled`: by torch.compile, but for the products.
+    """
+    needs_gradients = torch.is_grad_enabled() and x_BTD.requires_grad
+    x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+    loss: Tensor = _CrossEntropy.apply(x_ND, weight_VD, targets_N, needs_gradients, compiled)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, needs_gradients: bool, compiled: bool
+    ) -> Tensor:
+        n_chunks = -(-len(x_ND) * len(weight_VD) // TORCH_LOGITS["gpu" if x_ND.is_cuda else "cpu"])
+        likelihood = torch.compile(_likelihood) if compiled else _likelihood
+        weight = weight_VD.to(x_ND.dtype)
+        loss = torch.zeros((), device=x_ND.device)
+        by_x_ND = torch.empty_like(x_ND) if needs_gradients else x_ND
+        by_weight_VD = torch.empty_like(weight_VD) if needs_gradients else weight_VD
+        chunks = zip(x_ND.chunk(n_chunks), targets_N.chunk(n_chunks), by_x_ND.chunk(n_chunks), strict=True)
+        for i, (x, targets, by_x) in enumerate(chunks):
+            chunk_loss, by_logits_NV = likelihood(x @ weight.mT, targets, needs_gradients)
+            loss += chunk_loss
+            if needs_gradients:
+                torch.mm(by_logits_NV, weight, out=by_x)
+                _add_product(by_weight_VD, by_logits_NV.mT, x, is_first=i == 0)
+        ctx.gradients = (by_x_ND, by_weight_VD) if needs_gradients else None
+        return loss.div_(len(x_ND))
+
+    @staticmethod
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
+        by_x_ND, by_weight_VD = ctx.gradients
+        del ctx.gradients  # so that the weight's can become its parameter's without a copy
+        by_loss = by_loss / len(by_x_ND)
+        return by_x_ND.mul_(by_loss), by_weight_VD.mul_(by_loss), None, None, None
+
+
+def _likelihood(logits_NV: Tensor, targets_N: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
+    """The sum of −log softmax at the targets, in float32; and its gradient where needed, in the dtype of the logits."""
+    log_probability_NV = logits_NV.log_softmax(dim=-1, dtype=torch.float32)
+    targets_N1 = targets_N[:, None]
+    loss = -log_probability_NV.gather(1, targets_N1).sum()
+    if needs_gradient:
+        log_probability_NV.exp_().scatter_add_(1, targets_N1, log_probability_NV.new_full(targets_N1.shape, -1.0))
+    return loss, log_probability_NV.to(logits_NV.dtype)
+
+
+def _add_product(sum_VD: Tensor, by_logits_VN: Tensor, x_ND: Tensor, is_first: bool) -> None:
+    """In float32, whatever the factors are."""
+    if x_ND.dtype is sum_VD.dtype:
+        sum_VD.addmm_(by_logits_VN, x_ND, beta=0 if is_first else 1)
+    elif is_first:
+        sum_VD.copy_(by_logits_VN @ x_ND)
+    else:
+        sum_VD.add_(by_logits_VN @ x_ND)
