@@ -70,6 +70,8 @@ def compare_model(folder: Path, seed: int = 0) -> Report:
     try:
         torch, exact = torch_library.LibraryModel(folder), torch_library.LibraryModel(folder, exact=True)
         bench = Bench(torch, exact, _tokens(torch, n_parameters, seed))
+    except InputError:
+        raise
     except Exception as error:  # whatever a library cannot do
         return replace(report, problem=f"transformers fails with {said(error)}")
     made_up = tuple(f"{name}: in no file, so transformers draws it at random" for name in torch.missing)
@@ -134,15 +136,15 @@ class _Comparison:
         self, findings: Sequence[Finding], fields: Config, repair: Config, measured: Measured, repaired: Measured | None
     ) -> Iterator[str]:
         """Keys whose value, said in mlx-lm's words, repairs it; and those without which transformers agrees with it."""
-        differ = [found for found in (measured, repaired) if found and not found.passed]
-        for finding in findings:
-            leaf = finding.key.rpartition(".")[2]
-            if finding.ignored_by != "mlx-lm":
-                continue
-            if leaf in repair:
-                if repaired and repaired.passed:
+        ignored = [finding for finding in findings if finding.ignored_by == "mlx-lm"]
+        if repaired and repaired.passed:
+            for finding in ignored:
+                if (leaf := finding.key.rpartition(".")[2]) in repair:
                     yield f"{finding.said}: mlx-lm does not read it, and takes {fields[leaf]}"
-            elif (distance := self._distance_without(finding, differ)) is not None:
+            return
+        differ = [found for found in (measured, repaired) if found]
+        for finding in ignored:
+            if (distance := self._distance_without(finding, differ)) is not None:
                 yield f"{finding.said}: mlx-lm ignores it; without it, they agree to {distance:.0e}"
 
     def _distance_without(self, finding: Finding, differ: Sequence[Measured]) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 Json = dict[str, Any]
 
 
-def error_growth(propagated: dict[str, Json]) -> str:
+def error_growth(propagated: dict[str, Json], names_of: tuple[str, str]) -> str:
     """RMSE over depth, on a logarithmic scale, at what every block adds to the residual stream and at the end."""
     names = [
         name
@@ -42,20 +42,21 @@ def error_growth(propagated: dict[str, Json]) -> str:
     )
     first, last = escape(names[0]), escape(names[-1])
     labels = f'<text x="46" y="168">{first}</text><text x="690" y="168" text-anchor="end">{last}</text>'
+    keys = ", ".join(_key(colour, name) for colour, name in zip(("one", "other"), names_of, strict=True))
     return (
         f'<figure><svg viewBox="0 0 700 175" role="img">{grid}{lines}{labels}</svg><figcaption>RMSE over depth, '
-        f"each module fed what came so far: {_key('one', 'MLX')}, {_key('other', 'PyTorch')}</figcaption></figure>"
+        f"each module fed what came so far: {keys}</figcaption></figure>"
     )
 
 
-def routing_margins(layers: Sequence[tuple[float, float, float]]) -> str:
+def routing_margins(layers: Sequence[tuple[float | None, ...]]) -> str:
     """Per layer on a logarithmic scale: the routers' errors, and the smallest and the median margin."""
     if not layers:
         return ""
     low, high, height = -9, 1, 22 * len(layers) + 24
 
-    def x(value: float) -> float:
-        return 70 + 610 * (min(max(math.log10(max(value, 1e-30)), low), high) - low) / (high - low)
+    def x(value: float | None) -> float:
+        return 70 + 610 * (min(max(math.log10(max(number(value), 1e-30)), low), high) - low) / (high - low)
 
     rows = "".join(
         f'<text x="60" y="{22 * i + 16}" text-anchor="end">layer {i}</text>'

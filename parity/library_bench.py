@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_moe.errors import one_line
+from mlx_moe.errors import InputError, one_line
 from mlx_moe.training.backend import Tokens
 from parity.oracle import Array
 from parity.truth import Error, Expected, Statistics
@@ -97,9 +97,10 @@ class Bench:
     def __init__(self, torch: Any, exact: Any, tokens_BT: Tokens):
         self._torch, self._exact, self.tokens_BT = torch, exact, tokens_BT
         self.truth_BTV, self._float32_BTV = exact.logits(tokens_BT), torch.logits(tokens_BT)
-        self.judged_BT = np.ones(tokens_BT.shape, bool)
-        self.margins: tuple[float, ...] = ()  # of every router, the smallest
-        self._leave_out_ties()
+        # `margins`: of every router, the smallest.
+        self.judged_BT, self.margins = self._settled(tokens_BT)
+        if not self.judged_BT.any():
+            raise InputError("experts tie up to rounding from the first token on; take another --seed")
         self.logits = Expected.of(self.truth_BTV[self.judged_BT], self._float32_BTV[self.judged_BT])
 
     def error(self, logits_BTV: Array) -> Error:
@@ -151,7 +152,8 @@ class Bench:
         text_BT = mlx.generate(self.tokens_BT[:, :start], GENERATED)
         truth_BTV = self._exact.logits(text_BT[:, :-1])[:, start - 1 :]
         chosen_BT = np.take_along_axis(truth_BTV, text_BT[:, start:, None].astype(np.int64), axis=-1)[..., 0]
-        return int((truth_BTV.max(axis=-1) - chosen_BT > 2 * error).sum()) if not self.margins else 0
+        settled_BT = self._settled(text_BT[:, :-1])[0][:, start - 1 :]
+        return int(((truth_BTV.max(axis=-1) - chosen_BT > 2 * error) & settled_BT).sum())
 
     def _modules(self, mlx: Any) -> Iterator[Judged]:
         """Every module that both libraries call by one name, and that makes rows of one length for each token."""
@@ -196,17 +198,19 @@ class Bench:
         """Those of the tokens that are judged."""
         return array.reshape(self.judged_BT.size, -1)[self.judged_BT.ravel()]
 
-    def _leave_out_ties(self) -> None:
-        in_float32 = self._torch.routers(self.tokens_BT)
-        for name, (logits_NE, experts_NK) in self._exact.routers(self.tokens_BT).items():
+    def _settled(self, tokens_BT: Tokens) -> tuple[NDArray[np.bool_], tuple[float, ...]]:
+        """Where no router, there or before, is so close to a tie that rounding may decide; and the smallest margins."""
+        settled_BT, margins = np.ones(tokens_BT.shape, bool), list[float]()
+        in_float32 = self._torch.routers(tokens_BT)
+        for name, (logits_NE, experts_NK) in self._exact.routers(tokens_BT).items():
             top_k = experts_NK.shape[-1]
-            if top_k == logits_NE.shape[-1]:
-                continue
-            falling_NE = -np.sort(-logits_NE, axis=-1)
-            margin_BT = (falling_NE[:, top_k - 1] - falling_NE[:, top_k]).reshape(self.judged_BT.shape)
-            tied_BT = margin_BT <= TIE * np.abs(in_float32[name][0] - logits_NE).max()
-            self.judged_BT &= ~np.maximum.accumulate(tied_BT, axis=1)
-            self.margins += (float(margin_BT.min()),)
+            if top_k < logits_NE.shape[-1]:
+                falling_NE = -np.sort(-logits_NE, axis=-1)
+                margin_BT = (falling_NE[:, top_k - 1] - falling_NE[:, top_k]).reshape(tokens_BT.shape)
+                tied_BT = margin_BT <= TIE * np.abs(in_float32[name][0] - logits_NE).max()
+                settled_BT &= ~np.maximum.accumulate(tied_BT, axis=1)
+                margins.append(float(margin_BT.min()))
+        return settled_BT, tuple(margins)
 
 
 def said(error: Exception) -> str:

@@ -25,7 +25,7 @@ p { margin: .4rem 0; } .dim, th, summary small, figcaption { color: var(--dim); 
 .verdict { font-weight: 700; } .same { color: var(--good); } .differs { color: var(--bad); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th { font-weight: 500; } th, td { text-align: right; padding: .18rem .6rem; border-bottom: 1px solid var(--line);
-  white-space: nowrap; } th:first-child, td:first-child, td.text { text-align: left; } td.text { white-space: normal; }
+  white-space: nowrap; } th.text, td.text { text-align: left; } td.text { white-space: normal; }
 td.c0 { background: var(--c0); } td.c1 { background: var(--c1); } td.c2 { background: var(--c2); }
 td.c3 { background: var(--c3); } details { border-bottom: 1px solid var(--line); padding: .35rem 0; }
 summary { cursor: pointer; } figure { margin: .8rem 0; } svg { width: 100%; height: auto; }
@@ -99,7 +99,7 @@ def _comparison(comparison: Json) -> Iterable[str]:
         yield f"<p>{escape(comparison['without_truth'])}</p>"
         return
     propagated = comparison["propagated"]
-    yield error_growth({name: propagated[name] for name in propagated})
+    yield error_growth(propagated, ("MLX", "PyTorch"))
     yield routing_margins([(m["smallest"], m["median"], m["error"]) for m in comparison["routing_margins"]])
     rows = [
         [*_tensor_row(t), *_so_far(propagated.get(t["name"]))] for t in comparison["tensors"] if t["scope"] == "own"
@@ -109,8 +109,7 @@ def _comparison(comparison: Json) -> Iterable[str]:
     )
     for scopes, title in ((("whole", "way"), "in the model as a whole"), (("step", "bf16"), "of a training step")):
         rows = [_tensor_row(tensor) for tensor in comparison["tensors"] if tensor["scope"] in scopes]
-        if rows:
-            yield _table([title, "MLX", "torch", "float32", "ratio"], rows)
+        yield _table([title, "MLX", "torch", "float32", "ratio"], rows)
 
 
 def _model(model: Json) -> Iterable[str]:
@@ -127,10 +126,11 @@ def _model(model: Json) -> Iterable[str]:
     if "ways" not in model:
         return
     yield _table(["logits", "mlx-lm", "transformers", "floor", "ratio"], [_library_row(way) for way in model["ways"]])
-    if model["first_module"]:
+    if model["first_module"] and not model["passed"]:
         yield f"<p>First wrong by itself: <code>{escape(model['first_module'])}</code></p>"
     modules = model["modules"]
-    yield error_growth({m["name"]: {"mlx": m["propagated"][0], "torch": m["propagated"][1]} for m in modules})
+    propagated = {m["name"]: dict(zip(("mlx", "torch"), m["propagated"], strict=True)) for m in modules}
+    yield error_growth(propagated, ("mlx-lm", "transformers"))
     rows = [[*_library_row(m), *(_error(error) for error in m["propagated"])] for m in modules]
     head = [
         "module, fed the truth's input",
@@ -212,7 +212,13 @@ def _cell(value: str, kind: str = "") -> str:
     return f'<td class="{kind}">{escape(value)}</td>' if kind else f"<td>{escape(value)}</td>"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    are_text = [cell.startswith('<td class="text"') for cell in rows[0]]
+    head = "".join(
+        f'<th class="text">{escape(column)}</th>' if is_text else f"<th>{escape(column)}</th>"
+        for column, is_text in zip(columns, are_text, strict=True)
+    )
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'

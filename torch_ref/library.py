@@ -52,7 +52,7 @@ class LibraryModel:
 
     def config_value(self, name: str) -> Any:
         """What transformers' config calls by this name, which its file may call otherwise; None if nothing."""
-        return getattr(self._model.config, name, None)
+        return getattr(self._model.config.get_text_config(), name, None)
 
     def logits(self, tokens_BT: Tokens) -> Array:
         return self._logits_of(self._model, tokens_BT)
