@@ -143,25 +143,30 @@ class LibraryModel:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        """Where code asks for float32, such as in norms, softmaxes and rotations, let it have float64."""
+        """Of everything that runs here."""
         if not self._exact:
             yield
             return
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            with _Float64():
+            with _in_float64():
                 yield
         finally:
             torch.set_default_dtype(default)
 
 
-class _Float64(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        func = Tensor.double if func is Tensor.float else func
-        return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
+def _in_float64() -> TorchFunctionMode:
+    """Where code asks for float32, as norms, softmaxes and rotations do, it gets float64."""
+
+    class Float64(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            func = Tensor.double if func is Tensor.float else func
+            return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
+
+    return Float64()
 
 
 def _widened(value: Any) -> Any:

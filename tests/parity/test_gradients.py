@@ -11,10 +11,10 @@ from parity.oracle import Oracle
 
 STEP = 1e-4
 EXPERTS = MoEConfig(n_experts=3, top_k=2, load_balance_coefficient=0.3, z_loss_coefficient=0.2)
-SIZE = {"d_model": 8, "n_heads": 2, "d_ff": 12, "vocab_size": 16, "context_length": 7, "n_layers": 2}
+SIZE = {"d_model": 8, "n_heads": 2, "d_ff": 12, "vocab_size": 16, "context_length": 7, "n_layers": 1}
 OPTIONS = [
     *({"architecture": name} for name in preset_names("architectures") if name != "smollm"),
-    {"architecture": "llama", "n_kv_heads": 1},
+    {"architecture": "llama", "n_kv_heads": 1, "n_layers": 2},
     {"architecture": "simple", "activation": "leaky_relu", "weight_tying": False},
     {"architecture": "simple", "normalization": "layernorm_nobias", "activation": "gelu_tanh"},
 ]
