@@ -9,7 +9,6 @@ from typing import Any
 from mlx_moe.training.console import Console
 from parity.compare import LIMITS, Comparison
 from parity.self_test import Outcome, Threshold
-from parity.truth import Error
 from parity.yardstick import (
     CHECKPOINT_SLACK,
     FLOAT32_LARGEST,
@@ -116,9 +115,9 @@ def _show_modules(console: Console, verdict: Verdict) -> None:
         return
     rows = []
     for module in modules[max(0, first - AROUND) : first + AROUND + 1]:
-        propagated = verdict.propagated.get(module.name, ())
-        errors: list[Error] = [module.mlx, module.torch, module.float32, *propagated]
-        rows.append([module.name, *(f"{error.rmse:.1e}" for error in errors), "same" if module.passed else "DIFFERS"])
+        own = [f"{error.rmse:.1e}" for error in (module.mlx, module.torch, module.float32)]
+        so_far = [f"{error.rmse:.1e}" for error in verdict.propagated.get(module.name, ())] or ["", ""]
+        rows.append([module.name, *own, *so_far, "same" if module.passed else "DIFFERS"])
     console.table(["module", "mlx", "torch", "float32", "mlx, all so far", "torch, all so far", ""], rows)
 
 

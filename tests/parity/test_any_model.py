@@ -40,8 +40,8 @@ def test_what_agrees_passes(name, folder):
         "prefill",
         "one token at a time",
         "in chunks",
-        "one row at a time",
         "left padding",
+        "one row at a time",
     ]
     assert report.judged == 2 * 64
     assert len(report.measured.modules) > 15
