@@ -1,4 +1,4 @@
-"""Compare backends, and export with a comparison."""
+"""Compare backends and libraries, and export with a comparison."""
 
 from __future__ import annotations
 
@@ -17,19 +17,28 @@ def parity(
             help="A run, a checkpoint or a Hugging Face folder; without one, small fresh models.", show_default=False
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Any Hugging Face folder: mlx-lm against transformers instead.", show_default=False),
+    ] = None,
     preset: Annotated[
         list[str] | None, typer.Option("--preset", "-p", help="Architectures to compare.", show_default="all")
     ] = None,
     seed: int = 0,
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="Put known faults in, and see that they are found.")
+        bool, typer.Option("--self-test", help="Put known faults in, too, and see that they are found.")
     ] = False,
     as_json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.", show_default=False)] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page that opens without a network.", show_default=False)
+    ] = None,
 ) -> None:
     """Compare MLX and PyTorch with a float64 model, and across boundaries. Exit 0: same, 1: differs, 2: not judged."""
-    from parity.report import report
+    from parity.report import Request, report
 
-    raise typer.Exit(report(checkpoint, preset or [], seed, self_test, as_json))
+    request = Request(checkpoint, model, tuple(preset or []), seed, self_test)
+    raise typer.Exit(report(request, as_json, out, html))
 
 
 def export(

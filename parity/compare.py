@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from mlx_moe.transfer.certificate import Certificate
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import Plan, apply
 from mlx_moe.transfer.upcycling import plan_upcycling
+from parity.boundaries import Claim, execution_claim, forced_claim, growth_claims, upcycling_claims
+from parity.decoding import judge_decoding
+from parity.steps import judge_step, step_tokens
 from parity.truth import Truth
 from parity.yardstick import CHECKPOINT_SLACK, Verdict, judge
 
@@ -44,6 +48,8 @@ class Comparison:
     backends: Certificate | None = None
     boundary_mlx: Certificate | None = None
     boundary_torch: Certificate | None = None
+    claims: tuple[Claim, ...] = ()  # of the transfer that led to it
+    weights_sha256: str = ""
 
     @property
     def certificates(self) -> dict[str, Certificate]:
@@ -58,7 +64,8 @@ class Comparison:
     @property
     def passed(self) -> bool:
         truthful = self.verdict is None or self.verdict.passed
-        return truthful and all(certificate.passed for certificate in self.certificates.values())
+        proofs: list[Certificate | Claim] = [*self.certificates.values(), *self.claims]
+        return truthful and all(proof.passed for proof in proofs)
 
 
 @dataclass(frozen=True)
@@ -87,13 +94,27 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
         config, weights = probe_model(name, seed)
         dense = Pair.build(config, weights)
         yield _compare(f"{name}, dense", dense, weights, seed)
-        upcycled = dense.transferred(plan_upcycling(config, EXPERTS, seed=seed))
+        plan = plan_upcycling(config, EXPERTS, seed=seed)
+        upcycled, tokens_BT1 = dense.transferred(plan), boundary_tokens(config, seed)
+        claims = [
+            *upcycling_claims(plan, weights, tokens_BT1, seed),
+            *(
+                forced_claim(*trainers, tokens_BT1, LIMITS.max_logit_difference, seed, backend)
+                for backend, trainers in (("MLX", (dense.mlx, upcycled.mlx)), ("torch", (dense.torch, upcycled.torch)))
+            ),
+            execution_claim(plan, weights, upcycled.mlx, upcycled.torch),
+        ]
         config, weights = probe_model(name, seed, EXPERTS)
         experts = Pair.build(config, weights)  # upcycled ones are all the same, and none could be mistaken
-        yield _compare(f"{name}, experts", experts, weights, seed, (dense, upcycled))
+        yield replace(_compare(f"{name}, experts", experts, weights, seed, (dense, upcycled)), claims=tuple(claims))
         plan = plan_growth(config, larger_model(config), seed=seed)
         grown = experts.transferred(plan)
-        yield _compare(f"{name}, grown", grown, apply(plan, weights), seed, (experts, grown))
+        claims = [
+            *growth_claims(plan, weights, tokens_BT1),
+            execution_claim(plan, weights, grown.mlx, grown.torch),
+        ]
+        comparison = _compare(f"{name}, grown", grown, apply(plan, weights), seed, (experts, grown))
+        yield replace(comparison, claims=tuple(claims))
 
 
 def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
@@ -159,6 +180,10 @@ def rough_weights(config: ModelConfig, seed: int) -> Arrays:
     }
 
 
+def boundary_tokens(config: ModelConfig, seed: int) -> Tokens:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (2, TOKENS // 2 + 1)).astype(np.int32)
+
+
 def truth_tokens(config: ModelConfig, seed: int) -> Tokens:
     sequences = SEQUENCES if count_parameters(config).total <= SMALL else 1
     shape = (sequences, min(TOKENS, config.context_length))
@@ -181,7 +206,9 @@ def _compare(
     else:
         truth = Truth(config, weights, truth_tokens(config, seed))
         verdict = judge(truth, truth.measure(pair.mlx), truth.measure(pair.torch), slack)
-    comparison = Comparison(subject, config.display_name, verdict, too_large, backends)
+        if count_parameters(config).total <= SMALL:
+            verdict = _with_more(verdict, truth, pair, weights, seed)
+    comparison = Comparison(subject, config.display_name, verdict, too_large, backends, weights_sha256=_sha256(weights))
     if boundary is None:
         return comparison
     before, after = boundary
@@ -190,6 +217,22 @@ def _compare(
         boundary_mlx=certify(LIMITS, before.mlx, after.mlx, probes),
         boundary_torch=certify(LIMITS, before.torch, after.torch, probes),
     )
+
+
+def _with_more(verdict: Verdict, truth: Truth, pair: Pair, weights: Weights, seed: int) -> Verdict:
+    """With a cache, row by row, in generation; and a training step."""
+    ways, wrong_words = judge_decoding(truth, pair.mlx, pair.torch)
+    steps = judge_step(truth.config, weights, step_tokens(truth, seed))
+    return replace(verdict, tensors=(*verdict.tensors, *ways, *steps), wrong_words=tuple(wrong_words))
+
+
+def _sha256(weights: Weights) -> str:
+    """Of names and numbers, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(weights[name]).data)
+    return digest.hexdigest()
 
 
 def _too_large(config: ModelConfig) -> str:

@@ -22,8 +22,15 @@ Module = Callable[..., Array]
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
+
+def erf(x: Array) -> Array:
+    """In the dtype of x."""
+    y: Array = _erf(x).astype(x.dtype)
+    return y
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: x * (1 + _erf(x / math.sqrt(2)).astype(x.dtype)) / 2,
+    "gelu": lambda x: x * (1 + erf(x / math.sqrt(2))) / 2,
     "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))) / 2,
     "silu": lambda x: x / (1 + np.exp(-x)),
     "relu": lambda x: np.maximum(x, 0),
@@ -57,8 +64,8 @@ class Oracle:
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Array], dtype: type[np.floating[Any]] = np.float64):
         self.config = config
-        self._dtype = dtype
-        self._weights = {name: np.asarray(array, dtype) for name, array in weights.items()}
+        self.dtype = dtype
+        self.weights = {name: np.asarray(array, dtype) for name, array in weights.items()}
         self._calls: dict[str, Call] = {}
 
     def __call__(self, tokens_BT: NDArray[np.int32], experts_LNK: NDArray[np.int64] | None = None) -> Trace:
@@ -79,10 +86,10 @@ class Oracle:
         `experts` needs them. The tied head goes by `lm_head`, too.
         """
         kind = name.rpartition(".")[2]
-        x, *forced = (array if array.dtype.kind == "i" else array.astype(self._dtype) for array in inputs)
+        x, *forced = (array if array.dtype.kind == "i" else array.astype(self.dtype) for array in inputs)
         output: Array
         if kind in ("embed_tokens", "embed_positions"):
-            output = self._weights[f"{name}.weight"][x]
+            output = self.weights[f"{name}.weight"][x]
         elif kind.endswith("norm"):
             output = self._norm(name, x, kind in ("q_norm", "k_norm") or self.config.normalization == "rmsnorm")
         elif kind == "self_attn":
@@ -92,7 +99,7 @@ class Oracle:
         elif kind == "experts":
             output = self._experts(name, x, forced[0])
         elif kind == "lm_head" and self.config.weight_tying:
-            output = x @ self._weights["embed_tokens.weight"].T
+            output = x @ self.weights["embed_tokens.weight"].T
         else:
             output = self._linear(name, x)
         self._calls[name] = Call((x, *forced), output)
@@ -100,16 +107,16 @@ class Oracle:
 
     def _linear(self, name: str, x: Array, expert: int | None = None) -> Array:
         part = () if expert is None else expert
-        y = x @ self._weights[f"{name}.weight"][part].T
-        bias = self._weights.get(f"{name}.bias")
+        y = x @ self.weights[f"{name}.weight"][part].T
+        bias = self.weights.get(f"{name}.bias")
         return y if bias is None else y + bias[part]
 
     def _norm(self, name: str, x: Array, is_rms: bool) -> Array:
         """LayerNorm (Ba et al. 2016), or RMSNorm (Zhang & Sennrich 2019), which has no mean and no bias."""
         if not is_rms:
             x = x - _mean(x)
-        y = x / np.sqrt(_mean(x * x) + self.config.norm_eps) * self._weights[f"{name}.weight"]
-        bias = self._weights.get(f"{name}.bias")
+        y = x / np.sqrt(_mean(x * x) + self.config.norm_eps) * self.weights[f"{name}.weight"]
+        bias = self.weights.get(f"{name}.bias")
         return y if bias is None else y + bias
 
     def _attention(self, name: str, x_BTD: Array) -> Array:
@@ -121,21 +128,21 @@ class Oracle:
         if config.qk_norm:
             q_BHTd, k_BGTd = self.module(f"{name}.q_norm", q_BHTd), self.module(f"{name}.k_norm", k_BGTd)
         if config.position_encoding == "rope":
-            q_BHTd, k_BGTd = self._rotate(q_BHTd), self._rotate(k_BGTd)
+            q_BHTd, k_BGTd = self.rotate(q_BHTd), self.rotate(k_BGTd)
         out_BHTd = np.empty_like(q_BHTd)
         for head in range(config.n_heads):
             group = head * config.n_kv_heads // config.n_heads
             scores_BTT = q_BHTd[:, head] @ k_BGTd[:, group].swapaxes(-1, -2) / math.sqrt(config.head_dim)
             scores_BTT = np.where(np.tri(n_time, dtype=bool), scores_BTT, -np.inf)
-            out_BHTd[:, head] = _softmax(scores_BTT) @ v_BGTd[:, group]
+            out_BHTd[:, head] = softmax(scores_BTT) @ v_BGTd[:, group]
         return self.module(f"{name}.o_proj", out_BHTd.swapaxes(1, 2).reshape(n_batch, n_time, -1))
 
-    def _rotate(self, x_BHTd: Array) -> Array:
-        """Rotary positions (Su et al. 2021), coordinate i paired with i + d/2."""
+    def rotate(self, x_BHTd: Array, back: bool = False) -> Array:
+        """Rotary positions (Su et al. 2021), coordinate i paired with i + d/2; `back` turns the other way."""
         half = self.config.head_dim // 2
-        frequencies = _scaled(self.config, self.config.rope_theta ** -(np.arange(half) / half)).astype(self._dtype)
-        angles = np.arange(x_BHTd.shape[2], dtype=self._dtype)[:, None] * frequencies
-        cos, sin = np.cos(angles), np.sin(angles)
+        frequencies = _scaled(self.config, self.config.rope_theta ** -(np.arange(half) / half)).astype(self.dtype)
+        angles = np.arange(x_BHTd.shape[2], dtype=self.dtype)[:, None] * frequencies
+        cos, sin = np.cos(angles), np.sin(-angles if back else angles)
         first, second = x_BHTd[..., :half], x_BHTd[..., half:]
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -151,12 +158,12 @@ class Oracle:
         logits_NE = self.module(f"{name}.router", x_ND)
         if experts_NK is None:
             experts_NK = best_experts(logits_NE, self.config.moe.top_k)
-        gates_NK = _softmax(np.take_along_axis(logits_NE, experts_NK, axis=-1))
+        gates_NK = softmax(np.take_along_axis(logits_NE, experts_NK, axis=-1))
         y_NKD = self.module(f"{name}.experts", x_ND, experts_NK)
         return (y_NKD * gates_NK[..., None]).sum(axis=1).reshape(x_BTD.shape)
 
     def _experts(self, name: str, x_ND: Array, experts_NK: NDArray[np.int64]) -> Array:
-        y_NKD = np.empty((*experts_NK.shape, x_ND.shape[-1]), self._dtype)
+        y_NKD = np.empty((*experts_NK.shape, x_ND.shape[-1]), self.dtype)
         for expert in np.unique(experts_NK):
             tokens, places = np.nonzero(experts_NK == expert)
             y_NKD[tokens, places] = self._hidden(name, x_ND[tokens], partial(self._linear, expert=int(expert)))
@@ -214,6 +221,6 @@ def _mean(x: Array) -> Array:
     return mean
 
 
-def _softmax(x: Array) -> Array:
+def softmax(x: Array) -> Array:
     weights: Array = np.exp(x - x.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)

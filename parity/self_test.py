@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays
-from mlx_moe.training.backend import choose_backend
+from mlx_moe.training.backend import Trainer, choose_backend
 from parity.compare import EXPERTS, Pair, probe_model, truth_tokens
+from parity.decoding import judge_decoding
+from parity.mutations import MUTATIONS, SIZED, Mutation, Patch
+from parity.steps import judge_step, step_tokens
 from parity.truth import Measurement, Truth
-from parity.yardstick import Verdict, judge
-
-Tensor = Any  # of PyTorch, which this package does not import
-Edit = Callable[[Arrays], Mapping[str, Any]]
-Patch = tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]]]  # module, name or name[key], new from old
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """A fault in PyTorch's copy of a model: in its config, its weights, or a function of the backend."""
-
-    name: str
-    architecture: str  # a preset; + for experts
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    weights: Edit | None = None
-    patch: Patch | None = None
+from parity.yardstick import Judged, Verdict, judge
 
 
 @dataclass(frozen=True)
@@ -58,18 +44,24 @@ class Laboratory:
 
     def __init__(self, seed: int):
         self._seed = seed
-        self._ready: dict[str, tuple[Truth, Measurement, Arrays]] = {}
+        self._ready: dict[str, tuple[Truth, Measurement, Arrays, Trainer]] = {}
 
     def judge(self, mutation: Mutation) -> Verdict:
         """Raises InputError where the backends differ without a fault: then nothing can be told from one."""
-        truth, mlx, weights = self._prepared(mutation.architecture)
+        truth, mlx, weights, mlx_trainer = self._prepared(mutation.architecture)
         config = truth.config.model_copy(update=dict(mutation.fields))
         edited = dict(weights) | dict(mutation.weights(weights)) if mutation.weights else weights
         with _patched(mutation.patch):
             trainer = choose_backend("torch").trainer(config, OptimizerConfig(), edited, "cpu")
-            return judge(truth, mlx, truth.measure(trainer))
+            verdict = judge(truth, mlx, truth.measure(trainer))
+            more: list[Judged] = []
+            if mutation.shows_in == "cache":
+                more, _ = judge_decoding(truth, mlx_trainer, trainer)
+            elif mutation.shows_in == "step":
+                more = judge_step(truth.config, weights, step_tokens(truth, self._seed))
+            return replace(verdict, tensors=(*verdict.tensors, *more))
 
-    def _prepared(self, architecture: str) -> tuple[Truth, Measurement, Arrays]:
+    def _prepared(self, architecture: str) -> tuple[Truth, Measurement, Arrays, Trainer]:
         if architecture not in self._ready:
             moe = EXPERTS if architecture.endswith("+") else None
             config, weights = probe_model(architecture.rstrip("+"), self._seed, moe)
@@ -80,7 +72,7 @@ class Laboratory:
                 raise InputError(
                     f"{architecture} differs without any fault, so none can be told: {verdict.first_fault()}"
                 )
-            self._ready[architecture] = (truth, mlx, weights)
+            self._ready[architecture] = (truth, mlx, weights, pair.mlx)
         return self._ready[architecture]
 
 
@@ -122,176 +114,3 @@ def _patched(patch: Patch | None) -> Iterator[None]:
         yield
     finally:
         put(key or name, old)
-
-
-def _through(dtype: str) -> Callable[[Any], Any]:
-    """Rounded to half precision and back."""
-
-    def rounded(array: Any) -> Any:
-        if dtype == "fp16":
-            return array.astype(np.float16).astype(np.float32)
-        bits = array.view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
-
-    return rounded
-
-
-def _edit(name: str, change: Callable[[Any], Any]) -> Edit:
-    """One tensor of the weights."""
-    return lambda weights: {name: np.ascontiguousarray(change(weights[name]))}
-
-
-def _swap(one: str, other: str) -> Edit:
-    """Two groups of tensors, named by what differs."""
-    return lambda weights: (
-        {name: weights[name.replace(one, other)] for name in weights if one in name}
-        | {name: weights[name.replace(other, one)] for name in weights if other in name}
-    )
-
-
-def _of_heads(change: Callable[[Any], Any], head_dim: int = 12) -> Callable[[Any], Any]:
-    """Of a matrix whose rows are heads, (heads, head_dim, D)."""
-    return lambda array: change(array.reshape(-1, head_dim, array.shape[-1])).reshape(array.shape)
-
-
-def _sees_the_next(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def leaking(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
-        out_BHTd = q_BHTd.clone()
-        out_BHTd[:, :, :-1] = attend(q_BHTd[:, :, :-1], k_BGSd, v_BGSd)  # fewer queries than keys: the last ones
-        out_BHTd[:, :, -1:] = attend(q_BHTd[:, :, -1:], k_BGSd, v_BGSd)
-        return out_BHTd
-
-    return leaking
-
-
-def _attention_scale(size: float) -> Mutation:
-    patch = ("torch_ref.attention", "ATTENTION_BACKENDS[sdpa]", lambda old: lambda q, k, v: old(q * (1 + size), k, v))
-    return Mutation(f"attention scale off by {size:g}", "llama", patch=patch)
-
-
-def _theta(size: float) -> Mutation:
-    return Mutation(f"RoPE θ 10,000 -> {10_000 * (1 + size):,.6g}", "llama", {"rope_theta": 10_000 * (1 + size)})
-
-
-def _matrix(size: float) -> Mutation:
-    name = "layers.1.mlp.down_proj.weight"
-    return Mutation(f"a matrix off by {size:g}", "llama", weights=_edit(name, lambda w: w * np.float32(1 + size)))
-
-
-def _epsilon(size: float) -> Mutation:
-    return Mutation(f"norm ε off by {size:g} of itself", "llama", {"norm_eps": 1e-6 * (1 + size)})
-
-
-def _residual(size: float) -> Mutation:
-    def scaled(old: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda block, x, experts: tuple(
-            y * (1 + size) if i == 0 else y for i, y in enumerate(old(block, x, experts))
-        )
-
-    patch = ("torch_ref.transformer", "Block._feed_forward", scaled)
-    return Mutation(f"FFN added {size:g} too large", "hybrid", patch=patch)
-
-
-# What has a size, relative to what it changes.
-SIZED: dict[str, Callable[[float], Mutation]] = {
-    "attention scale": _attention_scale,
-    "RoPE θ": _theta,
-    "norm ε": _epsilon,
-    "one matrix": _matrix,
-    "one addition to the residual stream": _residual,
-}
-
-_MOE, _ATTENTION = "torch_ref.moe", "torch_ref.attention"
-MUTATIONS: Sequence[Mutation] = (
-    Mutation("norm ε 1e-6 -> 1e-8", "llama", {"norm_eps": 1e-8}),
-    _theta(1e-5),
-    Mutation("one matrix through fp16", "llama", weights=_edit("layers.1.mlp.down_proj.weight", _through("fp16"))),
-    Mutation(
-        "one norm weight through bf16", "llama", weights=_edit("layers.0.input_layernorm.weight", _through("bf16"))
-    ),
-    Mutation("head through bf16", "llama", weights=_edit("lm_head.weight", _through("bf16"))),
-    Mutation("one embedding through fp16", "gpt2", weights=_edit("embed_positions.weight", _through("fp16"))),
-    _attention_scale(1e-3),
-    Mutation("attention sees the next token", "llama", patch=(_ATTENTION, "ATTENTION_BACKENDS[sdpa]", _sees_the_next)),
-    Mutation(
-        "values through bf16",
-        "simple",
-        patch=(_ATTENTION, "ATTENTION_BACKENDS[sdpa]", lambda old: lambda q, k, v: old(q, k, v.bfloat16().float())),
-    ),
-    Mutation(
-        "RoPE one position late for keys",
-        "smollm",
-        patch=(_ATTENTION, "POSITION_ENCODINGS[rope]", lambda old: lambda x, at, θ: old(x, at + (x.shape[1] == 2), θ)),
-    ),
-    Mutation(
-        "RoPE pairs neighbours, not halves",
-        "llama",
-        weights=lambda weights: {
-            name: _of_heads(lambda w: w.reshape(-1, 2, 6, w.shape[-1]).swapaxes(1, 2).copy())(weights[name])
-            for name in weights
-            if name.endswith(("q_proj.weight", "k_proj.weight"))
-        },
-    ),
-    Mutation("no positions", "llama", {"position_encoding": "none"}),
-    Mutation(
-        "learned positions off by one",
-        "gpt2",
-        weights=_edit("embed_positions.weight", lambda w: np.roll(w, 1, axis=0)),
-    ),
-    Mutation(
-        "query heads in reverse",
-        "llama",
-        weights=_edit("layers.0.self_attn.q_proj.weight", _of_heads(lambda w: w[::-1])),
-    ),
-    Mutation(
-        "query heads spread over the key groups",
-        "smollm",
-        patch=(
-            _ATTENTION,
-            "ATTENTION_BACKENDS[sdpa]",
-            lambda old: lambda q, k, v: old(q, k.repeat(1, 3, 1, 1), v.repeat(1, 3, 1, 1)),
-        ),
-    ),
-    Mutation("a dropped bias", "gpt2", weights=_edit("layers.1.self_attn.o_proj.bias", lambda b: b * 0)),
-    Mutation("a dropped key bias", "gpt2", weights=_edit("layers.1.self_attn.k_proj.bias", lambda b: b * 0)),
-    Mutation("GELU by tanh, not erf", "simple", {"activation": "gelu_tanh"}),
-    Mutation("GELU by erf, not tanh", "gpt2", {"activation": "gelu"}),
-    Mutation("GELU in place of SiLU", "llama", {"activation": "gelu"}),
-    Mutation("gate and up swapped", "llama", weights=_swap("gate_proj", "up_proj")),
-    Mutation("RMSNorm takes the mean away", "llama", {"normalization": "layernorm_nobias"}),
-    Mutation("norms after, not before", "hybrid", {"norm_position": "post"}),
-    Mutation("layers swapped", "nano", weights=_swap("layers.0.", "layers.1.")),
-    _residual(1e-3),
-    Mutation(
-        "experts swapped",
-        "llama+",
-        weights=lambda weights: {name: weights[name][[1, 0, 2, 3]] for name in weights if ".experts." in name},
-    ),
-    Mutation(
-        "an expert's bias dropped",
-        "gpt2+",
-        weights=_edit("layers.1.mlp.experts.up_proj.bias", lambda b: b * np.array([[1], [1], [1], [0]], np.float32)),
-    ),
-    Mutation("router through bf16", "llama+", weights=_edit("layers.0.mlp.router.weight", _through("bf16"))),
-    Mutation(
-        "gates not renormalised",
-        "llama+",
-        patch=(_MOE, "gate", lambda old: lambda logits, experts: logits.softmax(-1).gather(-1, experts)),
-    ),
-    Mutation(
-        "gates of equal weight",
-        "llama+",
-        patch=(_MOE, "gate", lambda old: lambda logits, experts: old(logits * 0, experts)),
-    ),
-    Mutation(
-        "ties to the higher expert",
-        "llama+",
-        patch=(_MOE, "choose_experts", lambda old: lambda logits, k: logits.shape[-1] - 1 - old(logits.flip(-1), k)),
-    ),
-    Mutation("one expert too few", "llama+", {"moe": EXPERTS.model_copy(update={"top_k": 1})}),
-    Mutation(
-        "the second and third expert",
-        "llama+",
-        patch=(_MOE, "choose_experts", lambda old: lambda logits, k: old(logits, k + 1)[:, 1:]),
-    ),
-)

@@ -101,19 +101,21 @@ class Truth:
     def __init__(self, config: ModelConfig, weights: Weights, tokens_BT: Tokens):
         self.config, self.tokens_BT = config, tokens_BT
         exact, plain = Oracle(config, weights), Oracle(config, weights, np.float32)
-        self._trace = exact(tokens_BT)
-        self.experts_LNK = self._trace.experts_LNK
-        self.logits_BTV = self._trace.logits_BTV
-        self.margin_LN = _margins(self._trace.router_logits_LNE, self.experts_LNK)
+        self.oracle = exact
+        self.trace = exact(tokens_BT)
+        self.experts_LNK = self.trace.experts_LNK
+        self.logits_BTV = self.trace.logits_BTV
+        self.margin_LN = _margins(self.trace.router_logits_LNE, self.experts_LNK)
         in_float32 = plain(tokens_BT, self.experts_LNK)
-        self.inputs = {name: self._rounded(name, call) for name, call in self._trace.calls.items()}
+        self.float32_BTV = in_float32.logits_BTV
+        self.inputs = {name: self._rounded(name, call) for name, call in self.trace.calls.items()}
         self.own = {
             name: Expected.of(exact.module(name, *inputs), plain.module(name, *inputs))
             for name, inputs in self.inputs.items()
         }
         self.whole = {
             name: Expected.of(call.output, in_float32.calls[name].output)
-            for name, call in self._trace.calls.items()
+            for name, call in self.trace.calls.items()
             if name.endswith(".router") or name == "lm_head"
         }
         if config.weight_tying:
@@ -129,7 +131,7 @@ class Truth:
 
         def call(name: str, *inputs: Array) -> Array:
             output = trainer.module_output(name, *inputs)
-            propagated[name] = Error.of(output, self._trace.calls[name].output)
+            propagated[name] = Error.of(output, self.trace.calls[name].output)
             return output
 
         through(self.config, self.tokens_BT, call, self.experts_LNK)
@@ -150,7 +152,7 @@ class Truth:
         )
 
     def _routes(self, router_logits_LNE: Array, unexplained: int) -> Routes:
-        difference_LNE = router_logits_LNE - self._trace.router_logits_LNE
+        difference_LNE = router_logits_LNE - self.trace.router_logits_LNE
         if not self.config.moe:
             return Routes(np.zeros((0, 0), bool), np.zeros((0, 0)), unexplained)
         chosen_LNK = best_experts(router_logits_LNE, self.config.moe.top_k)

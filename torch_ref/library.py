@@ -1,19 +1,200 @@
-"""The logits of transformers."""
+"""A model as transformers opens it: its logits, its modules one by one, and in float64.
+
+B batch, T time, V vocabulary, N tokens (B·T), E experts, K experts per token.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from mlx_moe.training.backend import Logits, Tokens
 
+Array = NDArray[Any]
+
 
 def logits(folder: Path, tokens_BT: Tokens) -> Logits:
     """Of the model in a folder, (B, T, V), in float32 on the CPU."""
+    return LibraryModel(folder).logits(tokens_BT)
+
+
+class LibraryModel:
+    """The model of a folder in float32 on the CPU; or `exact`, in float64 throughout, by the plainest of its code."""
+
+    def __init__(self, folder: Path, exact: bool = False):
+        self._exact = exact
+        with _quiet(), self._precision():
+            self._model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float64 if exact else torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                **({"attn_implementation": "eager"} if exact else {}),
+            )
+            if exact and hasattr(self._model, "set_experts_implementation"):
+                self._model.set_experts_implementation("eager")  # grouped products know no float64
+        self._model.eval()
+        self.missing = tuple(sorted(info["missing_keys"]))  # in the model, not in the files: drawn at random
+        self.unread = tuple(sorted(info["unexpected_keys"]))  # in the files, not in the model
+        self.n_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def config_value(self, name: str) -> Any:
+        """What transformers' config calls by this name, which its file may call otherwise; None if nothing."""
+        return getattr(self._model.config.get_text_config(), name, None)
+
+    def logits(self, tokens_BT: Tokens) -> Array:
+        return self._logits_of(self._model, tokens_BT)
+
+    def logits_with(self, config: Mapping[str, Any], tokens_BT: Tokens) -> Array:
+        """Of the same weights under another config; raises whatever transformers does where they do not fit it."""
+        with _quiet(), self._precision(), no_init_weights():
+            changed = AutoConfig.for_model(**{"model_type": self._model.config.model_type, **config})
+            model = AutoModelForCausalLM.from_config(changed).eval()
+        given = self.parameter_names()
+        state = {name: tensor for name, tensor in self._model.state_dict().items() if name in given}
+        left_over = model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        unfilled = {name for name, _ in model.named_parameters()} - given
+        if unfilled or left_over.unexpected_keys:
+            raise ValueError(f"weights that do not fit: {sorted(unfilled)} {left_over.unexpected_keys}")
+        return self._logits_of(model, tokens_BT)
+
+    def parameter_names(self) -> set[str]:
+        """Tied ones by one name only."""
+        return {name for name, _ in self._model.named_parameters()}
+
+    def module_names(self) -> set[str]:
+        return {name for name, _ in self._model.named_modules()}
+
+    def trace(self, tokens_BT: Tokens, names: Collection[str]) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+        """Logits; and of each of these modules the first array that goes in and the first that comes out, in the order
+        in which they finish. Modules that run more than once are left out.
+        """
+        found: dict[str, list[tuple[Array, Array]]] = {}
+
+        def watch(name: str) -> Callable[..., None]:
+            def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                went_in, came_out = _first([*args, *kwargs.values()]), _first([output])
+                if went_in is not None and came_out is not None:
+                    self._calls[name] = (args, kwargs)
+                    found.setdefault(name, []).append((_array(went_in), _array(came_out)))
+
+            return note
+
+        modules = dict(self._model.named_modules())
+        hooks = [modules[name].register_forward_hook(watch(name), with_kwargs=True) for name in names]
+        try:
+            logits_BTV = self.logits(tokens_BT)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits_BTV, {name: calls[0] for name, calls in found.items() if len(calls) == 1}
+
+    @torch.no_grad()
+    def again(self, name: str, x: Array) -> Array:
+        """What a module that was traced makes of another first input, all else as it was."""
+        args, kwargs = self._calls[name]
+        first = _first([*args, *kwargs.values()])
+        replacement = torch.from_numpy(x.astype(np.float64 if self._exact and x.dtype.kind == "f" else x.dtype))
+
+        def put(value: Any) -> Any:
+            return replacement if value is first else value
+
+        with self._precision():
+            output = self._model.get_submodule(name)(*map(put, args), **{key: put(v) for key, v in kwargs.items()})
+        return _array(_first([output]))
+
+    def routers(self, tokens_BT: Tokens) -> dict[str, tuple[Array, NDArray[np.int64]]]:
+        """Router logits (N, E) and choices (N, K) of every module that transformers calls a router."""
+        found = {}
+
+        def watch(name: str) -> Callable[..., None]:
+            def note(module: nn.Module, args: Any, output: Any) -> None:
+                parts = output if isinstance(output, tuple) else ()
+                choices = [part for part in parts if isinstance(part, Tensor) and not part.is_floating_point()]
+                if choices:
+                    found[name] = (_array(parts[0]), _array(choices[0]))
+
+            return note
+
+        routers = {n: m for n, m in self._model.named_modules() if "Router" in type(m).__name__}
+        hooks = [module.register_forward_hook(watch(name)) for name, module in routers.items()]
+        self.logits(tokens_BT)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    @torch.no_grad()
+    def _logits_of(self, model: Any, tokens_BT: Tokens) -> Array:
+        with self._precision():
+            return _array(model(input_ids=torch.from_numpy(tokens_BT).long(), use_cache=False).logits)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Of everything that runs here."""
+        if not self._exact:
+            yield
+            return
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with _in_float64():
+                yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def _in_float64() -> TorchFunctionMode:
+    """Where code asks for float32, as norms, softmaxes and rotations do, it gets float64."""
+
+    class Float64(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            func = Tensor.double if func is Tensor.float else func
+            return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
+
+    return Float64()
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def _first(values: list[Any]) -> Tensor | None:
+    """The first tensor among values and tuples of values."""
+    for value in values:
+        if isinstance(value, tuple):
+            value = _first(list(value))
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def _array(tensor: Tensor | None) -> Array:
+    assert tensor is not None
+    array: Array = tensor.detach().numpy()
+    return array
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens_BT).long()).logits.numpy()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,19 +1,152 @@
-"""The logits of mlx-lm."""
+"""A model as mlx-lm opens it: its logits, its modules one by one, with a cache, and what it leaves out.
+
+B batch, T time, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx_lm.utils import load_model
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+from mlx_lm.utils import _get_classes, load_config, load_model
+from numpy.typing import NDArray
+from safetensors import safe_open
 
 from mlx_moe.training.backend import Logits, Tokens
+
+Array = NDArray[Any]
 
 
 def logits(folder: Path, tokens_BT: Tokens) -> Logits:
     """Of the model in a folder, (B, T, V), in float32 on the CPU."""
-    with mx.stream(mx.cpu):
-        model, _ = load_model(folder)
-        model.set_dtype(mx.float32)
-        return np.array(model(mx.array(tokens_BT)))
+    return LibraryModel(folder).logits(tokens_BT)
+
+
+class LibraryModel:
+    """The model of a folder in float32 on the CPU, its config with these changes."""
+
+    def __init__(self, folder: Path, changes: Mapping[str, Any] | None = None):
+        with mx.stream(mx.cpu):
+            self._model, self._config = load_model(folder, lazy=True, model_config=dict(changes or {}))
+            self._model.set_dtype(mx.float32)
+        self._folder = folder
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def logits(self, tokens_BT: Tokens) -> Array:
+        with mx.stream(mx.cpu):
+            return np.array(self._model(mx.array(tokens_BT)))
+
+    def logits_in_chunks(self, tokens_BT: Tokens, lengths: Sequence[int]) -> Array:
+        """The same with a cache, so many tokens at a time."""
+        with mx.stream(mx.cpu):
+            cache, places = make_prompt_cache(self._model), np.cumsum(lengths)[:-1].tolist()
+            parts = [self._model(mx.array(part), cache) for part in np.split(tokens_BT, places, axis=1)]
+            return np.array(mx.concatenate(parts, axis=1))
+
+    def logits_after_padding(self, tokens_BT: Tokens, padding: Sequence[int]) -> Array | None:
+        """The same with so many tokens of padding before each row; None where mlx-lm's cache knows no padding."""
+        if any(type(cache) is not KVCache for cache in make_prompt_cache(self._model)):
+            return None
+        longest = max(padding) + tokens_BT.shape[1]
+        rows = [np.pad(row, (n, longest - n - len(row))) for row, n in zip(tokens_BT, padding, strict=True)]
+        with mx.stream(mx.cpu):
+            cache = [BatchKVCache(list(padding)) for _ in self._model.layers]
+            padded_BTV = np.array(self._model(mx.array(np.array(rows)), cache))
+        return np.stack([row[n : n + tokens_BT.shape[1]] for row, n in zip(padded_BTV, padding, strict=True)])
+
+    def generate(self, tokens_BT: Tokens, n_tokens: int) -> Tokens:
+        """Greedily, one token at a time with a cache; (B, T + n_tokens)."""
+        with mx.stream(mx.cpu):
+            cache, found = make_prompt_cache(self._model), [mx.array(tokens_BT)]
+            for _ in range(n_tokens):
+                found.append(self._model(found[-1], cache)[:, -1:].argmax(axis=-1))
+            return np.array(mx.concatenate(found, axis=1), np.int32)
+
+    def module_names(self) -> set[str]:
+        return {name for name, _ in self._model.named_modules()}
+
+    def trace(self, tokens_BT: Tokens, names: Collection[str]) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+        """Logits; and of each of these modules the first array that goes in and the first that comes out, in the order
+        in which they finish.
+        """
+        found: dict[str, tuple[mx.array, mx.array]] = {}
+        modules = {id(module): name for name, module in self._model.named_modules() if name in names}
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            name, came_out = modules.get(id(module)), output[0] if isinstance(output, tuple) else output
+            if name is not None and args and isinstance(args[0], mx.array) and isinstance(came_out, mx.array):
+                self._calls[name] = (args, kwargs)
+                found[name] = (args[0], came_out)
+
+        with _watched({type(module) for module in self._model.modules()}, note):
+            logits_BTV = self.logits(tokens_BT)
+        with mx.stream(mx.cpu):
+            return logits_BTV, {name: (np.array(x), np.array(y)) for name, (x, y) in found.items()}
+
+    def again(self, name: str, x: Array) -> Array:
+        """What a module that was traced makes of another first input, all else as it was."""
+        args, kwargs = self._calls[name]
+        module = dict(self._model.named_modules())[name]
+        with mx.stream(mx.cpu):
+            output = module(mx.array(x), *args[1:], **kwargs)
+            return np.array(output[0] if isinstance(output, tuple) else output)
+
+    def dropped(self) -> tuple[str, ...]:
+        """The tensors of the files that mlx-lm's `sanitize` leaves out: sent through it with a number for each."""
+        if not hasattr(self._model, "sanitize"):
+            return ()
+        step = 1000  # apart, since a `sanitize` may add 1 to a norm
+        with mx.stream(mx.cpu):
+            shapes = {
+                name: tensors.get_slice(name).get_shape()
+                for file in sorted(self._folder.glob("model*.safetensors"))
+                for tensors in [safe_open(file, framework="numpy")]
+                for name in tensors.keys()  # noqa: SIM118
+            }
+            marked = {name: mx.full(shape, step * (i + 1.0)) for i, (name, shape) in enumerate(shapes.items())}
+            arrived: set[int] = set()
+            for array in self._model.sanitize(dict(marked)).values():
+                arrived |= set(np.flatnonzero(np.bincount(np.rint(np.array(array).ravel() / step).astype(np.int64))))
+        return tuple(name for i, name in enumerate(shapes) if i + 1 not in arrived)
+
+
+def fields(folder: Path) -> dict[str, Any]:
+    """What mlx-lm's config of this model takes, with the defaults; `inspect.Parameter.empty` for what it must have."""
+    _, arguments = _get_classes(load_config(folder))
+    return {name: field.default for name, field in inspect.signature(arguments).parameters.items()}
+
+
+@contextmanager
+def _watched(classes: Iterable[type], note: Callable[..., None]) -> Iterator[None]:
+    """Tell `note` of every call of an instance of these classes."""
+
+    def watching(call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = call(module, *args, **kwargs)
+            note(module, args, kwargs, output)
+            return output
+
+        return watched
+
+    # An heir before whom it inherits its call from, or that would be watched twice.
+    heirs_first = sorted((kind for kind in classes if _is_callable(kind)), key=lambda kind: -len(kind.__mro__))
+    own = {kind: vars(kind).get("__call__") for kind in heirs_first}
+    for kind in heirs_first:
+        setattr(kind, "__call__", watching(kind.__call__))  # noqa: B010
+    try:
+        yield
+    finally:
+        for kind, call in own.items():
+            delattr(kind, "__call__") if call is None else setattr(kind, "__call__", call)
+
+
+def _is_callable(kind: type) -> bool:
+    """Whether its instances are: a class itself always is."""
+    return any("__call__" in vars(base) for base in kind.__mro__)

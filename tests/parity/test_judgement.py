@@ -15,7 +15,7 @@ from parity import self_test
 from parity.compare import EXPERTS, Pair, larger_model, probe_model, rough_weights, truth_tokens
 from parity.oracle import Oracle
 from parity.truth import Error, Expected, Truth
-from parity.yardstick import _judged, judge
+from parity.yardstick import judge, judge_tensor
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +137,14 @@ def test_errors():
 def test_the_gates(mlx, torch, passes):
     errors = [Error(times * 1e-7, times * 1e-7) for times in (mlx, torch, 1.0)]
     expected = Expected(np.ones(3), Error(1e-8, 1e-8), errors[2])
-    assert _judged("x", "own", *errors[:2], expected).passed == passes
+    assert judge_tensor("x", "own", *errors[:2], expected).passed == passes
 
 
 @pytest.mark.parametrize("infinite", [["mlx"], ["torch"], ["mlx", "torch"]], ids=str)
 def test_what_is_not_finite_fails(infinite):
     errors = {name: Error(np.inf, np.inf) if name in infinite else Error(1e-7, 1e-7) for name in ("mlx", "torch")}
     expected = Expected(np.ones(3), Error(1e-8, 1e-8), Error(1e-7, 1e-7))
-    assert not _judged("x", "own", *errors.values(), expected).passed
+    assert not judge_tensor("x", "own", *errors.values(), expected).passed
 
 
 def test_a_flip_is_excused_by_the_routers_errors_only(llama):

@@ -1,0 +1,166 @@
+"""What a transfer promises, put to the test in float64: each claim with what is left over of it.
+
+B batch, T time, D model, N tokens (B·T), E experts, K experts per token, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.parameters import Arrays
+from mlx_moe.training.backend import Tokens, Trainer
+from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth
+from mlx_moe.transfer.plan import Plan, TensorPlan, apply
+from parity.gradients import Gradients, loss_and_gradients
+from parity.oracle import Array, Call, Oracle
+
+EXACT = 1e-9  # of what float64 computes, relative to the largest number there
+FORCED_RUNS = 4  # with random experts
+PARTS = ("self_attn", "mlp")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that must hold: by how much it does not, at worst, and where."""
+
+    name: str
+    error: float
+    limit: float
+    where: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit  # not a number never is
+
+    def __str__(self) -> str:
+        where = f", most in {self.where}" if self.where else ""
+        return f"{self.name}: off by {self.error:.1e} (limit {self.limit:g}){where}"
+
+
+def upcycling_claims(plan: Plan, weights: Arrays, tokens_BT1: Tokens, seed: int) -> list[Claim]:
+    """Any experts compute the dense model; and their gradients sum to its own."""
+    dense, upcycled = _in_float64(weights), apply(plan, _in_float64(weights))
+    config, tokens_BT = _without_balance(plan.target_config), tokens_BT1[:, :-1]
+    expected = Oracle(plan.source_config, dense)(tokens_BT).logits_BTV
+    oracle, rng = Oracle(config, upcycled), np.random.default_rng(seed)
+    runs = [oracle(tokens_BT, random_experts(config, tokens_BT, rng)).logits_BTV for _ in range(FORCED_RUNS)]
+    _, before = loss_and_gradients(Oracle(plan.source_config, dense), tokens_BT1)
+    _, after = loss_and_gradients(oracle, tokens_BT1)
+    summed = {name: after[name].sum(axis=0) if ".experts." in name else after[name] for name in after}
+    sources = {tensor.target: before[tensor.source] for tensor in plan.tensors if tensor.source is not None}
+    return [
+        Claim("any experts compute the dense model", max(_relative(run, expected) for run in runs), EXACT),
+        _worst("the experts' first gradients sum to the dense model's", summed, sources),
+    ]
+
+
+def growth_claims(plan: Plan, weights: Arrays, tokens_BT1: Tokens) -> list[Claim]:
+    """The residual stream holds copies of the old one, layer by layer; and even copies share its gradients."""
+    before, tokens_BT = _in_float64(weights), tokens_BT1[:, :-1]
+    config, target = plan.source_config, plan.target_config
+    old, found = (
+        _residual_streams(each, Oracle(each, arrays)(tokens_BT).calls)
+        for each, arrays in ((config, before), (target, apply(plan, before)))
+    )
+    embedding = next(tensor for tensor in plan.tensors if tensor.target == "embed_tokens.weight")
+    sources = [*layer_sources(config.n_layers, target.n_layers), config.n_layers]
+    expected = {}
+    for layer, source in enumerate(sources):
+        is_new = sources.index(source) != layer  # it comes after the block that it copies, and adds nothing
+        for part in PARTS if layer < target.n_layers else PARTS[:1]:
+            stream = old[source + 1, PARTS[0]] if is_new else old[source, part]
+            expected[layer, part] = _repeated(config, embedding, stream)
+    return [
+        _worst(
+            "the grown residual stream is the old one repeated",
+            {f"layers.{layer}.{part}": array for (layer, part), array in found.items()},
+            {f"layers.{layer}.{part}": array for (layer, part), array in expected.items()},
+        ),
+        _gradient_claim(config, target, before, tokens_BT1),
+    ]
+
+
+def execution_claim(plan: Plan, weights: Arrays, mlx: Trainer, torch: Trainer) -> Claim:
+    """Of the backends after they applied the plan: bit for bit what NumPy makes of it."""
+    expected = apply(plan, weights)
+    wrong = [
+        name
+        for trainer in (mlx, torch)
+        for name, array in trainer.weights().items()
+        if not np.array_equal(array.view(np.uint32), expected[name].view(np.uint32))
+    ]
+    return Claim("MLX and torch apply the plan bit for bit", float(len(wrong)), 0.0, wrong[0] if wrong else "")
+
+
+def forced_claim(dense: Trainer, upcycled: Trainer, tokens_BT: Tokens, limit: float, seed: int, backend: str) -> Claim:
+    """A backend's own logits, with random experts against none."""
+    experts_LNK = random_experts(upcycled.config, tokens_BT, np.random.default_rng(seed))
+    difference = np.abs(upcycled.routed_logits(tokens_BT, experts_LNK).logits_BTV - dense.logits(tokens_BT)).max()
+    return Claim(f"any experts compute the dense model, in {backend}", float(difference), limit)
+
+
+def random_experts(config: ModelConfig, tokens_BT: Tokens, rng: np.random.Generator) -> Array:
+    """(L, N, K) different experts for each token."""
+    assert config.moe is not None
+    shape = (config.n_layers, tokens_BT.size, config.moe.n_experts)
+    return rng.random(shape).argsort(axis=-1)[..., : config.moe.top_k]
+
+
+def _gradient_claim(config: ModelConfig, target: ModelConfig, weights: Gradients, tokens_BT1: Tokens) -> Claim:
+    """Exact for even copies, where no new block asks for balance, and no pads for a part of LayerNorm's mean."""
+    config, target = _without_balance(config), _without_balance(target)
+    if config.normalization != "rmsnorm":
+        target = grow_config(config, d_model=2 * config.d_model, n_layers=target.n_layers)
+    plan = plan_growth(config, target, "even")
+    _, before = loss_and_gradients(Oracle(config, weights), tokens_BT1)
+    _, after = loss_and_gradients(Oracle(target, apply(plan, weights)), tokens_BT1)
+    moments = plan.moments(1)
+    predicted = apply(moments, before)
+    known = apply(moments, {name: np.ones_like(array) for name, array in before.items()})  # 0 in pads and new blocks
+    found = {name: np.where(known[name] == 0, 0, after[name]) for name in after}
+    return _worst("first gradients are as the plan predicts", found, predicted)
+
+
+def _residual_streams(config: ModelConfig, calls: Mapping[str, Call]) -> dict[tuple[int, str], Array]:
+    """What each sublayer adds to, by layer and name; and what comes out of the last block, as of one more."""
+    norms = dict(zip(PARTS, ("input_layernorm", "post_attention_layernorm"), strict=True))
+    streams = {
+        (layer, part): calls[f"layers.{layer}.{norms[part] if config.norm_position == 'pre' else part}"].inputs[0]
+        for layer in range(config.n_layers)
+        for part in PARTS
+    }
+    return streams | {(config.n_layers, PARTS[0]): calls["norm"].inputs[0]}
+
+
+def _repeated(config: ModelConfig, embedding: TensorPlan, stream_BTD: Array) -> Array:
+    """The stream as the grown embeddings repeat it, pads and all."""
+    plan = Plan(config, config, (replace(embedding, source="x"),))
+    rows = apply(plan, {"x": stream_BTD.reshape(-1, stream_BTD.shape[-1])})[embedding.target]
+    return rows.reshape(*stream_BTD.shape[:-1], -1)
+
+
+def _in_float64(weights: Arrays) -> Gradients:
+    return {name: array.astype(np.float64) for name, array in weights.items()}
+
+
+def _without_balance(config: ModelConfig) -> ModelConfig:
+    """Whose loss is the cross entropy alone, as that of a dense model."""
+    assert config.moe is not None
+    plain = config.moe.model_copy(update={"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.0})
+    return config.model_copy(update={"moe": plain})
+
+
+def _worst(name: str, found: Gradients, expected: Gradients) -> Claim:
+    errors = {part: _relative(found[part], expected[part]) for part in expected}
+    worst = max(errors, key=lambda part: errors[part])
+    return Claim(name, errors[worst], EXACT, worst)
+
+
+def _relative(found: Array, expected: Array) -> float:
+    if found.shape != expected.shape:
+        return np.inf
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-3))

@@ -1,0 +1,69 @@
+"""What transfers promise holds, and a promise that is broken is noticed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mlx_moe.transfer.growth import plan_growth
+from mlx_moe.transfer.upcycling import plan_upcycling
+from parity.boundaries import execution_claim, forced_claim, growth_claims, upcycling_claims
+from parity.compare import EXPERTS, Pair, boundary_tokens, larger_model, probe_model
+
+FORCED, SUMMED = "any experts compute the dense model", "the experts' first gradients sum to the dense model's"
+REPEATED, PREDICTED = "the grown residual stream is the old one repeated", "first gradients are as the plan predicts"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-post", "smollm"])
+def test_every_claim_holds(name):
+    config, weights = probe_model(name, 1)
+    claims = upcycling_claims(plan_upcycling(config, EXPERTS, seed=1), weights, boundary_tokens(config, 1), 1)
+    config, weights = probe_model(name, 1, EXPERTS)
+    plan = plan_growth(config, larger_model(config), seed=1)
+    claims += growth_claims(plan, weights, boundary_tokens(config, 1))
+    assert [claim.name for claim in claims] == [FORCED, SUMMED, REPEATED, PREDICTED]
+    assert max(claim.error for claim in claims) < 1e-13
+
+
+def changed(plan, name, change):
+    return replace(plan, tensors=tuple(change(t) if t.target == name else t for t in plan.tensors))
+
+
+def scaled(tensor):
+    """Its first map a little off."""
+    first, *rest = tensor.maps
+    scale = np.ones(len(first.index)) if first.scale is None else first.scale
+    return replace(tensor, maps=(replace(first, scale=scale * (1 + 1e-6)), *rest))
+
+
+def test_broken_claims_are_noticed():
+    config, weights = probe_model("llama", 0)
+    tokens = boundary_tokens(config, 0)
+    plan = plan_upcycling(config, EXPERTS)
+    broken = changed(plan, "layers.0.mlp.experts.up_proj.weight", scaled)
+    forced, summed = upcycling_claims(broken, weights, tokens, 0)
+    assert not forced.passed
+    assert not summed.passed
+    config, weights = probe_model("llama", 0, EXPERTS)
+    plan = plan_growth(config, larger_model(config))
+    broken = changed(plan, "layers.0.self_attn.o_proj.weight", scaled)
+    repeated, _ = growth_claims(broken, weights, tokens)
+    assert not repeated.passed
+    assert repeated.where.startswith("layers.")
+    assert f"most in {repeated.where}" in str(repeated)
+
+
+def test_the_backends_executions():
+    config, weights = probe_model("nano", 0)
+    plan = plan_upcycling(config, EXPERTS)
+    dense = Pair.build(config, weights)
+    upcycled = dense.transferred(plan)
+    assert execution_claim(plan, weights, upcycled.mlx, upcycled.torch).passed
+    one_bit = {name: array.copy() for name, array in weights.items()}
+    one_bit["norm.weight"][0] = np.nextafter(one_bit["norm.weight"][0], np.float32(2))
+    claim = execution_claim(plan, one_bit, upcycled.mlx, upcycled.torch)
+    assert (claim.error, claim.where) == (2, "norm.weight")
+    tokens = boundary_tokens(config, 0)
+    assert forced_claim(dense.mlx, upcycled.mlx, tokens, 1e-5, 0, "MLX").passed
+    other = Pair.build(config, probe_model("nano", 5)[1])
+    assert not forced_claim(other.mlx, upcycled.mlx, tokens, 1e-5, 0, "MLX").passed

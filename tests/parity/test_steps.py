@@ -1,0 +1,104 @@
+"""A training step and the cache, judged: no false alarm, and no fault that goes unseen."""
+
+import numpy as np
+import pytest
+
+from parity.compare import EXPERTS, Pair, probe_model, truth_tokens
+from parity.decoding import judge_decoding
+from parity.steps import judge_step, step_tokens
+from parity.truth import Truth
+
+
+def prepared(name, moe=None, seed=0):
+    config, weights = probe_model(name, seed, moe)
+    truth = Truth(config, weights, truth_tokens(config, seed))
+    return config, weights, truth, step_tokens(truth, seed)
+
+
+def failed(judged):
+    return [tensor.name for tensor in judged if not tensor.passed]
+
+
+@pytest.mark.parametrize(("name", "moe"), [("gpt2-post", None), ("smollm", EXPERTS)], ids=["dense", "experts"])
+def test_no_false_alarm(name, moe):
+    config, weights, truth, tokens = prepared(name, moe, seed=3)
+    steps = judge_step(config, weights, tokens)
+    assert failed(steps) == []
+    scopes = {tensor.scope for tensor in steps}
+    assert scopes == ({"step"} if moe else {"step", "bf16"})
+    pair = Pair.build(config, weights)
+    ways, wrong_words = judge_decoding(truth, pair.mlx, pair.torch)
+    assert (failed(ways), wrong_words) == ([], [])
+    assert len(ways) == 3
+
+
+def gradient_of_gates_lost(gate):
+    return lambda logits, experts: gate(logits, experts).detach()
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute", "change", "first"),
+    [
+        ("torch_ref.moe", "gate", gradient_of_gates_lost, "gradient of layers.0.mlp.router.weight"),
+        (
+            "torch_ref.trainer",
+            "auxiliary_loss",
+            lambda old: lambda routing, load, moe: old(routing, load * 1.001, moe),
+            "gradient of",
+        ),
+    ],
+)
+def test_a_wrong_gradient_is_named(module, attribute, change, first, monkeypatch):
+    """Of code whose outputs are right."""
+    import importlib
+
+    config, weights, _, tokens = prepared("llama", EXPERTS)
+    owner = importlib.import_module(module)
+    monkeypatch.setattr(owner, attribute, change(getattr(owner, attribute)))
+    names = failed(judge_step(config, weights, tokens))
+    assert any(name.startswith(first) for name in names)
+
+
+def test_a_wrong_step_is_named(monkeypatch):
+    import torch
+
+    config, weights, _, tokens = prepared("nano")
+    adamw = torch.optim.AdamW
+
+    def wrong(params, **options):
+        return adamw(params, **{**options, "betas": (0.9, 0.951)})
+
+    monkeypatch.setattr(torch.optim, "AdamW", wrong)
+    names = failed(judge_step(config, weights, tokens))
+    assert names
+    assert all(name.endswith("after a step") for name in names)
+
+
+def test_a_cache_that_is_a_position_off_is_found(monkeypatch):
+    import torch_ref.attention
+
+    config, weights, truth, _ = prepared("llama")
+    rotate = torch_ref.attention.POSITION_ENCODINGS["rope"]
+    late = lambda x, start, theta: rotate(x, start + (start > 0), theta)  # noqa: E731
+    monkeypatch.setitem(torch_ref.attention.POSITION_ENCODINGS, "rope", late)
+    pair = Pair.build(config, weights)
+    assert np.abs(pair.torch.logits(truth.tokens_BT) - truth.logits_BTV).max() < 1e-5
+    ways, _ = judge_decoding(truth, pair.mlx, pair.torch)
+    assert failed(ways) == ["logits one token at a time", "logits in chunks"]
+
+
+def test_wrong_words_are_counted(monkeypatch):
+    import parity.decoding
+
+    config, weights, truth, _ = prepared("llama")
+    pair = Pair.build(config, weights)
+    honest = parity.decoding.generate
+
+    def other(trainer, prompt):
+        text = honest(trainer, prompt)
+        text[0, -1] = (text[0, -1] + 1) % config.vocab_size
+        return text
+
+    monkeypatch.setattr(parity.decoding, "generate", other)
+    _, wrong_words = judge_decoding(truth, pair.mlx, pair.torch)
+    assert wrong_words == [f"{name} wrote 1 tokens of 32 that are not the likeliest" for name in ("MLX", "torch")]
