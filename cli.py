@@ -6,6 +6,7 @@ import typer
 
 from mlx_moe.commands.ending import stop
 from mlx_moe.commands.models import generate, grow, import_, upcycle
+from mlx_moe.commands.reports import experts, plot, report
 from mlx_moe.commands.training import doctor, params, plan, train
 from mlx_moe.errors import InputError
 from parity.commands import export, parity
@@ -18,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, params, plan, upcycle, grow, generate, parity, import_, export, doctor):
+for command in (train, params, plan, upcycle, grow, generate, experts, plot, report, parity, import_, export, doctor):
     app.command(command.__name__.rstrip("_"))(command)
 
 

@@ -37,8 +37,9 @@ class PhaseRecord:
     event: Row | None  # its row of `history.jsonl`; None until it is finished
 
     @property
-    def title(self) -> str:
-        return TITLES[self.number].partition(": ")[2]
+    def name(self) -> str:
+        kind = "larger experts" if self.number == 3 else "experts" if self.model.moe else "dense"
+        return f"{self.number}: {kind}"
 
     @property
     def steps(self) -> int:
