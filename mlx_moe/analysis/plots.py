@@ -17,7 +17,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
+from mlx_moe.analysis.fitting import FITS
 from mlx_moe.analysis.record import PhaseRecord, Record, read_record
+from mlx_moe.analysis.scaling_plot import read_fits, scaling
 from mlx_moe.analysis.writing import writing
 
 # Okabe and Ito's colours: distinct to all kinds of colour vision, and of different lightness.
@@ -37,6 +39,7 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "xtick.minor.size": 0,
     "ytick.minor.size": 0,
     "legend.frameon": False,
     "svg.hashsalt": "mlxmoe",  # the same figure gives the same file
@@ -45,15 +48,19 @@ ZOOM = 0.4  # shown on both sides of a boundary: this part of the shorter phase
 HIGHEST_LOAD = 2.0  # of the fair share, where the colours end
 
 
-def plot_run(path: Path, out: Path) -> list[Path]:
-    """Draw what a run's rows hold into a folder; the files written. Raises InputError where `path` is no run."""
-    record = read_record(path)
-    files = []
+def plot(path: Path, out: Path | None) -> list[Path]:
+    """Draw a run, or the fits of a sweep, into a folder; the files written. Raises InputError where it is neither."""
+    fits = path / FITS if path.is_dir() else path
     with mpl.rc_context(STYLE):
-        for name, draw in FIGURES.items():
-            if (figure := draw(record)) is not None:
-                files += save(figure, out, name)
-    return files
+        if fits.is_file():
+            counted, fitted = read_fits(fits)
+            figures = {f"scaling-{one.law}": scaling(one, counted) for one in fitted}
+            folder = fits.parent
+        else:
+            record, folder = read_record(path), path
+            drawn = {name: draw(record) for name, draw in FIGURES.items()}
+            figures = {name: figure for name, figure in drawn.items() if figure is not None}
+        return [file for name, figure in figures.items() for file in save(figure, out or folder / "plots", name)]
 
 
 def save(figure: Figure, out: Path, name: str) -> list[Path]:

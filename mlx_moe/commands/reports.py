@@ -28,13 +28,13 @@ def experts(
 
 
 def plot(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or the fits.json of a sweep.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="RUN/plots")] = None,
+    path: Annotated[Path, typer.Argument(help="A run's folder, or a sweep's with its fits.json.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH/plots")] = None,
 ) -> None:
     """Draw a run's curves and its experts' load, or a scaling law, as SVG and PNG."""
-    from mlx_moe.analysis.plots import plot_run
+    from mlx_moe.analysis.plots import plot as draw
 
-    for file in plot_run(run, out or run / "plots"):
+    for file in draw(path, out):
         typer.echo(file)
 
 

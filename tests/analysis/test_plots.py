@@ -7,6 +7,8 @@ from matplotlib.image import imread
 
 from mlx_moe.analysis.plots import expert_load, loss
 from mlx_moe.analysis.record import read_record
+from mlx_moe.analysis.scaling import Point, fit
+from mlx_moe.analysis.scaling_plot import read_fits, scaling
 from mlx_moe.training import log
 
 FIGURES = ["loss", "learning-rate", "gradient-norm", "tokens-per-s", "expert-load"]
@@ -68,6 +70,40 @@ def test_a_dense_run_has_no_expert_load(dense, mlxmoe):
 def test_an_interrupted_run_is_drawn_as_far_as_it_went(interrupted):
     whole = loss(read_record(interrupted)).axes[0]
     assert whole.lines[2].get_xdata()[-1] == 12 + 5
+
+
+def fitted(law, ns, ds):
+    """A law of points near Chinchilla's curve."""
+    pairs = [(n, d) for n in ns for d in ds]
+    noise = 1 + 0.01 * np.sin(np.arange(len(pairs)))
+    losses = np.array([1.69 + 406.4 / n**0.34 + 410.7 / d**0.28 for n, d in pairs]) * noise
+    points = [Point(n, d, float(loss)) for (n, d), loss in zip(pairs, losses, strict=True)]
+    return fit(points, law, resamples=20)
+
+
+def test_scaling_laws_with_their_bands(mlxmoe, tmp_path):
+    sizes = [1e6, 1e7, 1e8, 1e9]
+    fits = [fitted("ND", sizes, [1e8, 1e9, 1e10]), fitted("N", [*sizes, 1e10], [1e9])]
+    file = tmp_path / "fits.json"
+    file.write_text(json.dumps({"parameters": "non_embedding", "fits": [one.to_json() for one in fits]}))
+    assert read_fits(file) == ("non-embedding", fits)
+    for place in (tmp_path, file):
+        result = mlxmoe("plot", place)
+        assert result.code == 0, result.err
+        assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+            f"scaling-{law}.{kind}" for law in ("N", "ND") for kind in ("png", "svg")
+        ]
+    over_n, over_d = scaling(fits[0], "active").axes
+    assert (len(over_n.collections), len(over_d.collections)) == (3, 4)  # a band for each D, and for each N
+    line, points = over_n.lines[:2]
+    assert points.get_ydata().tolist() == [point.loss for point in fits[0].points if point.d == 1e8]
+    at_points = np.interp(np.log(points.get_xdata()), np.log(line.get_xdata()), line.get_ydata())
+    assert at_points == pytest.approx(points.get_ydata(), rel=0.03)
+    assert "active" in over_n.get_xlabel()
+    file.write_text('{"fits": 7}')
+    result = mlxmoe("plot", file)
+    assert result.code == 2
+    assert "mlxmoe fit" in result.err
 
 
 def test_what_is_no_run_is_said(mlxmoe, tmp_path, finished):

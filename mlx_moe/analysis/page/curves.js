@@ -41,9 +41,9 @@ function duration(seconds) {
 
 const place = (axis, value) => (axis === "time" ? duration(value) : `${compact(value)}`);
 
-// Ticks at 1, 2 or 5 times a power of ten; on a log scale those of every decade.
+// Ticks at 1, 2 or 5 times a power of ten; on a log scale, where it spans enough, some of every decade.
 function ticks(low, high, count, log) {
-  if (log) {
+  if (log && high / low > 4) {
     const found = [];
     const subs = high / low > 1e4 ? [1] : high / low > 30 ? [1, 3] : [1, 1.5, 2, 3, 5, 7];
     for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
