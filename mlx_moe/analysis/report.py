@@ -167,7 +167,7 @@ def _samples(record: Record) -> list[Row]:
     return [
         {
             "prompt": prompt,
-            "texts": [{"phase": name, "text": texts[prompt].strip()} for name, texts in finished],
+            "texts": [{"phase": name, "text": texts[prompt].strip() or "(nothing)"} for name, texts in finished],
         }
         for prompt in prompts
     ]

@@ -6,7 +6,6 @@ N parameters, D tokens.
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +45,8 @@ def scaling(fitted: Fit, counted: str) -> Figure:
         axes.set_xlabel(f"N ({counted} parameters)" if variable == "n" else "D (tokens)")
     panels[0].set_ylabel("validation loss (nats per token)")
     constants = [f"{name} {one.value:.3g} ({one.low:.3g}–{one.high:.3g})" for name, one in fitted.constants.items()]
-    held = f"{', '.join(constants)}; {100 * fitted.level:g} % intervals; R² {fitted.r_squared:.4f}"
-    figure.suptitle(f"{FORMULAS[fitted.law]}\n{textwrap.fill(held, 115)}", fontsize=8, x=0.01, ha="left")
+    held = f"{FORMULAS[fitted.law]},  R² {fitted.r_squared:.4f},  {100 * fitted.level:g} % intervals"
+    figure.suptitle(f"{held}\n{',  '.join(constants)}", fontsize=8, x=0.01, ha="left")
     return figure
 
 
