@@ -5,7 +5,9 @@ from __future__ import annotations
 import typer
 
 from mlx_moe.commands.ending import stop
+from mlx_moe.commands.experiments import compare, data, eval_, fit, sweep
 from mlx_moe.commands.models import generate, grow, import_, upcycle
+from mlx_moe.commands.reports import experts, plot, report
 from mlx_moe.commands.training import doctor, params, plan, train
 from mlx_moe.errors import InputError
 from parity.commands import export, parity
@@ -18,8 +20,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, params, plan, upcycle, grow, generate, parity, import_, export, doctor):
+for command in (
+    *(train, params, plan, upcycle, grow, generate, parity, import_, export),
+    *(eval_, sweep, fit, compare, experts, plot, report, doctor),
+):
     app.command(command.__name__.rstrip("_"))(command)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
-from mlx_moe.parameters import Weights
+from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import PrecisionName
 from mlx_moe.training.backend import Tokens, choose_backend
 from parity.decoding import settled
@@ -57,7 +57,7 @@ class StepTruth:
     and therefore only rounding: a bias of keys that are not rotated, which softmax does not notice.
     """
 
-    def __init__(self, config: ModelConfig, weights: Arrays, tokens_BT1: Tokens):
+    def __init__(self, config: ModelConfig, weights: Weights, tokens_BT1: Tokens):
         self._config, self._weights, self._tokens_BT1 = config, weights, tokens_BT1
         exact, plain = (Oracle(config, weights, dtype) for dtype in (np.float64, np.float32))
         self.loss, gradients = loss_and_gradients(exact, tokens_BT1)

@@ -36,6 +36,21 @@ class ParameterCount:
         }
 
 
+def parameters_by_part(config: ModelConfig) -> dict[str, int]:
+    """All parameters: `embeddings` (tokens and positions), `attention`, `router`, `ffn` (every expert's), `norms`, and
+    `head`, 0 where it is tied."""
+    parts = dict.fromkeys(("embeddings", "attention", "router", "ffn", "norms", "head"), 0)
+    for parameter in table(config):
+        parts[_part(parameter.name)] += math.prod(parameter.shape)
+    return parts
+
+
+def non_embedding_parameters(config: ModelConfig) -> int:
+    """What works for a token without looking anything up: active, less embeddings and head (Kaplan et al. 2020, N)."""
+    parts = parameters_by_part(config)
+    return count_parameters(config).active - parts["embeddings"] - parts["head"]
+
+
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Count every tensor of the model; a token visits `top_k` of the `n_experts` in each layer."""
     total = inactive = 0
@@ -46,3 +61,10 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         if config.moe and Axis.EXPERT in parameter.axes and "experts" in parameter.name:
             inactive += size // config.moe.n_experts * idle_per_layer
     return ParameterCount(total, total - inactive, idle_per_layer * config.n_layers)
+
+
+def _part(name: str) -> str:
+    for word, part in (("embed", "embeddings"), ("lm_head", "head"), ("norm", "norms"), ("self_attn", "attention")):
+        if word in name:
+            return part
+    return "router" if ".router." in name else "ffn"

@@ -23,6 +23,8 @@ TINYSTORIES = "roneneldan/TinyStories"
 class Source:
     """Text, as documents. `identity` changes exactly when the text would; `description` is one line for people.
 
+    `licence`: what the text may be used under, None where we cannot know.
+
     `documents()` starts over with every call and yields no blank document. It raises InputError where the text cannot
     be had: no network, bad JSON, a missing field, bytes that are not UTF-8, nothing but blanks.
     """
@@ -30,6 +32,7 @@ class Source:
     identity: str
     description: str
     documents: Callable[[], Iterator[str]]
+    licence: str | None = None
 
 
 def open_source(config: DataConfig) -> Source:
@@ -42,7 +45,9 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _stories(n: int) -> Source:
-    return Source(f"stories:v{stories.VERSION}:{n}", f"{n:,} embedded stories", lambda: stories.stories(n))
+    return Source(
+        f"stories:v{stories.VERSION}:{n}", f"{n:,} embedded stories", lambda: stories.stories(n), "MIT (part of mlxmoe)"
+    )
 
 
 def _tinystories(n: int | None) -> Source:
@@ -64,6 +69,7 @@ def _tinystories(n: int | None) -> Source:
         f"{TINYSTORIES}:{n}",
         f"TinyStories, {'all' if n is None else f'the first {n:,}'} stories",
         lambda: _not_blank(documents(), n, TINYSTORIES),
+        f"CDLA-Sharing-1.0 (https://huggingface.co/datasets/{TINYSTORIES})",
     )
 
 

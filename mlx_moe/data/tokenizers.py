@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "<|unknown|>"
 MIN_BPE_VOCAB, MAX_BPE_VOCAB = 257, 1_000_000  # 256 bytes and the end of text; above, training runs out of memory
+CHARACTERS_PER_PIECE = 250_000  # that a tokenizer gets at once
 # What may come with a tokenizer: its own files, and how to talk to the model.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -103,6 +104,18 @@ def make_tokenizer(spec: str, documents: Callable[[], Iterator[str]]) -> Tokeniz
     return Tokenizer.load(folder if folder.is_dir() else _from_hub(spec))
 
 
+def cut(text: str) -> Iterator[str]:
+    """A text in pieces that end after line ends: a whole book takes a tokenizer a hundred times its size."""
+    start = 0
+    while len(text) - start > CHARACTERS_PER_PIECE:
+        line_end = text.find("\n", start + CHARACTERS_PER_PIECE)
+        if line_end < 0:
+            break
+        yield text[start : line_end + 1]
+        start = line_end + 1
+    yield text[start:]
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files, and nothing else, out of a folder that may hold more."""
     target.mkdir(exist_ok=True)
@@ -140,7 +153,7 @@ def _train_bpe(vocab_size: int, documents: Iterator[str]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator(documents, trainer)
+    inner.train_from_iterator((piece for text in documents for piece in cut(text)), trainer)
     return Tokenizer(inner, END_OF_TEXT)
 
 

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,14 +18,14 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import DataConfig
 from mlx_moe.data.sources import Source, open_source
-from mlx_moe.data.tokenizers import Tokenizer, make_tokenizer
+from mlx_moe.data.tokenizers import Tokenizer, cut, make_tokenizer
 from mlx_moe.errors import InputError
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
-LAYOUT = 1  # of a cache entry: raise it with every change of what is written
+LAYOUT = 2  # of a cache entry: raise it with every change of what is written
 SPLITS = ("train", "validation")
-DOCUMENTS_PER_BATCH, CHARACTERS_PER_BATCH, CHARACTERS_PER_PIECE = 1000, 4_000_000, 1_000_000
+DOCUMENTS_PER_BATCH, CHARACTERS_PER_BATCH = 1000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,30 @@ def prepare(
                 f"token cache entry {entry} was damaged as soon as it was written; check the disk, run again"
             )
     return data
+
+
+def held_out(config: DataConfig, cache: Path | None = None) -> Iterator[str]:
+    """The documents of validation as text, in the source's order and whatever the tokenizer.
+
+    No more of the source is read than is asked for; but where the split is by token, all of it is made tokens first.
+    """
+    found, has_train, held = False, False, list[str]()
+    for text in open_source(config).documents():
+        if is_held_out(text.encode(), config.validation_fraction):
+            held.append(text)
+        else:
+            has_train = True
+        if has_train and held:
+            found = True
+            yield from held
+            held.clear()
+    if found:
+        return
+    data = prepare(config, cache)
+    ends = [*np.flatnonzero(data.validation == data.tokenizer.eot_id), len(data.validation)]
+    for start, end in pairwise([-1, *ends]):
+        if start + 1 < end:
+            yield data.tokenizer.decode(data.validation[start + 1 : end].tolist())
 
 
 def batch(
@@ -182,13 +207,16 @@ def _write_splits(
     with (folder / "train.bin").open("wb") as train_file, (folder / "validation.bin").open("wb") as validation_file:
         train, validation = _Split(train_file), _Split(validation_file)
         for number, texts in enumerate(_batches(source.documents()), start=1):
-            for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
+            splits = []
+            for text in texts:
                 utf8 = text.encode()
-                split = validation if _position(utf8) < fraction else train
-                split.file.write(np.array([*ids, tokenizer.eot_id], dtype=dtype).tobytes())
+                split = validation if is_held_out(utf8, fraction) else train
                 split.documents += 1
-                split.tokens += len(ids) + 1
                 split.bytes += len(utf8)
+                splits.append(split)
+            for document, ids in _encode(tokenizer, texts, dtype):
+                splits[document].file.write(ids.tobytes())
+                splits[document].tokens += len(ids)
             if number % 10 == 0:
                 documents, tokens = train.documents + validation.documents, train.tokens + validation.tokens
                 progress(f"encoded {documents:,} documents, {tokens:,} tokens")
@@ -196,7 +224,7 @@ def _write_splits(
     if not by_document:
         _split_by_token(folder, train, validation, fraction, dtype)
     return {
-        "source": {"identity": source.identity, "description": source.description},
+        "source": {"identity": source.identity, "description": source.description, "licence": source.licence},
         "tokenizer": {"spec": config.tokenizer, "identity": tokenizer.identity, "vocab_size": tokenizer.vocab_size},
         "validation_fraction": fraction,
         "split": "by document" if by_document else "by token",
@@ -228,9 +256,9 @@ def _describe(path: Path, split: _Split) -> dict[str, Any]:
     return {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes, "sha256": sha256}
 
 
-def _position(utf8: bytes) -> float:
-    """Where a document falls in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(utf8, digest_size=6).digest()) / 2**48
+def is_held_out(utf8: bytes, fraction: float) -> bool:
+    """Whether a document belongs to validation: by the hash of its text, so whatever else there is."""
+    return int.from_bytes(hashlib.blake2b(utf8, digest_size=6).digest()) / 2**48 < fraction
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
@@ -246,21 +274,25 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
         yield texts
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
-    """Ids of every text. A book in one document is cut after line ends: whole, it takes a hundred times its size."""
-    pieces = [_cut(text) for text in texts]
-    encoded = iter(tokenizer.encode_batch([piece for parts in pieces for piece in parts]))
-    for parts in pieces:
-        yield [token for _ in parts for token in next(encoded)]
+def _encode(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> Iterator[tuple[int, Tokens]]:
+    """(number of the text, ids) of every text in turn, an end of text after each.
+
+    A book in one document comes in pieces: as Python's numbers its ids would take a hundred times its size.
+    """
+    pieces = [(number, piece) for number, text in enumerate(texts) for piece in cut(text)]
+    for start, end in pairwise([*_starts([len(piece) for _, piece in pieces]), len(pieces)]):
+        encoded = tokenizer.encode_batch([piece for _, piece in pieces[start:end]])
+        for index, ids in enumerate(encoded, start):
+            number = pieces[index][0]
+            is_last = index + 1 == len(pieces) or pieces[index + 1][0] != number
+            yield number, np.array([*ids, tokenizer.eot_id] if is_last else ids, dtype=dtype)
 
 
-def _cut(text: str) -> list[str]:
-    parts = []
-    start = 0
-    while len(text) - start > CHARACTERS_PER_PIECE:
-        line_end = text.find("\n", start + CHARACTERS_PER_PIECE)
-        if line_end < 0:
-            break
-        parts.append(text[start : line_end + 1])
-        start = line_end + 1
-    return [*parts, text[start:]]
+def _starts(lengths: list[int]) -> Iterator[int]:
+    """Where to begin another batch, so that each holds CHARACTERS_PER_BATCH at most, or one piece."""
+    characters = CHARACTERS_PER_BATCH
+    for index, length in enumerate(lengths):
+        characters += length
+        if characters > CHARACTERS_PER_BATCH:
+            yield index
+            characters = length

@@ -32,9 +32,17 @@ def phase_config(run: RunConfig, phase: int) -> PhaseConfig:
 
 
 def phase_model(run: RunConfig, phase: int) -> ModelConfig:
-    """The architecture that a run trains in phase 1, 2 or 3. Raises InputError where growth to it is not exact."""
+    """The architecture that a run trains in phase 1, 2 or 3.
+
+    Raises InputError where growth to it is not exact, and where a model that starts with experts would be upcycled.
+    """
     if phase == 1:
         return run.model
+    if run.model.moe is not None:
+        raise InputError(
+            f"model.moe: the model starts with {run.model.moe.n_experts} experts, so there is nothing to upcycle; "
+            "train it with --phases 1, or leave model.moe out"
+        )
     upcycled = run.model.model_copy(update={"moe": run.phases.moe.moe})
     return upcycled if phase == 2 else _large(run, upcycled)
 

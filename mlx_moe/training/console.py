@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_moe.accounting import ParameterCount
+from mlx_moe.accounting.flops import Flops
 from mlx_moe.transfer.certificate import Certificate
 
 
@@ -50,15 +51,21 @@ class Console:
             table.add_row(*row)
         self._rich.print(table)
 
-    def parameters(self, count: ParameterCount, architecture: str) -> None:
-        self.facts(
-            [
-                ("architecture", architecture),
-                ("parameters", millions(count.total)),
-                ("active per token", f"{millions(count.active)}, efficiency {100 * count.efficiency:.1f} %"),
-                ("inactive", f"{millions(count.inactive)} in {count.idle_experts} idle experts"),
+    def parameters(self, count: ParameterCount, architecture: str, flops: Flops | None = None) -> None:
+        facts = [
+            ("architecture", architecture),
+            ("parameters", millions(count.total)),
+            ("active per token", f"{millions(count.active)}, efficiency {100 * count.efficiency:.1f} %"),
+            ("inactive", f"{millions(count.inactive)} in {count.idle_experts} idle experts"),
+        ]
+        if flops is not None:
+            parts = ("projections", "attention", "router", "ffn", "head")
+            shares = {part: getattr(flops, part) / flops.forward for part in parts}
+            facts += [
+                ("FLOPs per token", f"{flops.forward / 1e6:,.2f} M forward, {flops.training / 1e6:,.2f} M to train"),
+                ("of these", ", ".join(f"{part} {100 * share:.1f} %" for part, share in shares.items() if share)),
             ]
-        )
+        self.facts(facts)
 
     def step(self, row: dict[str, Any], n_steps: int) -> None:
         """One line of at most 80 columns; `load` is the busiest expert's over the mean, `val` the validation loss."""

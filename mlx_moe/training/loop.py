@@ -27,14 +27,15 @@ TITLES = {1: "Phase 1: dense", 2: "Phase 2: mixture of experts", 3: "Phase 3: la
 
 @dataclass(frozen=True)
 class Phase:
-    """Phase 1, 2 or 3 of a run."""
+    """Phase 1, 2 or 3 of a run; `from_scratch`: its first model has experts already."""
 
     number: int
     config: PhaseConfig
+    from_scratch: bool = False
 
     @property
     def title(self) -> str:
-        return TITLES[self.number]
+        return "Phase 1: mixture of experts from scratch" if self.from_scratch else TITLES[self.number]
 
 
 def train_phase(

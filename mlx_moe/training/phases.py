@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_moe.accounting import count_parameters
-from mlx_moe.config import ModelConfig, RunConfig
+from mlx_moe.accounting.flops import flops_per_token
+from mlx_moe.config import ModelConfig, OptimizerConfig, RunConfig
 from mlx_moe.data.sources import BUILTIN
 from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, initialize
 from mlx_moe.training import checkpoint
-from mlx_moe.training.backend import Alone, Backend, Trainer, World
+from mlx_moe.training.backend import Alone, Backend, Trainer, World, peak_flops_per_s
 from mlx_moe.training.boundary import certify, phase_config, phase_model, plan_boundary
 from mlx_moe.training.checkpoint import TrainerState
 from mlx_moe.training.console import Console
@@ -93,7 +95,9 @@ class Experiment:
             [
                 ("run", f"{self.run.name}, seed {self.run.seed}, in {self.folder.path}"),
                 ("backend", f"{self.backend.reason}; device {trainer.device}{processes}"),
+                ("hardware", _hardware(self.backend, trainer)),
                 ("precision", trainer.precision.reason),
+                ("optimizer", _optimizer(self.run.optimizer)),
                 ("data", self.data.provenance["source"]["description"]),
                 ("tokens", f"{tokens['train']:,} to train on, {tokens['validation']:,} held out"),
                 ("tokenizer", f"{self.run.data.tokenizer}, {self.data.tokenizer.vocab_size:,} tokens"),
@@ -101,10 +105,11 @@ class Experiment:
         )
 
     def train(self, number: int, trainer: Trainer, step: int, interruption: Interruption) -> None:
-        phase = Phase(number, phase_config(self.run, number))
+        phase = Phase(number, phase_config(self.run, number), from_scratch=self.run.model.moe is not None)
         if step < phase.config.steps:
             self.console.title(phase.title)
-            self.console.parameters(count_parameters(trainer.config), trainer.config.display_name)
+            model = trainer.config
+            self.console.parameters(count_parameters(model), model.display_name, flops_per_token(model))
             self.console.line()
             train_phase(
                 self.run, phase, trainer, self.data, self.folder, step, self.console, self.backend, interruption
@@ -149,6 +154,21 @@ class Experiment:
 
     def _trainer(self, model: ModelConfig, weights: Arrays) -> Trainer:
         return self.backend.trainer(model, self.run.optimizer, weights, self.options.device, self.run.engine)
+
+
+def _hardware(backend: Backend, trainer: Trainer) -> str:
+    place = "cpu" if trainer.device == "CPU" else "gpu"
+    speed, peak = backend.speed, peak_flops_per_s(backend, trainer.precision.name, trainer.device)
+    cores = f", {os.cpu_count()} cores" if place == "cpu" else ""
+    memory = f"{speed.usable_bytes(place) / 1e9:.1f} GB usable"
+    return f"{speed.device_name(place)}{cores}, {memory}, {peak / 1e12:.3g} TFLOP/s at best in {trainer.precision.name}"
+
+
+def _optimizer(optimizer: OptimizerConfig) -> str:
+    beta_1, beta_2 = optimizer.betas
+    adamw = f"AdamW (betas {beta_1:g} and {beta_2:g}, eps {optimizer.eps:g})"
+    rule = adamw if optimizer.name == "adamw" else f"Muon (momentum {optimizer.momentum:g}) and {adamw}"
+    return f"{rule}, weight decay {optimizer.weight_decay:g}, gradients clipped at {optimizer.max_grad_norm:g}"
 
 
 def open_run(directory: Path, world: World = Alone()) -> RunConfig:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_moe.config import DataConfig
+from mlx_moe.data import tokenizers as tokenizers_module
 from mlx_moe.data import tokens as tokens_module
 from mlx_moe.data.stories import stories
 from mlx_moe.data.tokens import batch, fixed_windows, prepare
@@ -119,7 +120,7 @@ def test_neither_side_is_ever_empty(tmp_path, fraction, documents):
 def test_long_documents_are_encoded_in_pieces(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("\n".join(stories(40)) + "x" * 3000)
-    monkeypatch.setattr(tokens_module, "CHARACTERS_PER_PIECE", 500)
+    monkeypatch.setattr(tokenizers_module, "CHARACTERS_PER_PIECE", 500)
     pieces = prepare(DataConfig(source=str(path), tokenizer="bpe:300"), tmp_path / "cache")
     ids = [*pieces.train.tolist(), *pieces.validation.tolist()]
     assert pieces.tokenizer.decode(ids) == path.read_text() + "<|endoftext|>"

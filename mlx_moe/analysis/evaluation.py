@@ -1,0 +1,244 @@
+"""Every checkpoint on the same held-out text: loss, perplexity, bits per byte, and what it writes.
+
+B batch, T context length.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_moe.accounting import count_parameters
+from mlx_moe.config import DataConfig, OptimizerConfig
+from mlx_moe.data.tokenizers import Tokenizer
+from mlx_moe.data.tokens import held_out
+from mlx_moe.errors import InputError
+from mlx_moe.hub.models import open_model
+from mlx_moe.training import checkpoint
+from mlx_moe.training.backend import Backend, Trainer
+from mlx_moe.training.checkpoint import Checkpoint
+from mlx_moe.training.console import Console
+from mlx_moe.training.files import replacing
+from mlx_moe.training.generation import generate
+from mlx_moe.training.phases import open_run
+from mlx_moe.training.results import PROMPTS
+from mlx_moe.training.run_folder import CONFIG
+
+RESULTS, GENERATIONS = "evaluation_results.csv", "generations.md"
+TEMPERATURES = (0.0, 0.8)
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The first documents of validation, as text: the same for every tokenizer."""
+
+    documents: list[str]
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(text.encode()) for text in self.documents)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for text in self.documents:
+            digest.update(len(text.encode()).to_bytes(8) + text.encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss` in nats per token, over `tokens`; `bits_per_byte` over the subset's `text_bytes` of UTF-8."""
+
+    checkpoint: str
+    phase: int
+    step: int
+    architecture: str
+    parameters_total: int
+    parameters_active: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    text_documents: int
+    text_bytes: int
+    text_sha256: str
+    context_length: int
+    backend: str
+    device: str
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """`max_bytes`: of the subset; `new_tokens`: of every generation, 0 for none."""
+
+    data: str | None = None
+    text_field: str = "text"
+    max_bytes: int = 250_000
+    prompts: Sequence[str] = PROMPTS
+    new_tokens: int = 60
+    device: str = "auto"
+
+
+def evaluate(path: Path, backend: Backend, options: EvaluationOptions, console: Console) -> list[Evaluation]:
+    """Evaluate a run's every checkpoint, or the one checkpoint or Hugging Face model that a path means.
+
+    In a run's folder, `evaluation_results.csv` and `generations.md` take the place of earlier ones. Raises InputError
+    where the data or a tokenizer that fits is missing, or a checkpoint is damaged.
+    """
+    is_run = (path / CONFIG).is_file()
+    found = list(checkpoint.complete_in(path)) if is_run else [path]
+    if not found:
+        raise InputError(f"{path} has no checkpoint yet; train on: mlxmoe train --resume {path}")
+    evaluations, generations, subset = [], [], None
+    for folder in found:
+        loaded = open_model(folder)
+        tokenizer = _tokenizer(loaded)
+        if subset is None:
+            subset = pinned(_data_config(loaded, options), options.max_bytes)
+        trainer = backend.trainer(loaded.config, OptimizerConfig(), loaded.weights, options.device)
+        name = str(folder.relative_to(path)) if is_run else str(folder)
+        evaluation = _evaluation(name, loaded, trainer, tokenizer, subset, backend)
+        evaluations.append(evaluation)
+        console.line(_line(evaluation))
+        if options.new_tokens:
+            written = _generations(trainer, tokenizer, options)
+            generations.append(f"## {evaluation.checkpoint}\n\n{written}")
+    if is_run:
+        _write(path / RESULTS, as_csv(evaluations))
+        if generations:
+            _write(path / GENERATIONS, "".join(generations))
+    else:
+        for text in generations:
+            console.line(text)
+    return evaluations
+
+
+def pinned(config: DataConfig, max_bytes: int) -> Subset:
+    """The first documents of the validation split up to so many bytes, the last of them cut to fit."""
+    documents, left = [], max_bytes
+    for text in held_out(config):
+        utf8 = text.encode()[:left]
+        documents.append(utf8.decode(errors="ignore"))
+        left -= len(utf8)
+        if left <= 0:
+            break
+    return Subset(documents)
+
+
+def score(trainer: Trainer, tokenizer: Tokenizer, subset: Subset) -> tuple[float, int]:
+    """(nats in all, tokens) of a subset, where every token, the ends of documents too, is predicted once.
+
+    The text goes through in stretches of the context's length; the first follows an end of text.
+    """
+    ids = [tokenizer.eot_id]
+    for text in subset.documents:
+        ids += [*tokenizer.encode(text), tokenizer.eot_id]
+    nats = 0.0
+    for windows_BT1 in _stretches(np.array(ids, np.int32), trainer.config.context_length):
+        nats += trainer.loss(windows_BT1) * (windows_BT1.size - len(windows_BT1))
+    return nats, len(ids) - 1
+
+
+def as_csv(evaluations: Sequence[Evaluation]) -> str:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(Evaluation.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(evaluation) for evaluation in evaluations)
+    return table.getvalue()
+
+
+def _stretches(ids: NDArray[np.int32], context_length: int) -> Iterator[NDArray[np.int32]]:
+    """Windows (B, T + 1), each beginning with the last token of the one before; the rest is one shorter window."""
+    n_whole = (len(ids) - 1) // context_length
+    starts = np.arange(n_whole) * context_length
+    windows = ids[starts[:, None] + np.arange(context_length + 1)]
+    size = max(1, TOKENS_PER_BATCH // context_length)
+    yield from (windows[start : start + size] for start in range(0, n_whole, size))
+    if len(rest := ids[n_whole * context_length :]) > 1:
+        yield rest[None]
+
+
+def _evaluation(
+    name: str, loaded: Checkpoint, trainer: Trainer, tokenizer: Tokenizer, subset: Subset, backend: Backend
+) -> Evaluation:
+    nats, tokens = score(trainer, tokenizer, subset)
+    count = count_parameters(loaded.config)
+    return Evaluation(
+        checkpoint=name,
+        phase=loaded.state.phase,
+        step=loaded.state.step,
+        architecture=loaded.config.display_name,
+        parameters_total=count.total,
+        parameters_active=count.active,
+        loss=nats / tokens,
+        perplexity=math.exp(min(nats / tokens, 700)),
+        bits_per_byte=nats / subset.bytes / math.log(2),
+        tokens=tokens,
+        text_documents=len(subset.documents),
+        text_bytes=subset.bytes,
+        text_sha256=subset.sha256,
+        context_length=loaded.config.context_length,
+        backend=backend.name,
+        device=trainer.device,
+    )
+
+
+def _data_config(loaded: Checkpoint, options: EvaluationOptions) -> DataConfig:
+    """The run's own data, or what `--data` names; all of it, with the model's tokenizer where a split needs one."""
+    run = next((parent for parent in loaded.path.resolve().parents if (parent / CONFIG).is_file()), None)
+    if options.data is not None:
+        fields: dict[str, Any] = {"source": options.data, "text_field": options.text_field, "n_documents": None}
+        return DataConfig(**fields, tokenizer=str(loaded.tokenizer_folder))
+    if run is None:
+        raise InputError(f"{loaded.path} is not in a run's folder, so its data is not known; name some with --data")
+    return open_run(run).data
+
+
+def _tokenizer(loaded: Checkpoint) -> Tokenizer:
+    if loaded.tokenizer_folder is None:
+        raise InputError(f"checkpoint {loaded.path} has no tokenizer/ beside it; copy its run's tokenizer/ into it")
+    tokenizer = Tokenizer.load(loaded.tokenizer_folder)
+    if tokenizer.vocab_size > loaded.config.vocab_size:
+        raise InputError(
+            f"the tokenizer in {loaded.tokenizer_folder} has {tokenizer.vocab_size} tokens, the model only "
+            f"{loaded.config.vocab_size}; take the tokenizer it was trained with"
+        )
+    return tokenizer
+
+
+def _generations(trainer: Trainer, tokenizer: Tokenizer, options: EvaluationOptions) -> str:
+    """Markdown: every prompt continued at every temperature, with seed 0."""
+    parts = []
+    for temperature in TEMPERATURES:
+        parts.append("### Greedy\n\n" if temperature == 0 else f"### Temperature {temperature}\n\n")
+        for prompt in options.prompts:
+            ids = tokenizer.encode(prompt)
+            new = generate(trainer, ids, options.new_tokens, temperature=temperature, stop=tokenizer.eot_id)
+            parts.append(f"**{prompt}**{tokenizer.decode(list(new))}\n\n")
+    return "".join(parts)
+
+
+def _line(evaluation: Evaluation) -> str:
+    return (
+        f"{evaluation.checkpoint}: loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
+        f"{evaluation.bits_per_byte:.4f} bits per byte"
+    )
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        with replacing(file) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror or error}; make its folder writable") from None

@@ -1,0 +1,258 @@
+"""What the experts of a run do: how much, together with whom, on which tokens; and whether any are dead or twins.
+
+N tokens, V vocabulary, L layers, E experts, K experts per token, F neurons of an expert, D model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_moe.analysis.expert_table import show
+from mlx_moe.analysis.record import read_config
+from mlx_moe.analysis.writing import writing
+from mlx_moe.config import ModelConfig, OptimizerConfig, RunConfig
+from mlx_moe.data.tokenizers import Tokenizer
+from mlx_moe.data.tokens import TokenData, fixed_windows, prepare
+from mlx_moe.errors import InputError
+from mlx_moe.parameters import Arrays
+from mlx_moe.training import checkpoint
+from mlx_moe.training.backend import Backend, Trainer
+from mlx_moe.training.boundary import phase_model
+from mlx_moe.training.checkpoint import Checkpoint
+from mlx_moe.training.console import Console
+from mlx_moe.training.run_folder import RunFolder
+from mlx_moe.transfer.growth import layer_sources
+
+Figures = NDArray[np.float64]
+Experts = NDArray[np.int64]
+
+TWIN_DISTANCE = 1e-3  # relative; what updates alike ends at 0, or on GPUs at their rounding, and the rest far above
+MIN_OCCURRENCES = 20  # of a token, before it is said which expert takes it
+TOKENS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What the routers of a model made of N tokens."""
+
+    tokens_N: NDArray[np.int32]
+    router_logits_LNE: NDArray[np.float32]
+    experts_LNK: Experts
+
+
+@dataclass(frozen=True)
+class TakenToken:
+    """A token's text, its occurrences, the share of these that an expert is chosen for, and that share over the
+    expert's share of all tokens."""
+
+    text: str
+    occurrences: int
+    share: float
+    lift: float
+
+
+def report_experts(path: Path, out: Path, backend: Backend, device: str, n_sequences: int) -> None:
+    """Write what `analyse` finds to a file, and print a table."""
+    report = analyse(path, backend, device, n_sequences)
+    with writing(out) as partial:
+        partial.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    console = Console()
+    show(report, console)
+    console.line(f"wrote {out}")
+
+
+def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict[str, Any]:
+    """The experts in every checkpoint of a run that has them, on tokens that it never trained on.
+
+    Per checkpoint and layer: `load` (E,), each expert's share of the assignments; `entropy` of the router, nats;
+    `together` (E, E), the share of tokens that choose both, on the diagonal either one; `distance` (E, E), see
+    `weight_distances`; `dead` experts, which no token chooses; `twins`, pairs nearer than TWIN_DISTANCE; `tokens`, of
+    each expert those with the highest lift; and in phase 3 `clones`, see `clone_figures`.
+
+    Raises InputError where the run has no such checkpoint, or its data cannot be had.
+    """
+    run = read_config(path)
+    found = [
+        folder
+        for phase, name in checkpoint.PHASE_FOLDERS.items()
+        for folder in checkpoint.complete_in(path / "phases" / name)
+        if phase_model(run, phase).moe
+    ]
+    if not found:
+        raise InputError(f"{path} has no checkpoint with experts; train phase 2 (mlxmoe train --resume {path})")
+    data = prepare(run.data)
+    RunFolder(path).check_data(data)
+    texts = _texts(data.tokenizer)
+    checkpoints = []
+    for folder in found:
+        loaded = checkpoint.load(folder)
+        trainer = backend.trainer(loaded.config, OptimizerConfig(), loaded.weights, device)
+        routes = routes_of(trainer, data, n_sequences, run.training.batch_size)
+        checkpoints.append(
+            {
+                "checkpoint": str(folder.relative_to(path)),
+                "phase": loaded.state.phase,
+                "step": loaded.state.step,
+                "layers": list(_layers(run, loaded, routes, texts)),
+            }
+        )
+    return {"tokens": len(routes.tokens_N), "twin_distance": TWIN_DISTANCE, "checkpoints": checkpoints}
+
+
+def routes_of(trainer: Trainer, data: TokenData, n_sequences: int, batch_size: int) -> Routes:
+    """What a model's routers make of evenly spaced windows of the validation split."""
+    tokens_BT = fixed_windows(data.validation, n_sequences, trainer.config.context_length)[:, :-1]
+    starts = range(0, len(tokens_BT), batch_size)
+    router_logits, experts = [], []
+    for start in starts:
+        routed = trainer.routed_logits(tokens_BT[start : start + batch_size])
+        router_logits.append(routed.router_logits_LNE)
+        experts.append(routed.experts_LNK)
+    return Routes(tokens_BT.ravel(), np.concatenate(router_logits, axis=1), np.concatenate(experts, axis=1))
+
+
+def chosen(experts_NK: Experts, n_experts: int) -> Figures:
+    """(N, E): 1 where a token chooses an expert, else 0."""
+    chosen_NE = np.zeros((len(experts_NK), n_experts))
+    np.put_along_axis(chosen_NE, experts_NK, 1, axis=1)
+    return chosen_NE
+
+
+def router_entropy(router_logits_NE: NDArray[np.float32]) -> float:
+    """Of the router's softmax over all experts, nats, the mean over tokens; ln E for a router that is unsure."""
+    logits_NE = router_logits_NE.astype(np.float64)
+    logits_NE -= logits_NE.max(axis=1, keepdims=True)
+    log_probability_NE = logits_NE - np.log(np.exp(logits_NE).sum(axis=1, keepdims=True))
+    return float(-(np.exp(log_probability_NE) * log_probability_NE).sum(axis=1).mean())
+
+
+def weight_distances(experts_EP: list[NDArray[np.float32]]) -> Figures:
+    """(E, E): ‖wᵢ − wⱼ‖ / √((‖wᵢ‖² + ‖wⱼ‖²) / 2) over all of two experts' weights; 0 for equal, √2 for unrelated ones.
+
+    Takes tensors whose first axis runs over the experts.
+    """
+    n_experts = len(experts_EP[0])
+    squares_E, apart_EE = np.zeros(n_experts), np.zeros((n_experts, n_experts))
+    for array in experts_EP:
+        squares_E += [_square(expert) for expert in array]
+        for i, j in combinations(range(n_experts), 2):
+            apart_EE[i, j] += _square(array[i] - array[j])
+    mean_square_EE = (squares_E[:, None] + squares_E) / 2
+    distances_EE = np.sqrt(apart_EE / mean_square_EE)
+    return distances_EE + distances_EE.T
+
+
+def twins(distances_EE: Figures) -> list[list[int]]:
+    """The pairs of experts nearer than TWIN_DISTANCE."""
+    return np.argwhere(np.triu(distances_EE < TWIN_DISTANCE, k=1)).tolist()
+
+
+def taken_tokens(tokens_N: NDArray[np.int32], chosen_NE: Figures, texts: list[str]) -> list[list[TakenToken]]:
+    """For every expert the tokens with the highest lift, at most TOKENS_SHOWN, of those with MIN_OCCURRENCES.
+
+    Lift is P(expert | token) / P(expert); of equal ones the more frequent token comes first.
+    """
+    occurrences_V = np.bincount(tokens_N, minlength=len(texts))
+    share_E = chosen_NE.mean(axis=0)
+    frequent = np.flatnonzero(occurrences_V >= MIN_OCCURRENCES)
+    taken = []
+    for expert, share in enumerate(share_E):
+        taken_V = np.bincount(tokens_N, weights=chosen_NE[:, expert], minlength=len(texts))
+        shares = taken_V[frequent] / occurrences_V[frequent]
+        order = np.lexsort((-occurrences_V[frequent], -shares))[: TOKENS_SHOWN if share else 0]
+        taken.append(
+            [
+                TakenToken(texts[frequent[i]], int(occurrences_V[frequent[i]]), shares[i], shares[i] / share)
+                for i in order
+                if shares[i] > share
+            ]
+        )
+    return taken
+
+
+def clone_figures(
+    layer: int, before: ModelConfig, after: ModelConfig, weights: Arrays, routes: Routes
+) -> dict[str, Any]:
+    """How far the copies that growth made in a layer have parted.
+
+    `neuron_distance` (E,), the median over copied neurons, relative, between the incoming weights of a copy and its
+    original: as long as it is 0 both compute the same. `twin_neurons`: the copies nearer than TWIN_DISTANCE. In a new
+    block `copy_of`, the layer that it copies, and `same_experts`, the share of choices that both make alike.
+    """
+    incoming_EFX = np.concatenate(
+        [array.reshape(*array.shape[:2], -1) for name, array in _experts(weights, layer).items() if "down" not in name],
+        axis=2,
+    )
+    copies = np.arange(before.d_ff, after.d_ff)
+    originals_EFX, copies_EFX = incoming_EFX[:, copies % before.d_ff], incoming_EFX[:, copies]
+    norms_EF = np.linalg.norm(originals_EFX, axis=2) + np.linalg.norm(copies_EFX, axis=2)
+    distances_EF = 2 * np.linalg.norm(copies_EFX - originals_EFX, axis=2) / np.maximum(norms_EF, 1e-30)
+    figures: dict[str, Any] = {"neurons": copies.size * len(incoming_EFX)}
+    if copies.size:
+        figures |= {
+            "neuron_distance": np.median(distances_EF, axis=1),
+            "twin_neurons": int((distances_EF < TWIN_DISTANCE).sum()),
+        }
+    sources = layer_sources(before.n_layers, after.n_layers)
+    original = sources.index(sources[layer])
+    if original != layer:
+        pairs_NKK = routes.experts_LNK[layer][:, :, None] == routes.experts_LNK[original][:, None, :]
+        figures |= {"copy_of": original, "same_experts": float(pairs_NKK.any(axis=2).mean())}
+    return figures
+
+
+def _layers(run: RunConfig, loaded: Checkpoint, routes: Routes, texts: list[str]) -> Iterator[dict[str, Any]]:
+    for layer, experts_NK in enumerate(routes.experts_LNK):
+        router_logits_NE = routes.router_logits_LNE[layer]
+        chosen_NE = chosen(experts_NK, router_logits_NE.shape[1])
+        load_E = chosen_NE.mean(axis=0) / experts_NK.shape[1]
+        distances_EE = weight_distances(list(_experts(loaded.weights, layer).values()))
+        figures = {
+            "load": load_E,
+            "entropy": router_entropy(router_logits_NE),
+            "together": chosen_NE.T @ chosen_NE / len(chosen_NE),
+            "distance": distances_EE,
+            "dead": np.flatnonzero(load_E == 0),
+            "twins": twins(distances_EE),
+            "tokens": [
+                [asdict(token) for token in tokens] for tokens in taken_tokens(routes.tokens_N, chosen_NE, texts)
+            ],
+        }
+        if loaded.state.phase == 3:
+            before = phase_model(run, 2)
+            figures["clones"] = clone_figures(layer, before, loaded.config, loaded.weights, routes)
+        yield _plain(figures)
+
+
+def _experts(weights: Arrays, layer: int) -> Arrays:
+    """The tensors of a layer's experts, each with the experts along its first axis."""
+    prefix = f"layers.{layer}.mlp.experts."
+    return {name: array for name, array in weights.items() if name.startswith(prefix)}
+
+
+def _square(array: NDArray[np.float32]) -> float:
+    """The squared norm."""
+    return float(np.square(array, dtype=np.float64).sum())
+
+
+def _texts(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: arrays as lists, numbers to five digits, which is more than the sample of tokens bears out."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.5g}")
+    return int(value) if isinstance(value, np.integer) else value

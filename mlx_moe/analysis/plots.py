@@ -1,0 +1,237 @@
+"""Figures of a run, as SVG and PNG: drawn without a display, told apart by lightness and marks as well as by colour.
+
+L layers, E experts, S logged steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+from mlx_moe.analysis.fitting import FITS
+from mlx_moe.analysis.record import PhaseRecord, Record, read_record
+from mlx_moe.analysis.scaling_plot import read_fits, scaling
+from mlx_moe.analysis.writing import writing
+
+# Okabe and Ito's colours: distinct to all kinds of colour vision, and of different lightness.
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"
+STYLE: dict[Any, Any] = {
+    "figure.figsize": (7.2, 3.2),
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.7,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "svg.hashsalt": "mlxmoe",  # the same figure gives the same file
+}
+ZOOM = 0.4  # shown on both sides of a boundary: this part of the shorter phase
+HIGHEST_LOAD = 2.0  # of the fair share, where the colours end
+
+
+def plot(path: Path, out: Path | None) -> list[Path]:
+    """Draw a run, or the fits of a sweep, into a folder; the files written. Raises InputError where it is neither."""
+    fits = path / FITS if path.is_dir() else path
+    with mpl.rc_context(STYLE):
+        if fits.is_file():
+            counted, fitted = read_fits(fits)
+            figures = {f"scaling-{one.law}": scaling(one, counted) for one in fitted}
+            folder = fits.parent
+        else:
+            record, folder = read_record(path), path
+            drawn = {name: draw(record) for name, draw in FIGURES.items()}
+            figures = {name: figure for name, figure in drawn.items() if figure is not None}
+        return [file for name, figure in figures.items() for file in save(figure, out or folder / "plots", name)]
+
+
+def save(figure: Figure, out: Path, name: str) -> list[Path]:
+    files = [out / f"{name}.svg", out / f"{name}.png"]
+    for file in files:
+        with writing(file) as partial:
+            kind = file.suffix[1:]
+            figure.savefig(partial, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+    return files
+
+
+def loss(record: Record) -> Figure:
+    """Training and validation loss of the whole run, and below it what is near each boundary."""
+    boundaries = list(pairwise(record.phases))
+    figure = Figure(figsize=(7.2, 5.4 if boundaries else 3.2))
+    heights = [1.15, 1] if boundaries else [1]
+    rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    whole = rows[0].subplots()
+    _draw_losses(whole, record)
+    _mark_phases(whole, record)
+    whole.set_yscale("log")
+    _label_log_axis(whole)
+    whole.set(xlabel="step of the run", ylabel="cross entropy (nats per token, log)")
+    whole.legend(loc="lower left")
+    if boundaries:
+        zooms = np.atleast_1d(rows[1].subplots(1, len(boundaries)))
+        zooms[0].set_ylabel("nats per token")
+        for axes, (before, after) in zip(zooms, boundaries, strict=True):
+            _zoom(axes, record, before, after)
+    return figure
+
+
+def learning_rate(record: Record) -> Figure:
+    return _by_step(record, "learning_rate", "learning rate")
+
+
+def gradient_norm(record: Record) -> Figure:
+    figure = _by_step(record, "grad_norm", "norm of the gradient, before clipping")
+    limit = record.run.optimizer.max_grad_norm
+    figure.axes[0].axhline(limit, color="black", linewidth=0.8, linestyle=":")
+    figure.axes[0].annotate(
+        f"clipped at {limit:g}", (1, limit), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+        ha="right", va="bottom", fontsize=8,
+    )  # fmt: skip
+    return figure
+
+
+def speed(record: Record) -> Figure:
+    figure = _by_step(record, "tokens_per_s", "tokens per second")
+    figure.axes[0].yaxis.set_major_formatter(EngFormatter(sep=""))
+    return figure
+
+
+def expert_load(record: Record) -> Figure | None:
+    """How every layer's assignments fall on its experts, over the steps; a column for each phase that has experts."""
+    phases = [phase for phase in record.phases if phase.column("expert_load")]
+    if not phases:
+        return None
+    figure = Figure(figsize=(7.2, 1.0 + 0.45 * max(phase.model.n_layers for phase in phases)))
+    columns = figure.subfigures(1, len(phases), squeeze=False, width_ratios=[phase.steps + 1 for phase in phases])[0]
+    for phase, column in zip(phases, columns, strict=True):
+        loads = phase.column("expert_load")
+        load_LES = np.array([load for _, load in loads]).transpose(1, 2, 0)
+        edges = _edges([row["step"] for row, _ in loads])
+        layers = np.atleast_1d(column.subplots(len(load_LES), 1, sharex=True))
+        for layer, (axes, load_ES) in enumerate(zip(layers, load_LES, strict=True)):
+            n_experts = len(load_ES)
+            mesh = axes.pcolormesh(
+                edges, np.arange(n_experts + 1), n_experts * load_ES,
+                cmap="cividis", norm=Normalize(0, HIGHEST_LOAD), rasterized=True,
+            )  # fmt: skip
+            axes.invert_yaxis()
+            axes.set_yticks([n_experts / 2], [f"layer {layer}"])
+            axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
+        layers[0].set_title(f"{phase.name}, a row each", loc="left")
+        layers[-1].set_xlabel(f"step of phase {phase.number}")
+        layers[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    bar = columns[-1].colorbar(mesh, ax=layers, extend="max", ticks=[0, 0.5, 1, 1.5, 2], aspect=30, pad=0.03)
+    bar.set_label("load over the fair share")
+    bar.outline.set_visible(False)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Record], Figure | None]] = {
+    "loss": loss,
+    "learning-rate": learning_rate,
+    "gradient-norm": gradient_norm,
+    "tokens-per-s": speed,
+    "expert-load": expert_load,
+}
+
+
+def _draw_losses(axes: Axes, record: Record) -> None:
+    for phase in record.phases:
+        first = phase is record.phases[0]
+        for name, label, style in (
+            ("cross_entropy", "training, single batches", "-"),
+            ("validation_loss", "validation", "o--"),
+        ):
+            axes.plot(
+                *_points(phase, name), style, label=label if first else None, color=ORANGE if "o" in style else BLUE,
+                linewidth=1.1, markersize=4, markeredgecolor="black", markeredgewidth=0.6,
+            )  # fmt: skip
+
+
+def _zoom(axes: Axes, record: Record, before: PhaseRecord, after: PhaseRecord) -> None:
+    boundary = after.rows[0]["run_step"]
+    reach = max(1, round(ZOOM * min(before.steps, max(after.steps, 1))))
+    _draw_losses(axes, record)
+    axes.axvline(boundary, color="black", linewidth=0.8, linestyle=":")
+    visible = [
+        row[name]
+        for phase in (before, after)
+        for name in ("cross_entropy", "validation_loss")
+        for row, _ in phase.column(name)
+        if abs(row["run_step"] - boundary) <= reach
+    ]
+    low, high = min(visible), max(visible)
+    margin = 0.08 * (high - low) or 0.01
+    axes.set(xlim=(boundary - reach, boundary + reach), ylim=(low - margin, high + margin), xlabel="step of the run")
+    verb = "upcycled" if after.number == 2 else "grown"
+    certificate = record.boundaries.get(f"{before.number}-{after.number}", {})
+    jump = certificate.get("loss_jump")
+    axes.set_title(verb if jump is None else f"{verb}: jump in loss {_power_of_ten(jump)}", loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+
+def _by_step(record: Record, name: str, label: str) -> Figure:
+    figure = Figure()
+    axes = figure.subplots()
+    for phase in record.phases:
+        axes.plot(*_points(phase, name), color=BLUE, linewidth=1.2)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="step of the run", ylabel=label)
+    _mark_phases(axes, record)
+    return figure
+
+
+def _mark_phases(axes: Axes, record: Record) -> None:
+    """A line where a phase begins, and the phases' names above."""
+    for phase in record.phases:
+        start = phase.rows[0]["run_step"]
+        if phase is not record.phases[0]:
+            axes.axvline(start, color="black", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            phase.name, (start, 1), (3, 2), xycoords=("data", "axes fraction"),
+            textcoords="offset points", va="bottom", fontsize=8,
+        )  # fmt: skip
+    axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _label_log_axis(axes: Axes) -> None:
+    """Ticks at 1, 2 and 5 of each decade, as plain numbers."""
+    axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _power_of_ten(value: float) -> str:
+    mantissa, exponent = f"{value:+.1e}".split("e")
+    return rf"${mantissa} \times 10^{{{int(exponent)}}}$"
+
+
+def _points(phase: PhaseRecord, name: str) -> tuple[list[int], list[float]]:
+    pairs = phase.column(name)
+    return [row["run_step"] for row, _ in pairs], [value for _, value in pairs]
+
+
+def _edges(steps: list[int]) -> list[float]:
+    """Where the cells around logged steps meet."""
+    middles = [(one + other) / 2 for one, other in pairwise(steps)]
+    return [steps[0] - 0.5, *middles, steps[-1] + 0.5]

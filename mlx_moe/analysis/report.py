@@ -1,0 +1,275 @@
+"""One HTML page about a run, that opens in a browser without a network. Its template, style and code are in `page/`."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from mlx_moe.analysis.expert_table import SUMMARY_COLUMNS, SUMMARY_LEGEND, summary
+from mlx_moe.analysis.record import PhaseRecord, Record, Row, read_record
+from mlx_moe.analysis.writing import writing
+from mlx_moe.training.checkpoint import PHASE_FOLDERS
+from mlx_moe.training.console import millions
+from mlx_moe.training.run_folder import CONFIG
+
+PAGE = Path(__file__).parent / "page"
+MOST_ROWS = 2000  # of the curves of a phase
+MOST_COLUMNS = 120  # of a map of loads
+DECADES = (-10, 0)  # of the strips that show certificates
+CURVES = (
+    *("cross_entropy", "validation_loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes"),
+    *("load_imbalance", "router_entropy"),
+)
+PLACES = ("run_step", "run_tokens", "run_seconds")
+
+
+def write_report(path: Path, out: Path) -> Path:
+    """Write the page about a run. Raises InputError where `path` is no run, or `out` cannot be written."""
+    page = render(read_record(path))
+    with writing(out) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return out
+
+
+def render(record: Record) -> str:
+    """The page. All that comes from the run's folder is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        title=record.run.name,
+        lede=_lede(record),
+        missing=record.missing,
+        tiles=_tiles(record),
+        boundaries=[_boundary(name, values) for name, values in record.boundaries.items()],
+        decades=[{"power": power, "at": _at(10.0**power)} for power in range(DECADES[0] + 2, DECADES[1], 2)],
+        phase_columns=PHASE_COLUMNS,
+        phase_rows=[_phase_row(phase) for phase in record.phases],
+        has_experts=any(phase.model.moe for phase in record.phases),
+        expert_columns=SUMMARY_COLUMNS,
+        expert_rows=[summary(one) for one in record.experts["checkpoints"]] if record.experts else [],
+        expert_legend=SUMMARY_LEGEND,
+        samples=_samples(record),
+        facts=_facts(record),
+        config=(record.path / CONFIG).read_text(encoding="utf-8"),
+        data=_data(record),
+    )
+
+
+def _lede(record: Record) -> str:
+    last, environment = record.phases[-1].rows[-1], record.environment
+    steps = [f"a dense model of {millions(phase.parameters.total)} parameters" for phase in record.phases[:1]]
+    for phase in record.phases:
+        if phase.model.moe and phase.number < 3:
+            experts = f"{phase.model.moe.n_experts} experts a layer ({millions(phase.parameters.total)})"
+            steps = [f"a model of {experts}"] if phase.number == 1 else [*steps, f"upcycled to {experts}"]
+        elif phase.number == 3:
+            steps.append(f"grown to {phase.model.d_model} wide and {phase.model.n_layers} deep")
+    made_of = f" of {record.data['source']['description']}" if record.data else ""
+    place = f", with {environment['backend']} on {environment['device']}" if environment else ""
+    text = (
+        f"{', '.join(steps)}. {last['run_step']:,} steps, {_count(last['run_tokens'])} tokens{made_of} in "
+        f"{_duration(last['run_seconds'])}{place}."
+    )
+    return text[0].upper() + text[1:]
+
+
+def _tiles(record: Record) -> list[dict[str, str]]:
+    last = record.phases[-1]
+    validations = [value for phase in record.phases for _, value in phase.column("validation_loss")]
+    tiles = []
+    if validations:
+        note = f"nats per token, was {validations[0]:.3f}"
+        tiles.append(_tile("Validation loss", f"{validations[-1]:.4f}", note))
+        if record.data:
+            tiles.append(
+                _tile("Bits per byte", f"{_bits_per_byte(record, validations[-1]):.3f}", "of the held-out text")
+            )
+    active = f"{millions(last.parameters.active)} active per token"
+    tiles.append(_tile("Parameters", millions(last.parameters.total), active))
+    jumps = [values["loss_jump"] for values in record.boundaries.values()]
+    if jumps:
+        largest = max(jumps, key=lambda jump: math.inf if jump is None else abs(jump))
+        tiles.append(_tile("Largest jump", _signed(largest), "of the loss at a boundary, nats per token"))
+    return tiles
+
+
+def _tile(name: str, value: str, note: str) -> dict[str, str]:
+    return {"name": name, "value": value, "note": note}
+
+
+def _boundary(name: str, values: Row) -> Row:
+    before, after = name.split("-")
+    verdict = "lossless ✓" if values["passed"] else "changed the model ✗"
+    limits = values["limit_logit_difference"], values["limit_loss_jump"]
+    notes = [f"Same likeliest token at {100 * values['argmax_agreement']:.2f} % of the positions."]
+    if values["routing_flips"]:
+        notes.append(
+            f"{values['routing_flips']} routing ties were flipped by rounding ({_size(values['router_difference'])} in "
+            "the router logits), so those sequences were judged with the same experts in both models; without, the "
+            f"largest difference is {_size(values['free_logit_difference'])}."
+        )
+    if values["allowed_lossy"]:
+        notes.append("Training went on all the same, as --allow-lossy asked.")
+    return {
+        "title": f"{before} → {after}: {'upcycling' if after == '2' else 'growth'}",
+        "verdict": verdict,
+        "passed": values["passed"],
+        "loss_before": _loss(values["loss_before"]),
+        "loss_after": _loss(values["loss_after"]),
+        "strips": [
+            _strip("max |Δlogit|", values["logit_differences"], _size(values["max_logit_difference"]), limits[0]),
+            _strip("jump in loss", [values["loss_jump"]], _signed(values["loss_jump"]), limits[1]),
+        ],
+        "notes": notes,
+    }
+
+
+def _strip(name: str, values: list[float | None], value: str, limit: float) -> Row:
+    dots = [{"at": _at(one), "value": _signed(one)} for one in values]
+    return {"name": name, "value": value, "limit": f"{limit:g}", "limit_at": _at(limit), "dots": dots}
+
+
+def _at(value: float | None) -> float:
+    """Where a size stands on a strip, in percent of its width; what is not finite at its end."""
+    if value is None:
+        return 100.0
+    low, high = DECADES
+    power = math.log10(abs(value)) if value else low
+    return round(100 * min(1.0, max(0.0, (power - low) / (high - low))), 2)
+
+
+PHASE_COLUMNS = ["phase", "parameters", "active per token", "steps", "training loss", "validation loss", "time"]
+
+
+def _phase_row(phase: PhaseRecord) -> Row:
+    count, result = phase.parameters, phase.result
+    steps = f"{phase.steps:,}" if phase.steps == phase.planned_steps else f"{phase.steps:,} of {phase.planned_steps:,}"
+    cells = [millions(count.total), millions(count.active), steps]
+    if result is not None:
+        cells += [
+            f"{result.first_loss:.4f} → {result.last_loss:.4f}",
+            f"{result.first_validation_loss:.4f} → {result.last_validation_loss:.4f}",
+            _duration(result.seconds),
+        ]
+    return {"name": phase.name, "architecture": phase.model.display_name, "cells": cells}
+
+
+def _samples(record: Record) -> list[Row]:
+    """For every prompt what each finished phase makes of it."""
+    finished = [(phase.name, phase.event["samples"]) for phase in record.phases if phase.event]
+    prompts = finished[0][1] if finished else {}
+    return [
+        {
+            "prompt": prompt,
+            "texts": [{"phase": name, "text": texts[prompt].strip() or "(nothing)"} for name, texts in finished],
+        }
+        for prompt in prompts
+    ]
+
+
+def _facts(record: Record) -> list[tuple[str, str]]:
+    environment, data = record.environment, record.data
+    facts = []
+    if environment:
+        versions = [f"{name} {version}" for name, version in environment["libraries"].items() if version]
+        facts += [
+            ("command", shlex.join(["mlxmoe", *environment["command"][1:]])),
+            ("code", f"git {environment['git_sha']}" if environment["git_sha"] else "no git"),
+            ("backend", f"{environment['backend_reason']}; {environment['device']}, {environment['precision']}"),
+            ("libraries", ", ".join([f"Python {environment['python']}", *versions])),
+            ("platform", environment["platform"]),
+        ]
+    if data:
+        facts += [
+            ("data", f"{data['source']['description']}, split {data['split']}"),
+            *((name, f"{split['documents']:,} documents, {split['tokens']:,} tokens; SHA-256 {split['sha256']}")
+              for name, split in (("trained on", data["train"]), ("held out", data["validation"]))),
+            ("tokenizer", f"{data['tokenizer']['spec']}, {data['tokenizer']['vocab_size']:,} tokens"),
+        ]  # fmt: skip
+    return [*facts, ("seed", str(record.run.seed)), ("folder", str(record.path))]
+
+
+def _data(record: Record) -> Row:
+    """What the page's curves and maps are drawn from."""
+    rows = [row for phase in record.phases for row in _thinned(phase.rows)]
+    return {
+        "phases": [
+            {"number": phase.number, "name": phase.name, **{place: phase.rows[0][place] for place in PLACES}}
+            for phase in record.phases
+        ],
+        "rows": {name: [_figure(row.get(name)) for row in rows] for name in ("phase", "step", *PLACES, *CURVES)},
+        "loads": [_loads(phase) for phase in record.phases if phase.column("expert_load")],
+        "experts": _shown(record.experts["checkpoints"]) if record.experts else [],
+    }
+
+
+def _thinned(rows: list[Row]) -> list[Row]:
+    """Evenly spaced ones where there are too many; those with a validation loss all stay."""
+    kept = {round(i) for i in np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS))}
+    return [row for i, row in enumerate(rows) if i in kept or "validation_loss" in row]
+
+
+def _figure(value: Any) -> Any:
+    """Six digits, and the mean of what is there for every layer."""
+    if isinstance(value, list):
+        value = sum(value) / len(value)
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _loads(phase: PhaseRecord) -> Row:
+    """Every expert's load over the fair share, by layer, expert and step; means where there are too many steps."""
+    loads = phase.column("expert_load")
+    bins = np.array_split(np.arange(len(loads)), min(len(loads), MOST_COLUMNS))
+    load_SLE = np.array([load for _, load in loads])
+    relative_BLE = load_SLE.shape[2] * np.array([load_SLE[rows].mean(axis=0) for rows in bins])
+    steps = [loads[rows[-1]][0]["step"] for rows in bins]
+    return {"phase": phase.name, "steps": steps, "layers": np.round(relative_BLE.transpose(1, 2, 0), 2).tolist()}
+
+
+def _shown(checkpoints: list[Row]) -> list[Row]:
+    """The first, the middle and the last of each phase."""
+    shown = []
+    for phase, name in PHASE_FOLDERS.items():
+        own = [one for one in checkpoints if one["phase"] == phase]
+        for i in sorted({0, len(own) // 2, len(own) - 1}) if own else ():
+            shown.append({"name": f"{name} {own[i]['step']}", "layers": own[i]["layers"]})
+    return shown
+
+
+def _bits_per_byte(record: Record, loss: float) -> float:
+    held_out = record.data["validation"]
+    return loss / math.log(2) * float(held_out["tokens"] / held_out["bytes"])
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.6f}"
+
+
+def _size(value: float | None) -> str:
+    """In words of a page: 7.2 × 10⁻⁶."""
+    if value is None:
+        return "not finite"
+    mantissa, power = f"{value:.1e}".split("e")
+    raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{mantissa} × 10{raised}".replace("-", "−") if value else "0"
+
+
+def _signed(value: float | None) -> str:
+    return ("+" if value is not None and value > 0 else "") + _size(value)
+
+
+def _count(n: int) -> str:
+    return millions(n) if n >= 1e6 else f"{n:,}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,172 @@
+"""What the runs of a sweep came to, in one table; and over seeds, each choice against the first."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t
+
+from mlx_moe.analysis.comparison import summarize
+from mlx_moe.analysis.record import read_record
+from mlx_moe.analysis.scaling import Point
+from mlx_moe.analysis.sweeps import PlannedRun
+from mlx_moe.errors import InputError
+from mlx_moe.training import log
+from mlx_moe.training.console import Console, millions
+from mlx_moe.training.files import replacing
+from mlx_moe.training.run_folder import CONFIG, HISTORY, METRICS
+from mlx_moe.validation import read_mapping
+
+RESULTS, TABLE, SUMMARY, FAILURE = "results.jsonl", "results.csv", "summary.json", "failure.json"
+LEVEL = 0.95
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A choice over its seeds: mean validation loss (nats per token), and its difference from the first choice.
+
+    The difference is paired: seed by seed, so that what a seed does to both cancels. Both with Student's t intervals at
+    LEVEL, None of one seed.
+    """
+
+    choice: dict[str, Any]
+    seeds: int
+    loss: float
+    loss_interval: tuple[float, float] | None
+    difference: float | None
+    difference_interval: tuple[float, float] | None
+
+
+def gather(planned: Sequence[PlannedRun], out: Path) -> list[Row]:
+    """A row per run: its choices, its status (finished, failed, interrupted, not begun) and what it came to."""
+    return [_row(run, out / run.name) for run in planned]
+
+
+def write(rows: list[Row], out: Path) -> None:
+    """`results.jsonl`, `results.csv`, and over seeds `summary.json`, each replaced whole."""
+    flat = [{key: value for key, value in (row | row["choices"]).items() if key != "choices"} for row in rows]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    texts = {
+        RESULTS: "".join(json.dumps(row) + "\n" for row in rows),
+        TABLE: table.getvalue(),
+        SUMMARY: json.dumps({"level": LEVEL, "effects": [asdict(effect) for effect in effects(rows)]}, indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        with replacing(out / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def effects(rows: Sequence[Row]) -> list[Effect]:
+    """Of the finished runs; the first choice is what the others are compared with."""
+    losses: dict[str, dict[int, float]] = {}
+    choices: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        choice = {axis: value for axis, value in row["choices"].items() if axis != "seed"}
+        key = json.dumps(choice)
+        choices[key] = choice
+        if row["status"] == "finished":
+            losses.setdefault(key, {})[row["seed"]] = row["validation_loss"]
+    first = losses.get(next(iter(choices), ""), {})
+    found = []
+    for key, by_seed in losses.items():
+        paired = [by_seed[seed] - first[seed] for seed in by_seed.keys() & first.keys()]
+        own = list(by_seed.values())
+        difference = float(np.mean(paired)) if paired and by_seed is not first else None
+        interval = None if difference is None else _interval(paired)
+        found.append(Effect(choices[key], len(own), float(np.mean(own)), _interval(own), difference, interval))
+    return found
+
+
+def read_points(path: Path, parameters: str) -> list[Point]:
+    """The finished runs of a sweep's folder or its results.jsonl, as points of a scaling law.
+
+    `parameters` are those that N counts: non_embedding, active or total. Raises InputError where there are no results.
+    """
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"no results at {file}: name a sweep's folder, or its {RESULTS}")
+    try:
+        rows = [row for row in log.read(file) if row["status"] == "finished"]
+        column = f"parameters_{parameters}"
+        return [Point(row[column], row["tokens"], row["validation_loss"], row["run"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {file}: {error!r}; it must be a sweep's {RESULTS}") from None
+
+
+def show(rows: Sequence[Row], out: Path, console: Console) -> None:
+    console.table(
+        ["run", "parameters", "tokens", "FLOPs", "time", "validation loss", "bits per byte"],
+        [_cells(row) for row in rows],
+    )
+    found = effects(rows)
+    if any(effect.seeds > 1 for effect in found):
+        console.table(
+            ["over seeds", "seeds", "validation loss", f"{100 * LEVEL:.0f} %", "to the first", f"{100 * LEVEL:.0f} %"],
+            [
+                [
+                    ", ".join(map(str, effect.choice.values())),
+                    str(effect.seeds),
+                    f"{effect.loss:.4f}",
+                    _between(effect.loss_interval),
+                    "" if effect.difference is None else f"{effect.difference:+.4f}",
+                    _between(effect.difference_interval),
+                ]
+                for effect in found
+            ],
+        )
+    console.line(
+        f"{sum(row['status'] == 'finished' for row in rows)} of {len(rows)} runs finished; see {out / RESULTS}"
+    )
+
+
+def _row(run: PlannedRun, folder: Path) -> Row:
+    row: Row = {"run": run.name, "status": "not begun", "reason": None, "choices": run.choices, "seed": run.config.seed}
+    failure = read_mapping(folder / FAILURE) if (folder / FAILURE).is_file() else {}
+    if failure:
+        row |= {"status": "failed", "reason": failure["reason"]}
+    elif (folder / CONFIG).is_file():
+        reported = [event for event in log.read(folder / HISTORY) if event["event"] == "phase"]
+        row["status"] = "finished" if any(event["phase"] == run.n_phases for event in reported) else "interrupted"
+    if log.read(folder / METRICS):
+        came_to = asdict(summarize(read_record(folder)))
+        del came_to["run"], came_to["curve"]
+        row |= came_to
+    return row
+
+
+def _cells(row: Row) -> list[str]:
+    if row["status"] != "finished":
+        return [row["run"], "", "", "", "", row["status"], (row["reason"] or "")[:60]]
+    return [
+        row["run"],
+        millions(row["parameters_total"]),
+        f"{row['tokens'] / 1e6:.2f} M",
+        f"{row['flops']:.2e}",
+        f"{row['seconds']:.0f} s",
+        f"{row['validation_loss']:.4f}",
+        "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
+    ]
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's, of the mean."""
+    if len(values) < 2:
+        return None
+    half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"

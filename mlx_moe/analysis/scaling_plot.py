@@ -1,0 +1,100 @@
+"""Figures of fitted scaling laws: what the runs reached, the law, and the band that its interval makes.
+
+N parameters, D tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from numpy.typing import NDArray
+
+from mlx_moe.analysis.scaling import FORMULAS, Estimate, Fit, Point, band, predict
+from mlx_moe.errors import InputError
+
+Variable = Literal["n", "d"]
+
+LINES = 4  # for so many values of the other variable, at most
+BEYOND = 1.5  # how far a line goes past the outermost run
+MARKS = "osD^"
+
+
+def read_fits(file: Path) -> tuple[str, list[Fit]]:
+    """What N counts, and the laws that `mlxmoe fit` found. Raises InputError where a file holds something else."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return values["parameters"].replace("_", "-"), [_fit(one) for one in values["fits"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"cannot read fits from {file}: {error!r}; name one that mlxmoe fit wrote") from None
+
+
+def scaling(fitted: Fit, counted: str) -> Figure:
+    """Loss over N, over D, or both side by side, with lines for some values of the other one."""
+    figure = Figure(figsize=(7.2, 3.8 if fitted.law == "ND" else 3.4))
+    variables: list[Variable] = [variable for variable in ("n", "d") if variable.upper() in fitted.law]
+    panels = figure.subplots(1, len(variables), squeeze=False, sharey=True)[0]
+    for axes, variable in zip(panels, variables, strict=True):
+        _draw(axes, fitted, variable)
+        axes.set_xlabel(f"N ({counted} parameters)" if variable == "n" else "D (tokens)")
+    panels[0].set_ylabel("validation loss (nats per token)")
+    constants = [f"{name} {one.value:.3g} ({one.low:.3g}–{one.high:.3g})" for name, one in fitted.constants.items()]
+    held = f"{FORMULAS[fitted.law]},  R² {fitted.r_squared:.4f},  {100 * fitted.level:g} % intervals"
+    figure.suptitle(f"{held}\n{',  '.join(constants)}", fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def _draw(axes: Axes, fitted: Fit, variable: Variable) -> None:
+    measured = _column(fitted, variable)
+    others = _column(fitted, "d" if variable == "n" else "n") if fitted.law == "ND" else np.ones(len(measured))
+    lines = np.unique(others)
+    if len(lines) > LINES:
+        lines = np.geomspace(lines[0], lines[-1], LINES)
+    nearest = np.abs(np.log(others[:, None] / lines)).argmin(axis=1)
+    reach = np.geomspace(measured.min() / BEYOND, measured.max() * BEYOND, 100)
+    losses = np.array([point.loss for point in fitted.points])
+    for i, other in enumerate(lines):
+        colour = mpl.colormaps["cividis"](0.85 * i / max(len(lines) - 1, 1))
+        place = {variable: reach, "d" if variable == "n" else "n": np.full_like(reach, other)}
+        low, high = band(fitted, **place)
+        line = predict(fitted.law, [one.value for one in fitted.constants.values()], **place)
+        axes.fill_between(reach, low, high, color=colour, alpha=0.22, linewidth=0)
+        axes.plot(reach, line, color=colour, linewidth=1.3)
+        own = nearest == i
+        name = f"{'D' if variable == 'n' else 'N'} {EngFormatter(sep='')(float(f'{other:.3g}'))}"
+        axes.plot(
+            measured[own], losses[own], MARKS[i], color=colour, markersize=5, markeredgecolor="black",
+            markeredgewidth=0.6, label=name,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if len(lines) > 1:
+        axes.legend(title=None if len(np.unique(others)) <= LINES else "nearest", fontsize=8)
+
+
+def _column(fitted: Fit, variable: Variable) -> NDArray[np.float64]:
+    return np.array([getattr(point, variable) for point in fitted.points], np.float64)
+
+
+def _fit(values: dict[str, Any]) -> Fit:
+    """The reverse of `Fit.to_json`."""
+    optimal = values["optimal_exponent"]
+    own = {name: value for name, value in values.items() if name not in ("formula", "method")}
+    points = [{name: value for name, value in point.items() if name != "predicted"} for point in values["points"]]
+    return Fit(
+        **own
+        | {
+            "constants": {name: Estimate(**one) for name, one in values["constants"].items()},
+            "optimal_exponent": optimal and Estimate(**optimal),
+            "points": [Point(**point) for point in points],
+            "predicted": [point["predicted"] for point in values["points"]],
+        }
+    )

@@ -1,0 +1,137 @@
+"""Many runs: evaluate, sweep, fit, compare; and what the data is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_moe.commands.ending import stop
+from mlx_moe.commands.options import BackendOption, ConfigFile, DeviceOption, Json, Overrides, Preset
+from mlx_moe.errors import InputError
+
+data = typer.Typer(help="What the data of a run is.", no_args_is_help=True)
+
+
+def eval_(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, checkpoints, RUN/best, or Hugging Face folders.")],
+    data: Annotated[
+        str | None, typer.Option(help="stories, tinystories, or a path.", show_default="the run's own")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="The column of JSONL and Parquet.")] = "text",
+    max_bytes: Annotated[int, typer.Option(min=1, help="Of held-out text.")] = 250_000,
+    prompt: Annotated[list[str] | None, typer.Option(help="To continue; repeatable.", show_default="three")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="0: write nothing.")] = 60,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity, bits per byte and generations of every checkpoint, on the same held-out text."""
+    from dataclasses import asdict
+
+    from mlx_moe.analysis.evaluation import EvaluationOptions, evaluate
+    from mlx_moe.training.backend import choose_backend
+    from mlx_moe.training.console import Console
+    from mlx_moe.training.results import PROMPTS
+
+    if prompt is not None and not all(prompt):
+        raise InputError("--prompt is empty; give it at least one character")
+    options = EvaluationOptions(data, text_field, max_bytes, prompt or PROMPTS, max_new_tokens, device)
+    chosen, console = choose_backend(backend), Console(quiet=as_json)
+    found = [evaluation for run in runs for evaluation in evaluate(run, chosen, options, console)]
+    if as_json:
+        typer.echo(json.dumps([asdict(evaluation) for evaluation in found], indent=2))
+
+
+def sweep(
+    file: Annotated[str, typer.Argument(help="A YAML file, or the name of a sweep that comes with this.")],
+    override: Overrides = None,
+    data: Annotated[str | None, typer.Option(help="stories, tinystories, or a path.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at once.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder.", show_default="runs/NAME")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run what failed once more.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only name the runs.")] = False,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Train every combination of a file's axes; the same command goes on where it was stopped."""
+    from mlx_moe.analysis.sweep_runs import SweepOptions, run_sweep
+    from mlx_moe.analysis.sweeps import expand, load_sweep
+    from mlx_moe.training.stopping import TrainingStopped
+
+    source = [] if data is None else [f"data.source={json.dumps(data)}"]
+    loaded = load_sweep(file)
+    planned = expand(loaded, [*source, *(override or [])])
+    if dry_run:
+        for run in planned:
+            typer.echo(run.name)
+        return
+    try:
+        rows = run_sweep(planned, out or Path("runs") / loaded.name, SweepOptions(backend, device, jobs, retry))
+    except TrainingStopped as stopped:
+        stop(str(stopped), stopped.exit_code)
+    if failed := [row["run"] for row in rows if row["status"] != "finished"]:
+        stop(f"{len(failed)} of {len(rows)} runs did not finish: {', '.join(failed)}", 1)
+
+
+def fit(
+    results: Annotated[Path, typer.Argument(help="A sweep's folder, or its results.jsonl.")],
+    law: Annotated[str, typer.Option(help="auto, N, D or ND.")] = "auto",
+    parameters: Annotated[str, typer.Option(help="What N counts: non_embedding, active or total.")] = "non_embedding",
+    resamples: Annotated[int, typer.Option(min=20)] = 1000,
+    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.9,
+    seed: int = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write.", show_default="fits.json beside RESULTS")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit L(N), L(D) or L(N, D) to a sweep, with intervals."""
+    from mlx_moe.analysis.fitting import fit_results
+
+    fit_results(results, law, parameters, resamples, level, seed, out, as_json)
+
+
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Runs.", show_default=False)] = None,
+    latest: Annotated[int | None, typer.Option(min=2, help="Instead of names: the last N runs.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where --latest looks.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Rank runs, show in what they differ, and what each reached for the same tokens, FLOPs and time."""
+    from mlx_moe.analysis import comparison
+
+    if (latest is None) == (not runs):
+        raise InputError("name the runs to compare, or give --latest N")
+    compared = comparison.compare(runs or comparison.latest_runs(folder, latest or 2))
+    if as_json:
+        typer.echo(json.dumps(compared.to_json(), indent=2))
+    else:
+        comparison.show(compared)
+
+
+@data.command()
+def describe(
+    preset: Preset = "three-phase",
+    config: ConfigFile = None,
+    override: Overrides = None,
+    data: Annotated[str | None, typer.Option(help="stories, tinystories, or a path.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="char, bpe:VOCAB, or a Hugging Face tokenizer.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("DATA.md"),
+) -> None:
+    """Write DATA.md: source, licence, documents, tokens, bytes per token, hashes."""
+    from mlx_moe.data.describe import describe as describe_data
+    from mlx_moe.data.tokens import prepare
+    from mlx_moe.presets import load_run
+
+    shortcuts = {"data.source": data, "data.tokenizer": tokenizer}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
+    run = load_run(preset, config, [*overrides, *(override or [])])
+    text = describe_data(prepare(run.data, progress=typer.echo).provenance)
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}; name another file with --out") from None
+    typer.echo(f"wrote {out}")

@@ -1,0 +1,48 @@
+"""Look at a run: what its experts do, its curves, one page about all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_moe.commands.options import BackendOption, DeviceOption
+
+RunArgument = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
+
+
+def experts(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="The file to write.", show_default="RUN/experts.json")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Of the validation split, each as long as the context.")] = 64,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Show what the experts of a run's checkpoints do: load, twins, the tokens that each takes."""
+    from mlx_moe.analysis.experts import report_experts
+    from mlx_moe.analysis.record import EXPERTS
+    from mlx_moe.training.backend import choose_backend
+
+    report_experts(run, out or run / EXPERTS, choose_backend(backend), device, sequences)
+
+
+def plot(
+    path: Annotated[Path, typer.Argument(help="A run's folder, or a sweep's with its fits.json.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH/plots")] = None,
+) -> None:
+    """Draw a run's curves and its experts' load, or a scaling law, as SVG and PNG."""
+    from mlx_moe.analysis.plots import plot as draw
+
+    for file in draw(path, out):
+        typer.echo(file)
+
+
+def report(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="The file to write.", show_default="RUN/report.html")] = None,
+) -> None:
+    """Write one HTML page about a run; it opens in any browser, without a network."""
+    from mlx_moe.analysis.report import write_report
+
+    typer.echo(write_report(run, out or run / "report.html"))
