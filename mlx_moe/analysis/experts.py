@@ -22,7 +22,7 @@ from mlx_moe.config import ModelConfig, OptimizerConfig, RunConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import TokenData, fixed_windows, prepare
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays
+from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.boundary import phase_model
@@ -179,7 +179,7 @@ def taken_tokens(tokens_N: NDArray[np.int32], chosen_NE: Figures, texts: list[st
 
 
 def clone_figures(
-    layer: int, before: ModelConfig, after: ModelConfig, weights: Arrays, routes: Routes
+    layer: int, before: ModelConfig, after: ModelConfig, weights: Weights, routes: Routes
 ) -> dict[str, Any]:
     """How far the copies that growth made in a layer have parted.
 
@@ -232,7 +232,7 @@ def _layers(run: RunConfig, loaded: Checkpoint, routes: Routes, texts: list[str]
         yield _plain(figures)
 
 
-def _experts(weights: Arrays, layer: int) -> Arrays:
+def _experts(weights: Weights, layer: int) -> Arrays:
     """The tensors of a layer's experts, each with the experts along its first axis."""
     prefix = f"layers.{layer}.mlp.experts."
     return {name: array for name, array in weights.items() if name.startswith(prefix)}

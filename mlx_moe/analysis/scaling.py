@@ -33,7 +33,7 @@ CONSTANTS = {"N": ("A", "alpha"), "D": ("B", "beta")}  # of each variable
 HUBER_DELTA = 1e-3
 START_EXPONENTS = (0.03, 0.08, 0.15, 0.25, 0.4, 0.6, 1.0, 1.6)  # of each variable, in every combination
 EXPONENTS = (1e-3, 5.0)  # the range searched
-MAX_STEPS, TOLERANCE, PATIENCE = 300, 1e-4, 5  # of resamples; the fit itself goes on to the end
+MAX_STEPS, TOLERANCE, PATIENCE = 500, 1e-6, 6  # of resamples; the fit itself goes on to the end
 OUT_OF_SIGHT = 12.0  # a term this far below the loss, as a logarithm, is none
 
 
@@ -87,9 +87,9 @@ class Fit:
 def fit(points: Sequence[Point], law: LawName, resamples: int = 200, level: float = 0.9, seed: int = 0) -> Fit:
     """Fit a law, with intervals at `level` for its constants.
 
-    The residuals, enlarged for the degrees of freedom that the fit took, are drawn again `resamples` times. The
-    intervals are expanded percentile ones, with Student's t for the normal distribution (Hesterberg 2015, What teachers
-    should know about the bootstrap).
+    Residuals are drawn again `resamples` times: those of each point from the law fitted to the others, since the Huber
+    loss lets the law go through as many points as it has constants. The intervals are expanded percentile ones, with
+    Student's t for the normal distribution (Hesterberg 2015, What teachers should know about the bootstrap).
 
     Raises InputError where there are fewer points, or fewer different N or D, than the constants need.
     """
@@ -99,17 +99,14 @@ def fit(points: Sequence[Point], law: LawName, resamples: int = 200, level: floa
     x_PV = x_PV - center_V
     best_K = _search(x_PV, y_P)
     fitted_P = _log_loss(best_K[None], x_PV)[0]
-    residuals_P = (y_P - fitted_P) * np.sqrt(n_points / (n_points - n_constants))
+    left_out_P = _left_out(x_PV, y_P, best_K) if n_points > n_constants + 1 else None
+    shrunk = (n_points - n_constants) / n_points  # the residuals' mean square over the noise's; the inverse, left out
+    residuals_P = (y_P - fitted_P) / np.sqrt(shrunk) if left_out_P is None else left_out_P * np.sqrt(shrunk)
     residuals_P -= residuals_P.mean()
     drawn_FP = np.random.default_rng(seed).integers(0, n_points, (resamples, n_points))
     draws_FK = _polish(x_PV, fitted_P + residuals_P[drawn_FP], np.tile(best_K, (resamples, 1)))
     values, draws = _constants(best_K[None], center_V)[0], _constants(draws_FK, center_V)
     tail = float(norm.cdf(t.ppf((1 - level) / 2, n_points - n_constants)))
-    missed_P = np.array([])
-    if n_points > n_constants + 1:
-        others_PP, y_PP = 1.0 - np.eye(n_points), np.tile(y_P, (n_points, 1))
-        without_PK = _polish(x_PV, y_PP, np.tile(best_K, (n_points, 1)), others_PP)
-        missed_P = np.diag(_log_loss(without_PK, x_PV)) - y_P
     losses_P, predicted_P = np.exp(y_P), np.exp(fitted_P)
     optimal = None
     if law == "ND":
@@ -120,7 +117,7 @@ def fit(points: Sequence[Point], law: LawName, resamples: int = 200, level: floa
         optimal_exponent=optimal,
         level=level,
         r_squared=float(1 - ((losses_P - predicted_P) ** 2).sum() / ((losses_P - losses_P.mean()) ** 2).sum()),
-        leave_one_out_error=float(np.sqrt(np.mean(missed_P**2))) if len(missed_P) else None,
+        leave_one_out_error=None if left_out_P is None else float(np.sqrt(np.mean(left_out_P**2))),
         degrees_of_freedom=n_points - n_constants,
         points=list(points),
         predicted=predicted_P.tolist(),
@@ -185,6 +182,14 @@ def _search(x_PV: Array, y_P: Array) -> Array:
         x_scale="jac",
     )
     return np.asarray(exact.x)
+
+
+def _left_out(x_PV: Array, y_P: Array, best_K: Array) -> Array:
+    """Each point's residual from the law fitted to all others."""
+    n_points = len(y_P)
+    others_PP, y_PP = 1.0 - np.eye(n_points), np.tile(y_P, (n_points, 1))
+    without_PK = _polish(x_PV, y_PP, np.tile(best_K, (n_points, 1)), others_PP)
+    return y_P - np.diag(_log_loss(without_PK, x_PV))
 
 
 def _polish(x_PV: Array, y_FP: Array, start_FK: Array, weight_FP: Array | float = 1.0) -> Array:

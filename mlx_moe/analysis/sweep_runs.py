@@ -18,19 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_moe.analysis import one_run
+from mlx_moe.analysis.one_run import SWEEP
 from mlx_moe.analysis.results import FAILURE, gather, show, write
 from mlx_moe.analysis.sweeps import PlannedRun
-from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
 from mlx_moe.training.files import make_folder, remove, replacing
-from mlx_moe.training.phases import Options, open_run, train
-from mlx_moe.training.run_folder import CONFIG
 from mlx_moe.training.stopping import TrainingStopped, interruptions
-from mlx_moe.validation import read_mapping, validate
+from mlx_moe.validation import read_mapping
 
-SWEEP, LOGS = "sweep.json", "logs"
+LOGS = "logs"
 POLL_SECONDS = 0.1
 
 
@@ -120,7 +119,7 @@ def _start(run: PlannedRun, out: Path, options: SweepOptions) -> _Started:
     if options.jobs > 1:
         threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
         environment = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads} | environment
-    command = [sys.executable, "-m", __name__, str(out), run.name, options.backend, options.device]
+    command = [sys.executable, "-m", one_run.__name__, str(out), run.name, options.backend, options.device]
     with _log(out, run).open("ab") as stream:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, start_new_session=True
@@ -158,22 +157,3 @@ def _verdict(run: PlannedRun, out: Path) -> str:
 
 def _log(out: Path, run: PlannedRun) -> Path:
     return out / LOGS / f"{run.name}.txt"
-
-
-def train_one(out: Path, name: str, backend: str, device: str) -> int:
-    """Train, or go on with, one run of a sweep; its exit code. What went wrong is its last line."""
-    spec, folder = read_mapping(out / SWEEP)[name], out / name
-    try:
-        run = open_run(folder) if (folder / CONFIG).is_file() else validate(RunConfig, spec["config"])
-        train(run, folder, choose_backend(backend), spec["n_phases"], Options(device), Console())
-    except TrainingStopped as stopped:
-        print(stopped, flush=True)
-        return stopped.exit_code
-    except InputError as error:
-        print(error, flush=True)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(train_one(Path(sys.argv[1]), *sys.argv[2:]))

@@ -25,6 +25,14 @@ def test_as_many_as_pytorch_counts(name, moe, attention):
     assert backward == pytest.approx(flops.training - flops.forward + repeated + one_hot, rel=0.01)
 
 
+@pytest.mark.parametrize("name", preset_names("architectures"))
+def test_presets_at_full_size(name):
+    config = load_architecture(name, attention_backend="manual")
+    with torch.device("meta"), FlopCounterMode(display=False) as forward:
+        Transformer(config)(torch.zeros(1, config.context_length, dtype=torch.long))
+    assert forward.get_total_flops() / config.context_length == pytest.approx(flops_per_token(config).forward, rel=0.01)
+
+
 def test_gpt2_by_hand():
     flops = flops_per_token(load_architecture("gpt2"))
     D, L, T, V = 768, 12, 1024, 50257

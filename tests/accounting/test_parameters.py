@@ -3,6 +3,7 @@ import math
 import pytest
 
 from mlx_moe.accounting import count_parameters
+from mlx_moe.accounting.parameters import non_embedding_parameters, parameters_by_part
 from mlx_moe.config import MoEConfig
 from mlx_moe.parameters import initialize, table
 from mlx_moe.presets import load_architecture, load_run, preset_names
@@ -55,3 +56,24 @@ def test_active_is_the_model_with_only_the_experts_a_token_visits():
     other_rows_of_the_routers = 2 * 4 * 48  # layers, experts, width
     assert sparse.active == visited.total + other_rows_of_the_routers
     assert sparse.idle_experts == 2 * 4
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=5, top_k=2)], ids=["dense", "experts"])
+@pytest.mark.parametrize("name", preset_names("architectures"))
+def test_the_parts_make_the_whole(name, moe):
+    config = small_model(name, moe=moe)
+    assert sum(parameters_by_part(config).values()) == count_parameters(config).total
+
+
+def test_parts_of_gpt2_by_hand():
+    parts = parameters_by_part(load_architecture("gpt2"))
+    D, L = 768, 12
+    assert parts == {
+        "embeddings": 50257 * D + 1024 * D,
+        "attention": L * 4 * (D * D + D),
+        "router": 0,
+        "ffn": L * (8 * D * D + 5 * D),
+        "norms": (2 * L + 1) * 2 * D,
+        "head": 0,
+    }
+    assert non_embedding_parameters(load_architecture("gpt2")) == 124_439_808 - parts["embeddings"]
