@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_moe.accounting.memory import MLX_LOGITS
 from mlx_moe.model.elementwise import logsumexp, on_cpu, widened, with_vjp
-
-# Numbers in a chunk of logits: 333 tokens of 50,257 words on CPU, where a dozen arrays of that size stand at a time,
-# and 667 on GPUs. Every chunk reads and writes the head's whole gradient.
-CHUNK_CPU, CHUNK_GPU = 1 << 24, 1 << 25
 
 
 def cross_entropy(
@@ -61,7 +58,7 @@ def _sum(x_CD: mx.array, weight_VD: mx.array, targets_C: mx.array) -> mx.array:
 
 
 def _chunk_size(weight_VD: mx.array) -> int:
-    return max(1, (CHUNK_CPU if on_cpu() else CHUNK_GPU) // weight_VD.shape[0])
+    return max(1, MLX_LOGITS["cpu" if on_cpu() else "gpu"] // weight_VD.shape[0])
 
 
 def _chunks(x_ND: mx.array, weight_VD: mx.array, targets_N: mx.array) -> list[tuple[mx.array, mx.array]]:

@@ -4,7 +4,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from mlx_moe.accounting.flops import flops_per_token, mfu
 from mlx_moe.config import ModelConfig, MoEConfig
-from mlx_moe.parameters import FFN_INPUTS
 from mlx_moe.presets import load_architecture, preset_names
 from parity.compare import rough_weights, small_model
 from torch_ref.transformer import Transformer
@@ -17,12 +16,10 @@ def test_as_many_as_pytorch_counts(name, moe, attention):
     config = small_model(name, moe=moe, attention_backend=attention)
     flops = flops_per_token(config)
     forward, backward = counted(config)
-    # Experts' biases are products with one-hot rows on PyTorch alone, so `flops` leaves them out.
-    one_hot = one_hot_products(config)
-    assert forward == pytest.approx(flops.forward + one_hot, rel=0.01)
-    # A fused kernel keeps no scores and computes them again. One-hot rows need no gradient.
+    assert forward == pytest.approx(flops.forward, rel=0.01)
+    # A fused kernel keeps no scores and computes them again.
     repeated = flops.attention // 2 if attention == "sdpa" else 0
-    assert backward == pytest.approx(flops.training - flops.forward + repeated + one_hot, rel=0.01)
+    assert backward == pytest.approx(flops.training - flops.forward + repeated, rel=0.01)
 
 
 @pytest.mark.parametrize("name", preset_names("architectures"))
@@ -87,10 +84,3 @@ def repeated(shape, query):
 def grouped(one, other, *_, out_shape=None, **__):
     """(A, K) with (E, K, N), each row with one of the E; or (M, A) with (A, N), split into E parts of A."""
     return 2 * one[0] * one[1] * other[-1]
-
-
-def one_hot_products(config):
-    if not (config.moe and config.bias):
-        return 0
-    out = len(FFN_INPUTS[config.ffn_type]) * config.d_ff + config.d_model
-    return config.n_layers * config.moe.top_k * 2 * config.moe.n_experts * out

@@ -42,13 +42,13 @@ def test_the_large_phase_on_a_32_gb_mac(mlxmoe):
 
 @pytest.mark.parametrize("machine", ["M1 8GB", "T4 16GB", "M1 Pro 16GB"])
 def test_every_way_out_leads_out(machine):
-    work = Work("large", load_architecture("gpt2"), OptimizerConfig(), EngineConfig(), batch_size=32, steps=10)
+    work = Work("large", load_architecture("gpt2"), OptimizerConfig(), EngineConfig(), batch_size=64, steps=10)
     found = fit(work, site_of(*choose(machine), work.engine))
     assert not found.fits
     assert found.ways_out
     for way in found.ways_out:
         overrides = [word for word in way.split() if word != "-o"]
-        run = load_run("gpt2", overrides=["training.batch_size=32", *overrides])
+        run = load_run("gpt2", overrides=["training.batch_size=64", *overrides])
         changed = Work("large", run.model, run.optimizer, run.engine, run.training.batch_size, 10)
         assert fit(changed, site_of(*choose(machine), run.engine)).fits, way
 
