@@ -133,10 +133,33 @@ class Experts(nn.Module):
         expert_A, order_A = experts_NK.flatten().sort(stable=True)
         experts_E = torch.arange(self.down_proj.weight.shape[0], device=x_ND.device)
         end_E = torch.searchsorted(expert_A, experts_E, right=True).int()
-        x_AD = x_ND.index_select(0, order_A // experts_NK.shape[1])
+        place_A = order_A.argsort()
+        x_AD = _gathered(x_ND, order_A // experts_NK.shape[1], place_A)
         hidden_AF = self._combine(lambda name: getattr(self, name)(x_AD, expert_A, end_E), self._activate)
         y_AD = self.down_proj(hidden_AF, expert_A, end_E)
-        return y_AD.index_select(0, order_A.argsort()).unflatten(0, experts_NK.shape)
+        return _gathered(y_AD, place_A, order_A).unflatten(0, experts_NK.shape)
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows by index. The gradient is gathered too, by the inverse: a CPU adds scattered rows in one thread."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index_A: Tensor, inverse_A: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_A)
+        ctx.n_rows = len(x)
+        return x.index_select(0, index_A)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_AD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_A,) = ctx.saved_tensors
+        gathered_AD = gradient_AD.index_select(0, inverse_A)
+        return gathered_AD.unflatten(0, (ctx.n_rows, -1)).sum(dim=1), None, None
+
+
+def _gathered(x: Tensor, index_A: Tensor, inverse_A: Tensor) -> Tensor:
+    """`x[index_A]`; row i of `x` went to the places inverse_A[i·k : (i+1)·k], for k times as many rows."""
+    gathered: Tensor = _Gathered.apply(x, index_A, inverse_A)
+    return gathered
 
 
 class MoE(nn.Module):
