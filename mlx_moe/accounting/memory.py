@@ -39,7 +39,7 @@ MLX_WAITING_NEURONS = {"gelu": 4, "gelu_tanh": 4, "silu": 3, "relu": 1, "leaky_r
 # The loss takes a chunk of tokens at a time, in logits of so many numbers: 333 tokens of 50,257 words on CPU, 667 on
 # GPUs. These many arrays of that size stand at a time, of one chunk alone and of one after the other.
 MLX_LOGITS = {"cpu": 1 << 24, "gpu": 1 << 25}
-MLX_LOGITS_ARRAYS = {"cpu": (8, 19), "gpu": (3, 5)}
+MLX_LOGITS_ARRAYS = {"cpu": (7, 19), "gpu": (3, 5)}
 MLX_UPDATES_AHEAD = 140  # tensors whose old and new weights and moments are there at once, on CPU
 METAL_COMMAND_BUFFERS, METAL_COMMAND_BUFFER_BYTES = 10, 50 << 20  # mlx/backend/metal/device.cpp, scheduler.h
 

@@ -28,7 +28,7 @@ from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.checkpoint import Checkpoint
 from mlx_moe.training.console import Console
 from mlx_moe.training.files import replacing
-from mlx_moe.training.generation import generate
+from mlx_moe.training.generation import generate, tokenizer_of
 from mlx_moe.training.phases import open_run
 from mlx_moe.training.results import PROMPTS
 from mlx_moe.training.run_folder import CONFIG
@@ -103,7 +103,7 @@ def evaluate(path: Path, backend: Backend, options: EvaluationOptions, console: 
     evaluations, generations, subset = [], [], None
     for folder in found:
         loaded = open_model(folder)
-        tokenizer = _tokenizer(loaded)
+        tokenizer = tokenizer_of(loaded)
         if subset is None:
             subset = pinned(_data_config(loaded, options), options.max_bytes)
         trainer = backend.trainer(loaded.config, OptimizerConfig(), loaded.weights, options.device)
@@ -203,18 +203,6 @@ def _data_config(loaded: Checkpoint, options: EvaluationOptions) -> DataConfig:
     if run is None:
         raise InputError(f"{loaded.path} is not in a run's folder, so its data is not known; name some with --data")
     return open_run(run).data
-
-
-def _tokenizer(loaded: Checkpoint) -> Tokenizer:
-    if loaded.tokenizer_folder is None:
-        raise InputError(f"checkpoint {loaded.path} has no tokenizer/ beside it; copy its run's tokenizer/ into it")
-    tokenizer = Tokenizer.load(loaded.tokenizer_folder)
-    if tokenizer.vocab_size > loaded.config.vocab_size:
-        raise InputError(
-            f"the tokenizer in {loaded.tokenizer_folder} has {tokenizer.vocab_size} tokens, the model only "
-            f"{loaded.config.vocab_size}; take the tokenizer it was trained with"
-        )
-    return tokenizer
 
 
 def _generations(trainer: Trainer, tokenizer: Tokenizer, options: EvaluationOptions) -> str:

@@ -56,10 +56,8 @@ def choose(logits_V: NDArray[np.float32], temperature: float, top_k: int | None,
     return int(generator.choice(logits_V.size, p=probabilities_V / probabilities_V.sum()))
 
 
-def continue_text(
-    loaded: Checkpoint, prompt: str, backend: Backend, device: str, max_new_tokens: int, **sampling: Any
-) -> Iterator[str]:
-    """Yield a prompt and what follows it, as it comes. Raises InputError without a tokenizer that fits, or a prompt."""
+def tokenizer_of(loaded: Checkpoint) -> Tokenizer:
+    """The tokenizer that lies beside a checkpoint. Raises InputError where there is none, or none that fits."""
     if loaded.tokenizer_folder is None:
         raise InputError(f"checkpoint {loaded.path} has no tokenizer/ beside it; copy its run's tokenizer/ into it")
     tokenizer = Tokenizer.load(loaded.tokenizer_folder)
@@ -68,6 +66,14 @@ def continue_text(
             f"the tokenizer in {loaded.tokenizer_folder} has {tokenizer.vocab_size} tokens, the model only "
             f"{loaded.config.vocab_size}; take the tokenizer it was trained with"
         )
+    return tokenizer
+
+
+def continue_text(
+    loaded: Checkpoint, prompt: str, backend: Backend, device: str, max_new_tokens: int, **sampling: Any
+) -> Iterator[str]:
+    """Yield a prompt and what follows it, as it comes. Raises InputError without a tokenizer that fits, or a prompt."""
+    tokenizer = tokenizer_of(loaded)
     ids = tokenizer.encode(prompt)
     if not ids:
         raise InputError("--prompt is empty; give it at least one character")
