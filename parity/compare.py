@@ -207,7 +207,7 @@ def _compare(
         truth = Truth(config, weights, truth_tokens(config, seed))
         verdict = judge(truth, truth.measure(pair.mlx), truth.measure(pair.torch), slack)
         if count_parameters(config).total <= SMALL:
-            verdict = _with_more(verdict, truth, pair, weights, seed)
+            verdict = _with_more(verdict, truth, pair, weights, seed, slack)
     comparison = Comparison(subject, config.display_name, verdict, too_large, backends, weights_sha256=_sha256(weights))
     if boundary is None:
         return comparison
@@ -219,10 +219,10 @@ def _compare(
     )
 
 
-def _with_more(verdict: Verdict, truth: Truth, pair: Pair, weights: Weights, seed: int) -> Verdict:
+def _with_more(verdict: Verdict, truth: Truth, pair: Pair, weights: Weights, seed: int, slack: float) -> Verdict:
     """With a cache, row by row, in generation; and a training step."""
     ways, wrong_words = judge_decoding(truth, pair.mlx, pair.torch)
-    steps = judge_step(truth.config, weights, step_tokens(truth, seed))
+    steps = judge_step(truth.config, weights, step_tokens(truth, seed), slack)
     return replace(verdict, tensors=(*verdict.tensors, *ways, *steps), wrong_words=tuple(wrong_words))
 
 

@@ -19,7 +19,6 @@ from parity.yardstick import Judged, judge_tensor
 STEPS = 16  # tokens that go through the cache one by one, and that are generated
 PROMPT = 8
 CHUNK = 9
-SLACK = 2.0  # on all limits: errors of one position's logits are alike, and there are few positions
 TIE = 4.0  # a margin of up to so many times the float32 oracle's error in that router may fall either way
 
 
@@ -40,7 +39,7 @@ def judge_decoding(truth: Truth, mlx: Trainer, torch: Trainer) -> tuple[list[Jud
         at, kept = in_mlx.positions, settled_BT[:, in_mlx.positions]
         expected = Expected.of(truth.logits_BTV[:, at][kept], truth.float32_BTV[:, at][kept])
         errors = [Error.of(way.logits_BTV[kept], expected.truth) for way in (in_mlx, in_torch)]
-        judged.append(judge_tensor(f"logits {in_mlx.name}", "way", errors[0], errors[1], expected, SLACK))
+        judged.append(judge_tensor(f"logits {in_mlx.name}", "way", errors[0], errors[1], expected))
     wrong = []
     if truth.tokens_BT.shape[1] >= PROMPT + STEPS:
         for name, trainer, error in (("MLX", mlx, judged[0].mlx), ("torch", torch, judged[0].torch)):

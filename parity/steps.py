@@ -16,7 +16,6 @@ from parity.yardstick import Judged, Scope, judge_tensor
 
 TOKENS = 64
 TRIES = 8
-SLACK = 2.0  # on all limits: errors pile up on the way back, and some gradients are small differences of large numbers
 STEPS_BEFORE = 10  # so that AdamW's corrections count
 LEARNING_RATE = 1e-2
 NOTHING = 1e-10  # of the largest gradient
@@ -24,15 +23,18 @@ NOTHING = 1e-10  # of the largest gradient
 OPTIMIZER = OptimizerConfig(betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0)
 
 
-def judge_step(config: ModelConfig, weights: Weights, tokens_BT1: Tokens) -> list[Judged]:
-    """Every gradient and every weight after a step; without experts, the gradients in bfloat16, too."""
+def judge_step(config: ModelConfig, weights: Weights, tokens_BT1: Tokens, slack: float = 1.0) -> list[Judged]:
+    """Every gradient and every weight after a step; without experts, the gradients in bfloat16, too.
+
+    `slack` widens all limits.
+    """
     truth, judged = StepTruth(config, weights, tokens_BT1), []
     runs: list[tuple[Scope, PrecisionName]] = [("step", "fp32"), ("bf16", "bf16")]
     for scope, precision in runs:
         if scope == "step" or config.moe is None:  # rounded to bfloat16, tokens go to other experts
             mlx, torch = (truth.measure(backend, precision) for backend in ("mlx", "torch"))
             judged += [
-                judge_tensor(f"{name}{' in bf16' * (scope == 'bf16')}", scope, mlx[name], torch[name], expected, SLACK)
+                judge_tensor(f"{name}{' in bf16' * (scope == 'bf16')}", scope, mlx[name], torch[name], expected, slack)
                 for name, expected in truth.expected.items()
                 if scope == "step" or name.startswith("gradient")
             ]
