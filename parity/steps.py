@@ -16,6 +16,9 @@ from parity.yardstick import Judged, Scope, judge_tensor
 
 TOKENS = 64
 TRIES = 8
+# Errors pile up on the way back, and some gradients are small differences of large numbers: of 1,446 tensors of all
+# architectures, over four seeds, one was 2.13 times as far from the truth as the other backend's.
+FLOAT32_SLACK = 2.0
 STEPS_BEFORE = 10  # so that AdamW's corrections count
 LEARNING_RATE = 1e-2
 NOTHING = 1e-10  # of the largest gradient
@@ -34,7 +37,14 @@ def judge_step(config: ModelConfig, weights: Weights, tokens_BT1: Tokens, slack:
         if scope == "step" or config.moe is None:  # rounded to bfloat16, tokens go to other experts
             mlx, torch = (truth.measure(backend, precision) for backend in ("mlx", "torch"))
             judged += [
-                judge_tensor(f"{name}{' in bf16' * (scope == 'bf16')}", scope, mlx[name], torch[name], expected, slack)
+                judge_tensor(
+                    f"{name}{' in bf16' * (scope == 'bf16')}",
+                    scope,
+                    mlx[name],
+                    torch[name],
+                    expected,
+                    max(slack, FLOAT32_SLACK if scope == "step" else 1.0),
+                )
                 for name, expected in truth.expected.items()
                 if scope == "step" or name.startswith("gradient")
             ]
