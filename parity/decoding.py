@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mlx_moe.training.backend import Tokens, Trainer
 from parity.oracle import Array, Trace
-from parity.truth import Error, Expected, Truth
+from parity.truth import Error, Expected, Truth, margins
 from parity.yardstick import Judged, judge_tensor
 
 STEPS = 16  # tokens that go through the cache one by one, and that are generated
@@ -87,13 +87,9 @@ def settled(truth: Truth, trace: Trace, shape: tuple[int, ...]) -> NDArray[np.bo
     """(B, T): no router before or here is so close to a tie that rounding may decide; exact ties go by the index."""
     settled_BT = np.ones(shape, bool)
     router_error = max((e.float32.largest for name, e in truth.whole.items() if name != "lm_head"), default=0.0)
-    top_k = trace.experts_LNK.shape[-1]
-    for router_logits_NE in trace.router_logits_LNE:
-        falling_NE = -np.sort(-router_logits_NE, axis=-1)
-        if top_k < falling_NE.shape[-1]:
-            margin_N = falling_NE[:, top_k - 1] - falling_NE[:, top_k]
-            tied_BT = ((margin_N > 0) & (margin_N <= TIE * router_error)).reshape(shape)
-            settled_BT &= ~np.maximum.accumulate(tied_BT, axis=1)
+    for margin_N in margins(trace.router_logits_LNE, trace.experts_LNK):
+        tied_BT = ((margin_N > 0) & (margin_N <= TIE * router_error)).reshape(shape)
+        settled_BT &= ~np.maximum.accumulate(tied_BT, axis=1)
     return settled_BT
 
 

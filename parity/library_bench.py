@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from mlx_moe.errors import InputError, one_line
 from mlx_moe.training.backend import Tokens
 from parity.oracle import Array
-from parity.truth import Error, Expected, Statistics
-from parity.yardstick import CHECKPOINT_SLACK, RATIO_LARGEST, RATIO_RMSE
+from parity.truth import Error, Expected, Statistics, margins
+from parity.yardstick import CHECKPOINT_SLACK, RATIO_LARGEST, RATIO_RMSE, log_softmax
 
 GENERATED = 16  # tokens
 TIE = 4.0  # margins of routers up to so many times transformers' error there may fall either way
@@ -201,17 +201,15 @@ class Bench:
 
     def _settled(self, tokens_BT: Tokens) -> tuple[NDArray[np.bool_], tuple[float, ...]]:
         """Where no router, there or before, is so close to a tie that rounding may decide; and the smallest margins."""
-        settled_BT, margins = np.ones(tokens_BT.shape, bool), list[float]()
+        settled_BT, smallest = np.ones(tokens_BT.shape, bool), list[float]()
         in_float32 = self._torch.routers(tokens_BT)
         for name, (logits_NE, experts_NK) in self._exact.routers(tokens_BT).items():
-            top_k = experts_NK.shape[-1]
-            if top_k < logits_NE.shape[-1]:
-                falling_NE = -np.sort(-logits_NE, axis=-1)
-                margin_BT = (falling_NE[:, top_k - 1] - falling_NE[:, top_k]).reshape(tokens_BT.shape)
+            if experts_NK.shape[-1] < logits_NE.shape[-1]:
+                margin_BT = margins(logits_NE, experts_NK).reshape(tokens_BT.shape)
                 tied_BT = margin_BT <= TIE * np.abs(in_float32[name][0] - logits_NE).max()
                 settled_BT &= ~np.maximum.accumulate(tied_BT, axis=1)
-                margins.append(float(margin_BT.min()))
-        return settled_BT, tuple(margins)
+                smallest.append(float(margin_BT.min()))
+        return settled_BT, tuple(smallest)
 
 
 def said(error: Exception) -> str:
@@ -234,7 +232,6 @@ def _parents(name: str) -> list[str]:
 
 
 def _impact(found_NV: Array, truth_NV: NDArray[np.float64]) -> tuple[float, float]:
-    found, truth = (x - x.max(-1, keepdims=True) for x in (found_NV.astype(np.float64), truth_NV))
-    found, truth = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (found, truth))
+    found, truth = log_softmax(found_NV), log_softmax(truth_NV)
     kl = float((np.exp(found) * (found - truth)).sum(-1).mean())
     return kl, float((found.argmax(-1) == truth.argmax(-1)).mean())

@@ -105,7 +105,7 @@ class Truth:
         self.trace = exact(tokens_BT)
         self.experts_LNK = self.trace.experts_LNK
         self.logits_BTV = self.trace.logits_BTV
-        self.margin_LN = _margins(self.trace.router_logits_LNE, self.experts_LNK)
+        self.margin_LN = margins(self.trace.router_logits_LNE, self.experts_LNK)
         in_float32 = plain(tokens_BT, self.experts_LNK)
         self.float32_BTV = in_float32.logits_BTV
         self.inputs = {name: self._rounded(name, call) for name, call in self.trace.calls.items()}
@@ -166,14 +166,14 @@ class Truth:
         return tuple(array if array.dtype.kind == "i" else array.astype(np.float32) for array in inputs)
 
 
-def _margins(router_logits_LNE: Array, experts_LNK: NDArray[np.int64]) -> Array:
-    """By how much the last expert that was chosen beats the next one, (L, N)."""
-    top_k, n_experts = experts_LNK.shape[-1], router_logits_LNE.shape[-1]
-    if not len(router_logits_LNE) or top_k == n_experts:
-        return np.full(experts_LNK.shape[:-1] or (0, 0), np.inf)
-    sorted_LNE = -np.sort(-router_logits_LNE, axis=-1)
-    margins: Array = sorted_LNE[..., top_k - 1] - sorted_LNE[..., top_k]
-    return margins
+def margins(router_logits: Array, experts: NDArray[np.int64]) -> Array:
+    """By how much the last of the experts (..., K) beats the next one, (...); from router logits (..., E)."""
+    top_k, n_experts = experts.shape[-1], router_logits.shape[-1]
+    if not len(router_logits) or top_k == n_experts:
+        return np.full(experts.shape[:-1] or (0, 0), np.inf)
+    falling = -np.sort(-router_logits, axis=-1)
+    found: Array = falling[..., top_k - 1] - falling[..., top_k]
+    return found
 
 
 def _differ(one_LNK: NDArray[np.int64], other_LNK: NDArray[np.int64]) -> NDArray[np.bool_]:

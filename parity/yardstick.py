@@ -176,7 +176,7 @@ def _margins(margin_N: Array, allowed_N: Array) -> Margins:
 
 
 def _impact(mlx_BTV: Array, torch_BTV: Array, tokens_BT: Tokens) -> Impact:
-    mlx, torch = _log_softmax(mlx_BTV), _log_softmax(torch_BTV)
+    mlx, torch = log_softmax(mlx_BTV), log_softmax(torch_BTV)
     loss = [float(-np.take_along_axis(x[:, :-1], tokens_BT[:, 1:, None], axis=-1).mean()) for x in (mlx, torch)]
     return Impact(
         kl=float((np.exp(mlx) * (mlx - torch)).sum(-1).mean()),
@@ -186,6 +186,6 @@ def _impact(mlx_BTV: Array, torch_BTV: Array, tokens_BT: Tokens) -> Impact:
     )
 
 
-def _log_softmax(logits_BTV: Array) -> Array:
+def log_softmax(logits_BTV: Array) -> Array:
     shifted: Array = logits_BTV.astype(np.float64) - logits_BTV.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

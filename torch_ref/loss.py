@@ -5,6 +5,8 @@ B batch, T time, N tokens (B·T, or those of a chunk), D model, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, needs_gradients: bool, compiled: bool
     ) -> Tensor:
         n_chunks = -(-len(x_ND) * len(weight_VD) // TORCH_LOGITS["gpu" if x_ND.is_cuda else "cpu"])
-        likelihood = torch.compile(_likelihood) if compiled else _likelihood
+        likelihood = _compiled_likelihood() if compiled else _likelihood
         weight = weight_VD.to(x_ND.dtype)
         loss = torch.zeros((), device=x_ND.device)
         by_x_ND = torch.empty_like(x_ND) if needs_gradients else x_ND
@@ -62,6 +64,11 @@ def _likelihood(logits_NV: Tensor, targets_N: Tensor, needs_gradient: bool) -> t
     if needs_gradient:
         log_probability_NV.exp_().scatter_add_(1, targets_N1, log_probability_NV.new_full(targets_N1.shape, -1.0))
     return loss, log_probability_NV.to(logits_NV.dtype)
+
+
+@cache
+def _compiled_likelihood() -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
+    return torch.compile(_likelihood)
 
 
 def _add_product(sum_VD: Tensor, by_logits_VN: Tensor, x_ND: Tensor, is_first: bool) -> None:

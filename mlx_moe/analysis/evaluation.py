@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.accounting import count_parameters
+from mlx_moe.analysis.writing import writing
 from mlx_moe.config import DataConfig, OptimizerConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import held_out
@@ -27,7 +28,6 @@ from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.checkpoint import Checkpoint
 from mlx_moe.training.console import Console
-from mlx_moe.training.files import replacing
 from mlx_moe.training.generation import generate, tokenizer_of
 from mlx_moe.training.phases import open_run
 from mlx_moe.training.results import PROMPTS
@@ -225,8 +225,5 @@ def _line(evaluation: Evaluation) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    try:
-        with replacing(file) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror or error}; make its folder writable") from None
+    with writing(file, way_out="make its folder writable") as partial:
+        partial.write_text(text, encoding="utf-8")

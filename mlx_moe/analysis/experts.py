@@ -235,7 +235,7 @@ def _layers(run: RunConfig, loaded: Checkpoint, routes: Routes, texts: list[str]
 def _experts(weights: Weights, layer: int) -> Arrays:
     """The tensors of a layer's experts, each with the experts along its first axis."""
     prefix = f"layers.{layer}.mlp.experts."
-    return {name: array for name, array in weights.items() if name.startswith(prefix)}
+    return {name: weights[name] for name in weights if name.startswith(prefix)}
 
 
 def _square(array: NDArray[np.float32]) -> float:

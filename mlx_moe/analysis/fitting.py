@@ -8,9 +8,9 @@ from typing import cast, get_args
 
 from mlx_moe.analysis.results import read_points
 from mlx_moe.analysis.scaling import FORMULAS, Fit, LawName, Point, fit
+from mlx_moe.analysis.writing import writing
 from mlx_moe.errors import InputError
 from mlx_moe.training.console import Console
-from mlx_moe.training.files import replacing
 
 FITS = "fits.json"
 COUNTS = ("non_embedding", "active", "total")
@@ -40,11 +40,8 @@ def fit_results(
     fitted = fit(points, chosen, resamples, level, seed)
     file = out or (results if results.is_dir() else results.parent) / FITS
     text = json.dumps({"parameters": parameters, "fits": [fitted.to_json()]}, indent=1) + "\n"
-    try:
-        with replacing(file) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror or error}; name another with --out") from None
+    with writing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
     if as_json:
         print(text, end="")
     else:

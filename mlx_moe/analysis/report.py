@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mlx_moe.analysis.comparison import nats_to_bits_per_byte
 from mlx_moe.analysis.expert_table import SUMMARY_COLUMNS, SUMMARY_LEGEND, summary
 from mlx_moe.analysis.record import PhaseRecord, Record, Row, read_record
 from mlx_moe.analysis.writing import writing
@@ -86,10 +87,8 @@ def _tiles(record: Record) -> list[dict[str, str]]:
     if validations:
         note = f"nats per token, was {validations[0]:.3f}"
         tiles.append(_tile("Validation loss", f"{validations[-1]:.4f}", note))
-        if record.data:
-            tiles.append(
-                _tile("Bits per byte", f"{_bits_per_byte(record, validations[-1]):.3f}", "of the held-out text")
-            )
+        if (per_byte := nats_to_bits_per_byte(record.data)) is not None:
+            tiles.append(_tile("Bits per byte", f"{validations[-1] * per_byte:.3f}", "of the held-out text"))
     active = f"{millions(last.parameters.active)} active per token"
     tiles.append(_tile("Parameters", millions(last.parameters.total), active))
     jumps = [values["loss_jump"] for values in record.boundaries.values()]
@@ -240,11 +239,6 @@ def _shown(checkpoints: list[Row]) -> list[Row]:
         for i in sorted({0, len(own) // 2, len(own) - 1}) if own else ():
             shown.append({"name": f"{name} {own[i]['step']}", "layers": own[i]["layers"]})
     return shown
-
-
-def _bits_per_byte(record: Record, loss: float) -> float:
-    held_out = record.data["validation"]
-    return loss / math.log(2) * float(held_out["tokens"] / held_out["bytes"])
 
 
 def _loss(value: float | None) -> str:

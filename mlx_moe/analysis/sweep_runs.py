@@ -58,10 +58,14 @@ def run_sweep(planned: Sequence[PlannedRun], out: Path, options: SweepOptions) -
     choose_backend(options.backend)  # says so here, and not in every log, where there is none
     _begin(planned, out)
     console, order = Console(), {run.name: number for number, run in enumerate(planned, 1)}
-    waiting = [run for run in planned if _must_run(run, out, options.retry)]
-    for run in planned:
-        if run not in waiting:
-            console.line(f"[{order[run.name]}/{len(planned)}] {run.name}: {_verdict(run, out)}")
+    if options.retry:
+        _forget_failures(planned, out)
+    waiting = []
+    for run, row in zip(planned, gather(planned, out), strict=True):
+        if row["status"] in ("finished", "failed"):
+            console.line(f"[{order[run.name]}/{len(planned)}] {run.name}: {_verdict(row)}")
+        else:
+            waiting.append(run)
     running: list[_Started] = []
     try:
         with interruptions() as interruption:
@@ -71,9 +75,10 @@ def run_sweep(planned: Sequence[PlannedRun], out: Path, options: SweepOptions) -
                 for started in [started for started in running if started.process.poll() is not None]:
                     running.remove(started)
                     _finish(started, out, interruption.received is not None)
-                    write(gather(planned, out), out)
-                    verdict = f"{_verdict(started.run, out)} in {time.monotonic() - started.since:.0f} s"
-                    console.line(f"[{order[started.run.name]}/{len(planned)}] {started.run.name}: {verdict}")
+                    rows, number = gather(planned, out), order[started.run.name]
+                    write(rows, out)
+                    verdict = f"{_verdict(rows[number - 1])} in {time.monotonic() - started.since:.0f} s"
+                    console.line(f"[{number}/{len(planned)}] {started.run.name}: {verdict}")
                 if interruption.received is not None and running:
                     _interrupt(running, console)
                 time.sleep(POLL_SECONDS)
@@ -106,11 +111,10 @@ def _begin(planned: Sequence[PlannedRun], out: Path) -> None:
         partial.write_text(json.dumps(before | runs, indent=1) + "\n", encoding="utf-8")
 
 
-def _must_run(run: PlannedRun, out: Path, retry: bool) -> bool:
-    folder = out / run.name
-    if retry and (folder / FAILURE).is_file():
-        remove(folder)
-    return gather([run], out)[0]["status"] not in ("finished", "failed")
+def _forget_failures(planned: Sequence[PlannedRun], out: Path) -> None:
+    for run in planned:
+        if (out / run.name / FAILURE).is_file():
+            remove(out / run.name)
 
 
 def _start(run: PlannedRun, out: Path, options: SweepOptions) -> _Started:
@@ -148,8 +152,7 @@ def _finish(started: _Started, out: Path, interrupted: bool) -> None:
         partial.write_text(json.dumps({"reason": reason.strip(), "exit_code": code}) + "\n", encoding="utf-8")
 
 
-def _verdict(run: PlannedRun, out: Path) -> str:
-    row = gather([run], out)[0]
+def _verdict(row: dict[str, Any]) -> str:
     if row["status"] == "finished":
         return f"validation loss {row['validation_loss']:.4f}"
     return f"{row['status']}: {row['reason']}" if row["reason"] else str(row["status"])

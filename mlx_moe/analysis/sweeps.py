@@ -19,7 +19,6 @@ phase so that, in all, it takes as many as the variant NAME.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -29,17 +28,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlx_moe.accounting.flops import flops_per_token
-from mlx_moe.config import RunConfig
+from mlx_moe.config import PhasesConfig, RunConfig
 from mlx_moe.data.tokens import prepare
 from mlx_moe.errors import InputError
-from mlx_moe.presets import FOLDER, load_run
+from mlx_moe.presets import FOLDER, as_overrides, load_run
 from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.phases import fit_vocabulary
 from mlx_moe.validation import nearest, read_mapping, validate
 
 Budget = Literal["tokens", "flops"]
 Variant = dict[str, Any]
-PHASE_KEYS = ("dense", "moe", "large_moe")
+PHASE_KEYS = tuple(PhasesConfig.model_fields)
 
 
 class SweepConfig(BaseModel):
@@ -100,7 +99,7 @@ def expand(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun
         n_phases, equal = keys.pop("n_phases"), keys.pop("equal", None)
         if n_phases not in (1, 2, 3):
             raise InputError(f"run {name}: n_phases {n_phases!r}; must be 1, 2 or 3")
-        written = [*_as_overrides(sweep.overrides), *overrides, *_as_overrides(keys)]
+        written = [*as_overrides(sweep.overrides), *overrides, *as_overrides(keys)]
         try:
             config = load_run(sweep.preset, None, written)
         except InputError as error:
@@ -133,10 +132,6 @@ def _label(axis: str, choice: str) -> str:
     """`d_model=64`; a variant's name says enough by itself."""
     key = axis.rpartition(".")[2]
     return f"{key}={choice}" if "." in axis or axis == "seed" else choice
-
-
-def _as_overrides(keys: Variant) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in keys.items()]
 
 
 def _equalized(run: PlannedRun, all_runs: list[PlannedRun]) -> PlannedRun:

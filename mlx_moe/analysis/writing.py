@@ -11,11 +11,11 @@ from mlx_moe.training.files import make_folder, replacing
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, way_out: str = "name another place with --out") -> Iterator[Path]:
     """A name to write a file under; whole, it takes the place of `path`. Raises InputError where that fails."""
     try:
         make_folder(path.parent)
         with replacing(path) as partial:
             yield partial
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; name another place with --out") from None
+        raise InputError(f"cannot write {path}: {error.strerror or error}; {way_out}") from None

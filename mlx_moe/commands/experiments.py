@@ -59,9 +59,10 @@ def sweep(
     """Train every combination of a file's axes; the same command goes on where it was stopped."""
     from mlx_moe.analysis.sweep_runs import SweepOptions, run_sweep
     from mlx_moe.analysis.sweeps import expand, load_sweep
+    from mlx_moe.presets import as_overrides
     from mlx_moe.training.stopping import TrainingStopped
 
-    source = [] if data is None else [f"data.source={json.dumps(data)}"]
+    source = [] if data is None else as_overrides({"data.source": data})
     loaded = load_sweep(file)
     planned = expand(loaded, [*source, *(override or [])])
     if dry_run:
@@ -122,16 +123,15 @@ def describe(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("DATA.md"),
 ) -> None:
     """Write DATA.md: source, licence, documents, tokens, bytes per token, hashes."""
+    from mlx_moe.analysis.writing import writing
     from mlx_moe.data.describe import describe as describe_data
     from mlx_moe.data.tokens import prepare
-    from mlx_moe.presets import load_run
+    from mlx_moe.presets import as_overrides, load_run
 
     shortcuts = {"data.source": data, "data.tokenizer": tokenizer}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
+    overrides = as_overrides({key: value for key, value in shortcuts.items() if value is not None})
     run = load_run(preset, config, [*overrides, *(override or [])])
     text = describe_data(prepare(run.data, progress=typer.echo).provenance)
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}; name another file with --out") from None
+    with writing(out, way_out="name another file with --out") as partial:
+        partial.write_text(text, encoding="utf-8")
     typer.echo(f"wrote {out}")

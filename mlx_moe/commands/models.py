@@ -31,20 +31,17 @@ def upcycle(
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts that computes the same, unless noise or drop is asked for."""
     from mlx_moe.config import UpcyclePhaseConfig
-    from mlx_moe.transfer.upcycling import LOSSY_METHOD, ZERO_ROUTER_WARNING, plan_upcycling
+    from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING, plan_upcycling
     from mlx_moe.validation import validate
 
     options = {"n_experts": experts, "top_k": top_k, "router_init": router, "noise": noise, "drop": drop}
     moe = validate(UpcyclePhaseConfig, options)
-    is_lossy = bool(noise or drop)
     if router == "zero":
         typer.echo(f"warning: {ZERO_ROUTER_WARNING}", err=True)
     _transfer(
-        checkpoint, out, backend, device, allow_lossy or is_lossy,
+        checkpoint, out, backend, device, allow_lossy,
         lambda model: plan_upcycling(model, moe.moe, moe.router_init, moe.router_std, seed, noise, drop),
     )  # fmt: skip
-    if is_lossy:
-        typer.echo(LOSSY_METHOD)
 
 
 def grow(

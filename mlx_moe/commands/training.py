@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,6 +41,7 @@ def train(
     allow_lossy: AllowLossy = False,
 ) -> None:
     """Train: dense, upcycled to experts, grown; both boundaries proven lossless."""
+    from mlx_moe.presets import as_overrides
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.console import Console
     from mlx_moe.training.phases import Options, open_run
@@ -54,7 +54,7 @@ def train(
     shortcuts |= {"optimizer.transfer": optimizer_transfer}
     if steps is not None:
         shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
+    overrides = as_overrides({key: value for key, value in shortcuts.items() if value is not None})
     chosen = choose_backend(backend)
     if resume is not None and (preset or config or overrides or override or out):
         raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")

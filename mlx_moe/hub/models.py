@@ -24,6 +24,7 @@ from mlx_moe.training.boundary import random_probes, transfer_checkpoint
 from mlx_moe.training.checkpoint import Checkpoint, TrainerState
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.plan import Plan
+from mlx_moe.transfer.upcycling import LOSSY_METHOD
 
 PROBE_TOKENS = 64
 ORIGIN = "huggingface"  # stands for the backend where none of ours trained the weights
@@ -99,9 +100,10 @@ def _state(folder: Path, config: ModelConfig) -> TrainerState:
 def transfer_model(
     path: Path, out: Path, backend: Backend, device: str, allow_lossy: bool, plan: Callable[[ModelConfig], Plan]
 ) -> bool:
-    """Apply a plan to a model, certify and write it; whether it was written."""
+    """Apply a plan to a model, certify and write it; whether it was written. One that is lossy on purpose always is."""
     source = open_model(path)
     made = plan(source.config)
+    allow_lossy = allow_lossy or made.is_lossy
     console = Console()
     console.line(f"backend: {backend.reason}")
     limits = VerificationConfig()
@@ -115,4 +117,6 @@ def transfer_model(
         f"wrote {out}: {transfer.bytes_written / 1e9:.2f} GB in {transfer.seconds - transfer.seconds_certified:.1f} s, "
         f"certified in {transfer.seconds_certified:.1f} s"
     )
+    if made.is_lossy:
+        console.line(LOSSY_METHOD)
     return True

@@ -6,7 +6,8 @@ the `model` section leaves open.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +52,11 @@ def load_run(preset: str = "three-phase", file: Path | None = None, overrides: S
 def load_architecture(name: str, **overrides: Any) -> ModelConfig:
     """An architecture preset, with fields replaced."""
     return validate(ModelConfig, _read_preset("architectures", name) | overrides)
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """`key.path=value` for `load_run`."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def _read_preset(kind: Literal["architectures", "runs"], name: Any) -> dict[str, Any]:
