@@ -55,7 +55,7 @@ def main() -> None:
     config = ModelConfig(vocab_size=16, d_model=options.d_model, n_heads=1, d_ff=options.d_ff)
     x = mx.random.normal((1, options.tokens, options.d_model))
     functions = {
-        "dense FFN, K x the tokens": gradients(FFN(config), mx.repeat(x, options.top_k, axis=1)),
+        "dense FFN, K x the tokens": gradients(FFN(config, config.d_ff), mx.repeat(x, options.top_k, axis=1)),
         "ours": gradients(MoE(config, moe), x, lambda output: output[0]),
         "mlx-lm's SwitchMLP": gradients(MlxLm(config, moe), x),
         "the products alone": products(options.tokens * options.top_k, options.d_model, options.d_ff),

@@ -36,7 +36,7 @@ def main() -> None:
     for bias in (True, False):
         torch.manual_seed(0)
         config = ModelConfig(vocab_size=2, d_model=256, n_layers=1, n_heads=4, d_ff=1024, bias=bias)
-        moe, dense = MoE(config, MOE), FFN(config)
+        moe, dense = MoE(config, MOE), FFN(config, config.d_ff)
         for parameter in [*moe.parameters(), *dense.parameters()]:
             nn.init.normal_(parameter, std=0.02)
         moe, dense = moe.to(options.device), dense.to(options.device)

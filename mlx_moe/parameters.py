@@ -153,14 +153,14 @@ def _table(config: ModelConfig) -> Iterator[Parameter]:
         shape = (config.context_length, D)
         yield Parameter("embed_positions.weight", shape, (Axis.POSITION, Axis.RESIDUAL_WRITE), "normal")
     for layer in range(config.n_layers):
-        yield from _block(config, f"layers.{layer}.")
+        yield from _block(config, f"layers.{layer}.", layer in config.expert_layers)
     yield from _norm(config, "norm")
     if not config.weight_tying:
         yield Parameter("lm_head.weight", (V, D), (Axis.VOCAB, Axis.RESIDUAL_READ), "normal")
 
 
-def _block(config: ModelConfig, prefix: str) -> Iterator[Parameter]:
-    D, F = config.d_model, config.d_ff
+def _block(config: ModelConfig, prefix: str, has_experts: bool) -> Iterator[Parameter]:
+    D = config.d_model
     q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     yield from _norm(config, f"{prefix}input_layernorm")
     attention = f"{prefix}self_attn."
@@ -175,17 +175,23 @@ def _block(config: ModelConfig, prefix: str) -> Iterator[Parameter]:
             yield Parameter(f"{attention}{norm}.weight", (config.head_dim,), (Axis.HEAD_NORM,), "ones")
     yield from _linear(f"{attention}o_proj", (D, q_width), (Axis.RESIDUAL_WRITE, Axis.Q_HEADS_READ), o_bias)
     yield from _norm(config, f"{prefix}post_attention_layernorm")
-    experts: tuple[int, ...] = ()
     mlp = f"{prefix}mlp."
-    if config.moe:
-        experts = (config.moe.n_experts,)
-        axes = (Axis.EXPERT, Axis.RESIDUAL_READ)
-        yield Parameter(f"{mlp}router.weight", (*experts, D), axes, "normal")
-        mlp = f"{mlp}experts."
+    if config.moe is None or not has_experts:
+        yield from _ffn(config, mlp, config.d_ff)
+        return
+    experts = (config.moe.n_experts,)
+    yield Parameter(f"{mlp}router.weight", (*experts, D), (Axis.EXPERT, Axis.RESIDUAL_READ), "normal")
+    yield from _ffn(config, f"{mlp}experts.", config.expert_d_ff, experts)
+    if config.moe.shared_d_ff:
+        yield from _ffn(config, f"{mlp}shared_expert.", config.moe.shared_d_ff)
+
+
+def _ffn(config: ModelConfig, prefix: str, F: int, experts: tuple[int, ...] = ()) -> Iterator[Parameter]:
+    D = config.d_model
     for projection in FFN_INPUTS[config.ffn_type]:
         axes = (Axis.FFN_WRITE, Axis.RESIDUAL_READ)
-        yield from _linear(f"{mlp}{projection}", (F, D), axes, config.bias, experts)
-    yield from _linear(f"{mlp}down_proj", (D, F), (Axis.RESIDUAL_WRITE, Axis.FFN_READ), config.bias, experts)
+        yield from _linear(f"{prefix}{projection}", (F, D), axes, config.bias, experts)
+    yield from _linear(f"{prefix}down_proj", (D, F), (Axis.RESIDUAL_WRITE, Axis.FFN_READ), config.bias, experts)
 
 
 NORMS_WITH_BIAS = {"layernorm"}

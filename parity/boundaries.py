@@ -13,6 +13,7 @@ import numpy as np
 from mlx_moe.config import ModelConfig
 from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Tokens, Trainer
+from mlx_moe.transfer.experts import segments_of
 from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth
 from mlx_moe.transfer.plan import Plan, TensorPlan, apply
 from parity.gradients import Gradients, loss_and_gradients
@@ -42,19 +43,23 @@ class Claim:
 
 
 def upcycling_claims(plan: Plan, weights: Arrays, tokens_BT1: Tokens, seed: int) -> list[Claim]:
-    """Any experts compute the dense model; and their gradients sum to its own."""
+    """Any experts (of granular ones, any whole copies) compute the dense model; and their gradients sum to its own."""
     dense, upcycled = _in_float64(weights), apply(plan, _in_float64(weights))
     config, tokens_BT = _without_balance(plan.target_config), tokens_BT1[:, :-1]
+    assert config.moe is not None
     expected = Oracle(plan.source_config, dense)(tokens_BT).logits_BTV
     oracle, rng = Oracle(config, upcycled), np.random.default_rng(seed)
-    runs = [oracle(tokens_BT, random_experts(config, tokens_BT, rng)).logits_BTV for _ in range(FORCED_RUNS)]
+    parts = segments_of(plan.source_config, config.moe)
+    runs = [oracle(tokens_BT, random_experts(config, tokens_BT, rng, parts)).logits_BTV for _ in range(FORCED_RUNS)]
     _, before = loss_and_gradients(Oracle(plan.source_config, dense), tokens_BT1)
     _, after = loss_and_gradients(oracle, tokens_BT1)
-    summed = {name: after[name].sum(axis=0) if ".experts." in name else after[name] for name in after}
-    sources = {tensor.target: before[tensor.source] for tensor in plan.tensors if tensor.source is not None}
+    summed = {name: np.zeros_like(gradient) for name, gradient in before.items()}
+    for tensor in plan.tensors:
+        if tensor.source is not None:
+            summed[tensor.source] += _pulled_back(plan, tensor, after[tensor.target], before[tensor.source].shape)
     return [
         Claim("any experts compute the dense model", max(_relative(run, expected) for run in runs), EXACT),
-        _worst("the experts' first gradients sum to the dense model's", summed, sources),
+        _worst("the experts' first gradients sum to the dense model's", summed, before),
     ]
 
 
@@ -98,16 +103,19 @@ def execution_claim(plan: Plan, weights: Arrays, mlx: Trainer, torch: Trainer) -
 
 def forced_claim(dense: Trainer, upcycled: Trainer, tokens_BT: Tokens, limit: float, seed: int, backend: str) -> Claim:
     """A backend's own logits, with random experts against none."""
-    experts_LNK = random_experts(upcycled.config, tokens_BT, np.random.default_rng(seed))
+    assert upcycled.config.moe is not None
+    parts = segments_of(dense.config, upcycled.config.moe)
+    experts_LNK = random_experts(upcycled.config, tokens_BT, np.random.default_rng(seed), parts)
     difference = np.abs(upcycled.routed_logits(tokens_BT, experts_LNK).logits_BTV - dense.logits(tokens_BT)).max()
     return Claim(f"any experts compute the dense model, in {backend}", float(difference), limit)
 
 
-def random_experts(config: ModelConfig, tokens_BT: Tokens, rng: np.random.Generator) -> Array:
-    """(L, N, K) different experts for each token."""
+def random_experts(config: ModelConfig, tokens_BT: Tokens, rng: np.random.Generator, parts: int = 1) -> Array:
+    """(L, N, K) different experts for each token, in groups of `parts` that go together."""
     assert config.moe is not None
-    shape = (config.n_layers, tokens_BT.size, config.moe.n_experts)
-    return rng.random(shape).argsort(axis=-1)[..., : config.moe.top_k]
+    shape = (len(config.expert_layers), tokens_BT.size, config.moe.n_experts // parts)
+    groups_LNK = rng.random(shape).argsort(axis=-1)[..., : config.moe.top_k // parts]
+    return (parts * groups_LNK[..., None] + np.arange(parts)).reshape(*shape[:2], -1)
 
 
 def _gradient_claim(config: ModelConfig, target: ModelConfig, weights: Gradients, tokens_BT1: Tokens) -> Claim:
@@ -141,6 +149,18 @@ def _repeated(config: ModelConfig, embedding: TensorPlan, stream_BTD: Array) -> 
     plan = Plan(config, config, (replace(embedding, source="x"),))
     rows = apply(plan, {"x": stream_BTD.reshape(-1, stream_BTD.shape[-1])})[embedding.target]
     return rows.reshape(*stream_BTD.shape[:-1], -1)
+
+
+def _pulled_back(plan: Plan, tensor: TensorPlan, gradient: Array, shape: tuple[int, ...]) -> Array:
+    """What a target tensor's gradient adds to that of its source, by the chain rule."""
+    alone = replace(plan, tensors=(replace(tensor, source="x"),))
+    unscaled = replace(tensor, source="x", maps=tuple(replace(axis_map, scale=None) for axis_map in tensor.maps))
+    numbered = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
+    places = apply(replace(plan, tensors=(unscaled,)), {"x": numbered})
+    scales = apply(alone, {"x": np.ones(shape)})[tensor.target]
+    summed = np.zeros(shape)
+    np.add.at(summed.reshape(-1), places[tensor.target].astype(int), scales * gradient)
+    return summed
 
 
 def _in_float64(weights: Arrays) -> Gradients:

@@ -103,10 +103,13 @@ class _Backward:
     def _sublayer(self, name: str, dy_BTD: Array) -> Array:
         if name.endswith("self_attn"):
             return self._attention(name, dy_BTD)
-        if self._config.moe:
+        if int(name.split(".")[1]) in self._config.expert_layers:
             return self._moe(name, dy_BTD)
+        return self._ffn(name, dy_BTD)
+
+    def _ffn(self, name: str, dy: Array) -> Array:
         outputs = {part: self._calls[f"{name}.{part}"].output for part in self._projections()}
-        return self._hidden(name, dy_BTD, outputs, self._linear)
+        return self._hidden(name, dy, outputs, self._linear)
 
     def _linear(self, name: str, dy: Array) -> Array:
         tied = name == "lm_head" and self._config.weight_tying
@@ -189,6 +192,8 @@ class _Backward:
             tokens, places = np.nonzero(experts_NK == expert)
             dy = dy_ND[tokens] * gates_NK[tokens, places, None]
             np.add.at(dx_ND, tokens, self._expert(f"{name}.experts", expert, x_ND[tokens], dy))
+        if moe.shared_d_ff:
+            dx_ND += self._ffn(f"{name}.shared_expert", dy_ND)
         return dx_ND.reshape(dy_BTD.shape)
 
     def _expert(self, name: str, expert: int, x: Array, dy: Array) -> Array:

@@ -52,7 +52,7 @@ class Trace:
 
     logits_BTV: Array
     calls: dict[str, Call]
-    router_logits_LNE: Array  # without experts, L is 0
+    router_logits_LNE: Array  # L: the layers with experts
     experts_LNK: NDArray[np.int64]
 
 
@@ -73,7 +73,7 @@ class Oracle:
         self._calls = {}
         logits_BTV = self.module("lm_head", through(self.config, tokens_BT, self.module, experts_LNK))
         calls, self._calls = self._calls, {}
-        blocks = [f"layers.{layer}" for layer in range(self.config.n_layers)] if self.config.moe else []
+        blocks = [f"layers.{layer}" for layer in self.config.expert_layers]
         return Trace(
             logits_BTV=logits_BTV,
             calls=calls,
@@ -95,7 +95,10 @@ class Oracle:
         elif kind == "self_attn":
             output = self._attention(name, x)
         elif kind == "mlp":
-            output = self._moe(name, x, *forced) if self.config.moe else self._hidden(name, x, self.module)
+            has_experts = int(name.split(".")[1]) in self.config.expert_layers
+            output = self._moe(name, x, *forced) if has_experts else self._hidden(name, x, self.module)
+        elif kind == "shared_expert":
+            output = self._hidden(name, x, self.module)
         elif kind == "experts":
             output = self._experts(name, x, forced[0])
         elif kind == "lm_head" and self.config.weight_tying:
@@ -160,7 +163,10 @@ class Oracle:
             experts_NK = best_experts(logits_NE, self.config.moe.top_k)
         gates_NK = softmax(np.take_along_axis(logits_NE, experts_NK, axis=-1))
         y_NKD = self.module(f"{name}.experts", x_ND, experts_NK)
-        return (y_NKD * gates_NK[..., None]).sum(axis=1).reshape(x_BTD.shape)
+        y_ND = (y_NKD * gates_NK[..., None]).sum(axis=1)
+        if self.config.moe.shared_d_ff:
+            y_ND = y_ND + self.module(f"{name}.shared_expert", x_ND)
+        return y_ND.reshape(x_BTD.shape)
 
     def _experts(self, name: str, x_ND: Array, experts_NK: NDArray[np.int64]) -> Array:
         y_NKD = np.empty((*experts_NK.shape, x_ND.shape[-1]), self.dtype)
@@ -179,7 +185,9 @@ def through(
         x_BTD = x_BTD + module("embed_positions", np.arange(tokens_BT.shape[1]))
     for layer in range(config.n_layers):
         block = f"layers.{layer}"
-        forced = () if experts_LNK is None or not config.moe else (experts_LNK[layer],)
+        forced: tuple[Array, ...] = ()
+        if experts_LNK is not None and layer in config.expert_layers:
+            forced = (experts_LNK[config.expert_layers.index(layer)],)
         for sublayer, norm, extra in (
             ("self_attn", "input_layernorm", ()),
             ("mlp", "post_attention_layernorm", forced),

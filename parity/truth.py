@@ -161,8 +161,8 @@ class Truth:
     def _rounded(self, name: str, call: Call) -> tuple[Array, ...]:
         """The truth's inputs as a backend can take them; a MoE with the truth's routes."""
         inputs = call.inputs
-        if self.config.moe and name.endswith(".mlp"):
-            inputs = (inputs[0], self.experts_LNK[int(name.split(".")[1])])
+        if name.endswith(".mlp") and (layer := int(name.split(".")[1])) in self.config.expert_layers:
+            inputs = (inputs[0], self.experts_LNK[self.config.expert_layers.index(layer)])
         return tuple(array if array.dtype.kind == "i" else array.astype(np.float32) for array in inputs)
 
 

@@ -8,6 +8,7 @@ from mlx_moe.config import ModelConfig, RunConfig, UpcyclePhaseConfig, save
 from mlx_moe.errors import InputError
 from mlx_moe.presets import load_architecture, load_run, preset_names
 from mlx_moe.training.boundary import phase_model
+from mlx_moe.transfer.experts import experts_of
 from mlx_moe.validation import read_mapping, validate
 
 # position encoding, normalization, activation, FFN type, norm position
@@ -259,5 +260,6 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 def test_the_router_of_phase_2_is_named_apart_from_its_experts():
     phase = UpcyclePhaseConfig(n_experts=4, top_k=1)
-    assert (phase.moe.n_experts, phase.moe.top_k) == (4, 1)
-    assert not hasattr(phase.moe, "router_std")
+    moe = experts_of(ModelConfig(), phase)
+    assert (moe.n_experts, moe.top_k) == (4, 1)
+    assert not hasattr(moe, "router_std")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mlx_moe.config import ModelConfig, MoEConfig
 from mlx_moe.parameters import FFN_INPUTS
-from torch_ref.layers import ACTIVATIONS, FFN_TYPES
+from torch_ref.layers import ACTIVATIONS, FFN, FFN_TYPES
 
 
 class Routing(NamedTuple):
@@ -121,7 +121,7 @@ class _ExpertProducts(torch.autograd.Function):
 class Experts(nn.Module):
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
-        n_experts, d_model, d_ff = moe.n_experts, config.d_model, config.d_ff
+        n_experts, d_model, d_ff = moe.n_experts, config.d_model, config.expert_d_ff
         for name in FFN_INPUTS[config.ffn_type]:
             self.add_module(name, ExpertLinear(n_experts, d_model, d_ff, config.bias))
         self.down_proj = ExpertLinear(n_experts, d_ff, d_model, config.bias)
@@ -163,12 +163,13 @@ def _gathered(x: Tensor, index_A: Tensor, inverse_A: Tensor) -> Tensor:
 
 
 class MoE(nn.Module):
-    """No token is dropped: every token goes through its K experts."""
+    """No token is dropped: every token goes through its K experts, and through a shared one where there is one."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
         self.router = nn.Linear(config.d_model, moe.n_experts, bias=False)
         self.experts = Experts(config, moe)
+        self.shared_expert = FFN(config, moe.shared_d_ff) if moe.shared_d_ff else None
         self._top_k = moe.top_k
 
     def forward(self, x_BTD: Tensor, experts_NK: Tensor | None = None) -> tuple[Tensor, Routing]:
@@ -180,4 +181,6 @@ class MoE(nn.Module):
         gates_NK = gate(logits_NE, experts_NK)
         y_NKD = self.experts(x_ND, experts_NK)
         y_ND = (y_NKD * gates_NK[..., None].to(y_NKD.dtype)).sum(dim=1)
+        if self.shared_expert is not None:
+            y_ND = y_ND + self.shared_expert(x_ND)
         return y_ND.view(x_BTD.shape), Routing(logits_NE, experts_NK)

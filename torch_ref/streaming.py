@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from torch_ref.layers import Norm
 from torch_ref.moe import Routing
 from torch_ref.trainer import choose_device
 from torch_ref.transformer import Block
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class StreamedModel:
@@ -45,9 +49,10 @@ class StreamedModel:
         if self.config.position_encoding == "learned_absolute":
             embedded_BTD += self._weights["embed_positions.weight"][: tokens_BT.shape[1]]
         x_BTD, routings = torch.from_numpy(embedded_BTD).to(self._device), []
+        forced = {} if experts_LNK is None else dict(zip(self.config.expert_layers, experts_LNK, strict=True))
         for layer in range(self.config.n_layers):
-            experts_NK = None if experts_LNK is None else torch.from_numpy(experts_LNK[layer]).to(self._device)
-            x_BTD, routing = self._load(Block, f"layers.{layer}.")(x_BTD, None, experts_NK)
+            experts_NK = torch.from_numpy(forced[layer]).to(self._device) if layer in forced else None
+            x_BTD, routing = self._block(layer)(x_BTD, None, experts_NK)
             if routing is not None:
                 routings.append(routing)
         return self._load(Norm, "norm.")(x_BTD), routings
@@ -55,7 +60,10 @@ class StreamedModel:
     def _head(self) -> Tensor:
         return self._tensor("embed_tokens.weight" if self.config.weight_tying else "lm_head.weight")
 
-    def _load(self, kind: type[nn.Module], prefix: str) -> nn.Module:
+    def _block(self, layer: int) -> Block:
+        return self._load(partial(Block, layer=layer), f"layers.{layer}.")
+
+    def _load(self, kind: Callable[[ModelConfig], Module], prefix: str) -> Module:
         with torch.device("meta"):
             module = kind(self.config).eval()
         module.load_state_dict({name: self._tensor(prefix + name) for name in module.state_dict()}, assign=True)

@@ -163,7 +163,10 @@ class Trainer:
     @torch.no_grad()
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         self._model.eval()
-        forced = None if experts_LNK is None else list(torch.from_numpy(experts_LNK).to(self._torch_device))
+        forced = {}
+        if experts_LNK is not None:
+            experts = torch.from_numpy(experts_LNK).to(self._torch_device)
+            forced = dict(zip(self.config.expert_layers, experts, strict=True))
         logits_BTV, routings = self._model(self._tensor(tokens_BT), experts=forced)
         router_logits_LNE = [routing.logits_NE.cpu().numpy() for routing in routings]
         chosen_LNK = [routing.experts_NK.cpu().numpy() for routing in routings]
@@ -243,8 +246,10 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
     if plan.source is None:
         return torch.from_numpy(plan.fresh())
     if plan.draw is not None:
-        return torch.from_numpy(plan.draw.experts(source[plan.source].cpu().numpy()))
-    tensor = source[plan.source][None] if plan.new_axis else source[plan.source]
+        return torch.from_numpy(plan.drawn(source[plan.source].cpu().numpy()))
+    tensor = source[plan.source]
+    if plan.new_axis:
+        tensor = tensor.unflatten(plan.cut_axis, (plan.n_parts, -1)).movedim(plan.cut_axis, 0)
     if plan.pad is not None:
         rows = torch.tensor(plan.pad.rows(tensor.cpu().numpy()), device=tensor.device)
         tensor = torch.cat([tensor, rows], dim=plan.pad.axis)

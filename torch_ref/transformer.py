@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,12 +16,13 @@ from torch_ref.moe import MoE, Routing
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = Norm(config)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = Norm(config)
-        self.mlp = MoE(config, config.moe) if config.moe else FFN(config)
+        has_experts = layer in config.expert_layers
+        self.mlp = MoE(config, config.moe) if config.moe and has_experts else FFN(config, config.d_ff)
         self.dropout = nn.Dropout(config.dropout)
         self._pre_norm = config.norm_position == "pre"
 
@@ -30,13 +33,26 @@ class Block(nn.Module):
         experts_NK: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Routing | None]:
+        return self.feed_forward(self.attend(x_BTD, cache, dtype), experts_NK, dtype)
+
+    def attend(self, x_BTD: Tensor, cache: KVCache | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The residual stream after attention."""
         if self._pre_norm:
-            x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD).to(dtype), cache))
-            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD).to(dtype), experts_NK)
-            return x_BTD + self.dropout(y_BTD), routing
-        x_BTD = self.input_layernorm(x_BTD + self.dropout(self.self_attn(x_BTD.to(dtype), cache)))
-        y_BTD, routing = self._feed_forward(x_BTD.to(dtype), experts_NK)
-        return self.post_attention_layernorm(x_BTD + self.dropout(y_BTD)), routing
+            return x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD).to(dtype), cache))
+        after: Tensor = self.input_layernorm(x_BTD + self.dropout(self.self_attn(x_BTD.to(dtype), cache)))
+        return after
+
+    def ffn_input(self, x_BTD: Tensor) -> Tensor:
+        """What the FFN, or the router, reads of the residual stream after attention."""
+        return self.post_attention_layernorm(x_BTD) if self._pre_norm else x_BTD
+
+    def feed_forward(
+        self, x_BTD: Tensor, experts_NK: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Routing | None]:
+        """The residual stream after the block, from that after attention."""
+        y_BTD, routing = self._feed_forward(self.ffn_input(x_BTD).to(dtype), experts_NK)
+        x_BTD = x_BTD + self.dropout(y_BTD)
+        return x_BTD if self._pre_norm else self.post_attention_layernorm(x_BTD), routing
 
     def _feed_forward(self, x_BTD: Tensor, experts_NK: Tensor | None) -> tuple[Tensor, Routing | None]:
         return self.mlp(x_BTD, experts_NK) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), None)
@@ -48,7 +64,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.position_encoding == "learned_absolute"
         self.embed_positions = nn.Embedding(config.context_length, config.d_model) if learned else None
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
+        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layers)])
         self.norm = Norm(config)
         self.lm_head = None if config.weight_tying else Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -58,14 +74,14 @@ class Transformer(nn.Module):
         self,
         tokens_BT: Tensor,
         cache: list[KVCache] | None = None,
-        experts: list[Tensor] | None = None,
+        experts: Mapping[int, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         hidden_only: bool = False,
     ) -> tuple[Tensor, list[Routing]]:
         """Returns (logits (B, T, V) in `dtype`, the routing of every MoE layer).
 
-        With a cache, tokens continue what it holds. `experts` forces every layer's choices. Matrix products take and
-        give `dtype`; the residual stream, norms and routers stay in float32. `hidden_only` leaves the head out:
+        With a cache, tokens continue what it holds. `experts` forces the choices of these layers. Matrix products take
+        and give `dtype`; the residual stream, norms and routers stay in float32. `hidden_only` leaves the head out:
         the first result is then what it would read, (B, T, D).
         """
         x_BTD = self.embed_tokens(tokens_BT)
@@ -79,7 +95,8 @@ class Transformer(nn.Module):
             if self.activation_checkpointing and self.training:
                 x_BTD, routing = checkpoint(layer, x_BTD, dtype=dtype, use_reentrant=False)
             else:
-                x_BTD, routing = layer(x_BTD, cache[i] if cache else None, experts[i] if experts else None, dtype)
+                forced_NK = experts.get(i) if experts else None
+                x_BTD, routing = layer(x_BTD, cache[i] if cache else None, forced_NK, dtype)
             if routing is not None:
                 routings.append(routing)
         x_BTD = self.norm(x_BTD).to(dtype)

@@ -3,7 +3,8 @@
 A product of (m, k) with (k, n) is 2·m·n·k operations. Attention is counted over all T × T pairs, as PyTorch's flop
 counter does and as unfused kernels compute it; a kernel that skips what the causal mask hides does half of that.
 
-D model, Q query heads' width, G key-value heads' width, F ffn, E experts, K experts per token, T time, V vocabulary.
+D model, Q query heads' width, G key-value heads' width, F neurons that a token visits, E experts, K experts per token,
+T time, V vocabulary.
 """
 
 from __future__ import annotations
@@ -63,28 +64,34 @@ class Flops:
 
 def flops_per_token(config: ModelConfig) -> Flops:
     """Operations for one token of a sequence of `context_length`."""
-    D, T, F = config.d_model, config.context_length, config.d_ff
+    D, T = config.d_model, config.context_length
     Q, G = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    ffns_per_token = config.moe.top_k if config.moe else 1
-    n_experts = config.moe.n_experts if config.moe else 0
+    n_mixtures, n_experts = len(config.expert_layers), config.moe.n_experts if config.moe else 0
+    n_dense = config.n_layers - n_mixtures
+    F, n_ffns, residual = n_dense * config.d_ff, n_dense, 2 * D * config.n_layers  # of all layers
+    if config.moe:
+        top_k, shared = config.moe.top_k, config.moe.shared_d_ff
+        F += n_mixtures * (top_k * config.expert_d_ff + shared)
+        n_ffns += n_mixtures * (top_k + (shared > 0))
+        residual += n_mixtures * (2 * top_k + (shared > 0)) * D  # gates weigh and sum the experts' outputs
     n_inputs = len(FFN_INPUTS[config.ffn_type])
 
     norms = (2 * config.n_layers + 1) * NORMALIZATION[config.normalization] * D
     rotations = ROTATION * (Q + G) if config.position_encoding == "rope" else 0
-    neurons = ffns_per_token * F * (ACTIVATION[config.activation] + (config.ffn_type == "swiglu"))
+    neurons = F * (ACTIVATION[config.activation] + (config.ffn_type == "swiglu"))
     head_norms = NORMALIZATION["rmsnorm"] * (Q + G) if config.qk_norm else 0
     biases = {"none": 0, "qkv": Q + 2 * G, "qkvo": Q + 2 * G + D}[config.attention_bias]
-    biases += ffns_per_token * (n_inputs * F + D) if config.bias else 0
-    softmaxes = SOFTMAX * (config.n_heads * T + n_experts)
-    residual = 2 * D + (2 * ffns_per_token * D if config.moe else 0)  # gates weigh and sum the experts' outputs
+    ffn_biases = n_inputs * F + n_ffns * D if config.bias else 0
+    softmaxes = SOFTMAX * (config.n_layers * config.n_heads * T + n_mixtures * n_experts)
     return Flops(
         projections=config.n_layers * 2 * D * (Q + 2 * G + Q),
         attention=config.n_layers * 2 * 2 * T * Q,
-        router=config.n_layers * 2 * D * n_experts,
-        ffn=config.n_layers * ffns_per_token * 2 * (n_inputs + 1) * D * F,
+        router=n_mixtures * 2 * D * n_experts,
+        ffn=2 * (n_inputs + 1) * D * F,
         head=2 * D * config.vocab_size,
         elementwise=norms
-        + config.n_layers * (head_norms + rotations + neurons + biases + softmaxes + residual)
+        + config.n_layers * (head_norms + rotations + biases)
+        + (neurons + ffn_biases + softmaxes + residual)
         + SOFTMAX * config.vocab_size,
     )
 

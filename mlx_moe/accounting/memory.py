@@ -4,8 +4,8 @@ A step has three moments that can be the largest: the loss, when everything for 
 logits are at work; the backward pass of the last block; the update, when all gradients are there. What each backend
 keeps was read off its operations and checked by measurement: `benchmarks/plan_memory.py`.
 
-N tokens of a micro-batch, T time, D model, Q query heads' width, G key-value heads' width, H heads, F ffn, E experts,
-R rows that go through an FFN (N, or the assignments to experts), V vocabulary, L layers.
+N tokens of a micro-batch, T time, D model, Q query heads' width, G key-value heads' width, H heads, F neurons of an
+FFN, E experts, R rows that go through an FFN (N, or the assignments to experts), V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -97,14 +97,17 @@ def step_memory(
     N = math.ceil(batch_size / engine.accumulation_steps) * config.context_length
     NV = N * config.vocab_size
 
-    block = _Block(config, N, half, backend, device)
+    n_mixtures = len(config.expert_layers)
+    kinds = {True: n_mixtures, False: config.n_layers - n_mixtures}
+    blocks = {kind: _Block(config, kind, N, half, backend, device) for kind, count in kinds.items() if count}
+    working = max(block.working for block in blocks.values())
     casts = half * sizes.matrices if is_half else 0  # the weights as the products read them
     kept = N * config.d_model * (FLOAT + half)  # the last norm's input and output
     if engine.activation_checkpointing:
         kept += config.n_layers * N * config.d_model * FLOAT
-        recomputed = block.kept + casts // config.n_layers
+        recomputed = max(block.kept for block in blocks.values()) + casts // config.n_layers
     else:
-        kept += config.n_layers * block.kept + casts
+        kept += sum(kinds[kind] * block.kept for kind, block in blocks.items()) + casts
         recomputed = 0
     held = weights + moments + (TORCH_RUNTIME if (backend, device) == ("torch", "cpu") else 0)
     summed = weights if engine.accumulation_steps > 1 else 0  # the gradients of the parts before this one
@@ -116,7 +119,7 @@ def step_memory(
         rounded = 0 if half == FLOAT else chunk + head
         logits = int(chunk * (half + FLOAT) + rounded * half + head * FLOAT + N * config.d_model * half)
         loss = kept + logits
-        backward = kept + recomputed + block.working + FLOAT * (sizes.block + config.vocab_size * config.d_model)
+        backward = kept + recomputed + working + FLOAT * (sizes.block + config.vocab_size * config.d_model)
         # The embedding's gradient is as large as the embedding, also where only the head's is added to it.
         update = weights + FLOAT * max(sizes.all) * (MUON_ARRAYS if optimizer.name == "muon" else 1)
     else:
@@ -124,8 +127,8 @@ def step_memory(
         logits = chunk * (MLX_LOGITS_ARRAYS[device][chunk < NV] * FLOAT + (half if half != FLOAT else 0))
         if chunk < NV:  # the head's gradient so far, and with the next chunk's; that of what it read
             logits += (2 * config.vocab_size * FLOAT + N * half) * config.d_model
-        loss = kept + logits + block.working
-        backward = kept + chunk * FLOAT + recomputed + block.working
+        loss = kept + logits + working
+        backward = kept + chunk * FLOAT + recomputed + working
         update = weights + max(summed, _mlx_updates(sizes, device))
     return StepMemory(
         weights=weights,
@@ -143,7 +146,7 @@ def step_memory(
 
 
 class _Sizes(NamedTuple):
-    """Numbers: of every parameter; of all matrices; of those that Muon trains; of all experts; of one block."""
+    """Numbers: of every parameter; of all matrices; of those that Muon trains; of all experts; of the largest block."""
 
     all: tuple[int, ...]
     matrices: int
@@ -161,21 +164,26 @@ def _sizes(config: ModelConfig) -> _Sizes:
         matrices=sum(size for parameter, size in sizes.items() if parameter.is_matrix),
         hidden_matrices=sum(size for parameter, size in sizes.items() if parameter.is_hidden_matrix),
         experts=sum(size for parameter, size in inside.items() if ".experts." in parameter.name),
-        block=sum(inside.values()) // config.n_layers,
+        block=max(
+            sum(size for parameter, size in inside.items() if parameter.name.startswith(f"layers.{layer}."))
+            for layer in range(config.n_layers)
+        ),
     )
 
 
 class _Block:
     """Bytes that one block keeps for the backward pass (`kept`), and that come on top while it runs (`working`)."""
 
-    def __init__(self, config: ModelConfig, N: int, half: int, backend: Backend, device: Device):
-        T, D, F, H = config.context_length, config.d_model, config.d_ff, config.n_heads
+    def __init__(self, config: ModelConfig, has_experts: bool, N: int, half: int, backend: Backend, device: Device):
+        T, D, H = config.context_length, config.d_model, config.n_heads
         Q, G = H * config.head_dim, config.n_kv_heads * config.head_dim
-        assignments = N * config.moe.top_k if config.moe else N
+        moe = config.moe if has_experts else None
+        assignments = N * moe.top_k if moe else N
         on_mlx_cpu = (backend, device) == ("mlx", "cpu")
         R = assignments
-        if config.moe and on_mlx_cpu:
-            R = (-(-assignments // MLX_BLOCK) + config.moe.n_experts) * MLX_BLOCK
+        if moe and on_mlx_cpu:
+            R = (-(-assignments // MLX_BLOCK) + moe.n_experts) * MLX_BLOCK
+        RF = R * config.expert_d_ff + N * moe.shared_d_ff if moe else R * config.d_ff
         gated = config.ffn_type == "swiglu"
         scores = N * H * T
 
@@ -187,11 +195,11 @@ class _Block:
         if config.qk_norm:  # what the norms of heads read, and the same
             norms += N * (Q + G) * FLOAT * (2 if device == "cpu" else 1)
         experts = 0
-        if config.moe:
+        if moe:
             gathered_and_scattered = 2 * (R if backend == "mlx" else assignments) * D * half
             router_input = N * D * FLOAT if half != FLOAT else 0
-            indices = 4 * assignments * 8 + 3 * N * config.moe.n_experts * FLOAT
-            one_hot = (len(FFN_INPUTS[config.ffn_type]) + 1) * assignments * config.moe.n_experts * half
+            indices = 4 * assignments * 8 + 3 * N * moe.n_experts * FLOAT
+            one_hot = (len(FFN_INPUTS[config.ffn_type]) + 1) * assignments * moe.n_experts * half
             experts = gathered_and_scattered + router_input + indices
             experts += one_hot if config.bias and backend == "torch" else 0
         dropout = 2 * N * D * (1 if (backend, device) == ("torch", "gpu") else FLOAT) if config.dropout else 0
@@ -202,14 +210,14 @@ class _Block:
             elif device == "cpu" and config.position_encoding == "rope":
                 attention += N * Q * half  # the output again, in the order that o_proj reads
             in_and_out = 1 if config.activation == "relu" else 2  # ReLU's gradient needs only its output
-            neurons = R * F * half * (in_and_out + (2 if gated else 0))
+            neurons = RF * half * (in_and_out + (2 if gated else 0))
             # Gradients of the neurons, of the experts' rows, and of the residual stream.
-            self.working = R * (F * (3 if gated else 2) + (2 * D if config.moe else 0)) * half + 3 * N * D * FLOAT
+            self.working = (RF * (3 if gated else 2) + (2 * R * D if moe else 0)) * half + 3 * N * D * FLOAT
         else:
             attention = N * (Q + 2 * G + Q) * half + scores * half
-            neurons = R * F * half * (MLX_KEPT_NEURONS[device][config.activation] + (2 if gated else 0))
+            neurons = RF * half * (MLX_KEPT_NEURONS[device][config.activation] + (2 if gated else 0))
             waiting_neurons = 3 if gated else MLX_WAITING_NEURONS[config.activation]
-            self.working = MLX_WAITING_RESIDUAL * N * D * FLOAT + waiting_neurons * R * F * half
+            self.working = MLX_WAITING_RESIDUAL * N * D * FLOAT + waiting_neurons * RF * half
             self.working += int(MLX_WAITING_SCORES * scores * half)
         self.kept = residual + products + norms + attention + neurons + experts + dropout
 

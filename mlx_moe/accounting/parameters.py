@@ -52,7 +52,7 @@ def non_embedding_parameters(config: ModelConfig) -> int:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count every tensor of the model; a token visits `top_k` of the `n_experts` in each layer."""
+    """Count every tensor of the model; a token visits `top_k` of the `n_experts` in each layer that has them."""
     total = inactive = 0
     idle_per_layer = config.moe.n_experts - config.moe.top_k if config.moe else 0
     for parameter in table(config):
@@ -60,7 +60,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         total += size
         if config.moe and Axis.EXPERT in parameter.axes and "experts" in parameter.name:
             inactive += size // config.moe.n_experts * idle_per_layer
-    return ParameterCount(total, total - inactive, idle_per_layer * config.n_layers)
+    return ParameterCount(total, total - inactive, idle_per_layer * len(config.expert_layers))
 
 
 def _part(name: str) -> str:

@@ -24,10 +24,10 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.line(f"{report['tokens']:,} tokens of the validation split. {SUMMARY_LEGEND}")
     last = report["checkpoints"][-1]
     console.title(f"Layer.expert, load, tokens by lift: phase {last['phase']}, step {last['step']}")
-    for layer, figures in enumerate(last["layers"]):
+    for figures in last["layers"]:
         for expert, (load, tokens) in enumerate(zip(figures["load"], figures["tokens"], strict=True)):
             taken = "  ".join(f"{token['text']!r} {token['lift']:.1f}" for token in tokens[:TOKENS_IN_TABLE])
-            console.line(f"{layer}.{expert:<3} {load * len(figures['load']):.2f}  {taken}")
+            console.line(f"{figures['layer']}.{expert:<3} {load * len(figures['load']):.2f}  {taken}")
 
 
 def summary(one: dict[str, Any]) -> list[str]:

@@ -72,10 +72,10 @@ def report_experts(path: Path, out: Path, backend: Backend, device: str, n_seque
 def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict[str, Any]:
     """The experts in every checkpoint of a run that has them, on tokens that it never trained on.
 
-    Per checkpoint and layer: `load` (E,), each expert's share of the assignments; `entropy` of the router, nats;
-    `together` (E, E), the share of tokens that choose both, on the diagonal either one; `distance` (E, E), see
-    `weight_distances`; `dead` experts, which no token chooses; `twins`, pairs nearer than TWIN_DISTANCE; `tokens`, of
-    each expert those with the highest lift; and in phase 3 `clones`, see `clone_figures`.
+    Per checkpoint and `layer` with experts: `load` (E,), each expert's share of the assignments; `entropy` of the
+    router, nats; `together` (E, E), the share of tokens that choose both, on the diagonal either one; `distance`
+    (E, E), see `weight_distances`; `dead` experts, which no token chooses; `twins`, pairs nearer than TWIN_DISTANCE;
+    `tokens`, of each expert those with the highest lift; and in phase 3 `clones`, see `clone_figures`.
 
     Raises InputError where the run has no such checkpoint, or its data cannot be had.
     """
@@ -191,8 +191,8 @@ def clone_figures(
         [array.reshape(*array.shape[:2], -1) for name, array in _experts(weights, layer).items() if "down" not in name],
         axis=2,
     )
-    copies = np.arange(before.d_ff, after.d_ff)
-    originals_EFX, copies_EFX = incoming_EFX[:, copies % before.d_ff], incoming_EFX[:, copies]
+    copies = np.arange(before.expert_d_ff, after.expert_d_ff)
+    originals_EFX, copies_EFX = incoming_EFX[:, copies % before.expert_d_ff], incoming_EFX[:, copies]
     norms_EF = np.linalg.norm(originals_EFX, axis=2) + np.linalg.norm(copies_EFX, axis=2)
     distances_EF = 2 * np.linalg.norm(copies_EFX - originals_EFX, axis=2) / np.maximum(norms_EF, 1e-30)
     figures: dict[str, Any] = {"neurons": copies.size * len(incoming_EFX)}
@@ -204,18 +204,20 @@ def clone_figures(
     sources = layer_sources(before.n_layers, after.n_layers)
     original = sources.index(sources[layer])
     if original != layer:
-        pairs_NKK = routes.experts_LNK[layer][:, :, None] == routes.experts_LNK[original][:, None, :]
+        place, copied = (after.expert_layers.index(each) for each in (layer, original))
+        pairs_NKK = routes.experts_LNK[place][:, :, None] == routes.experts_LNK[copied][:, None, :]
         figures |= {"copy_of": original, "same_experts": float(pairs_NKK.any(axis=2).mean())}
     return figures
 
 
 def _layers(run: RunConfig, loaded: Checkpoint, routes: Routes, texts: list[str]) -> Iterator[dict[str, Any]]:
-    for layer, experts_NK in enumerate(routes.experts_LNK):
-        router_logits_NE = routes.router_logits_LNE[layer]
+    for place, layer in enumerate(loaded.config.expert_layers):
+        experts_NK, router_logits_NE = routes.experts_LNK[place], routes.router_logits_LNE[place]
         chosen_NE = chosen(experts_NK, router_logits_NE.shape[1])
         load_E = chosen_NE.mean(axis=0) / experts_NK.shape[1]
         distances_EE = weight_distances(list(_experts(loaded.weights, layer).values()))
         figures = {
+            "layer": layer,
             "load": load_E,
             "entropy": router_entropy(router_logits_NE),
             "together": chosen_NE.T @ chosen_NE / len(chosen_NE),

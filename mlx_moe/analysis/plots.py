@@ -119,14 +119,14 @@ def expert_load(record: Record) -> Figure | None:
     phases = [phase for phase in record.phases if phase.column("expert_load")]
     if not phases:
         return None
-    figure = Figure(figsize=(7.2, 1.0 + 0.45 * max(phase.model.n_layers for phase in phases)))
+    figure = Figure(figsize=(7.2, 1.0 + 0.45 * max(len(phase.model.expert_layers) for phase in phases)))
     columns = figure.subfigures(1, len(phases), squeeze=False, width_ratios=[phase.steps + 1 for phase in phases])[0]
     for phase, column in zip(phases, columns, strict=True):
         loads = phase.column("expert_load")
         load_LES = np.array([load for _, load in loads]).transpose(1, 2, 0)
         edges = _edges([row["step"] for row, _ in loads])
         layers = np.atleast_1d(column.subplots(len(load_LES), 1, sharex=True))
-        for layer, (axes, load_ES) in enumerate(zip(layers, load_LES, strict=True)):
+        for layer, axes, load_ES in zip(phase.model.expert_layers, layers, load_LES, strict=True):
             n_experts = len(load_ES)
             mesh = axes.pcolormesh(
                 edges, np.arange(n_experts + 1), n_experts * load_ES,

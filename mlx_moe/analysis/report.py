@@ -228,7 +228,12 @@ def _loads(phase: PhaseRecord) -> Row:
     load_SLE = np.array([load for _, load in loads])
     relative_BLE = load_SLE.shape[2] * np.array([load_SLE[rows].mean(axis=0) for rows in bins])
     steps = [loads[rows[-1]][0]["step"] for rows in bins]
-    return {"phase": phase.name, "steps": steps, "layers": np.round(relative_BLE.transpose(1, 2, 0), 2).tolist()}
+    return {
+        "phase": phase.name,
+        "steps": steps,
+        "numbers": phase.model.expert_layers,
+        "layers": np.round(relative_BLE.transpose(1, 2, 0), 2).tolist(),
+    }
 
 
 def _shown(checkpoints: list[Row]) -> list[Row]:

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 def upcycle(
     checkpoint: CheckpointArgument,
     out: OutArgument,
-    experts: Annotated[int, typer.Option(min=1, help="Experts in every layer.")] = 8,
-    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
+    experts: Annotated[int, typer.Option(min=1, help="Copies of the FFN in a layer.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Copies that a token visits.")] = 2,
+    every: Annotated[int, typer.Option(min=1, help="Experts in every n-th layer only.")] = 1,
+    granularity: Annotated[int, typer.Option(min=1, help="Cut every copy into so many experts.")] = 1,
+    shared: Annotated[bool, typer.Option("--shared", help="One more copy, for every token.")] = False,
     router: Annotated[str, typer.Option(help="random or zero.")] = "random",
     noise: Annotated[float, typer.Option(help="On each expert, relative to a tensor's std; lossy.")] = 0.0,
     drop: Annotated[float, typer.Option(help="Share of its neurons that each expert draws anew; lossy.")] = 0.0,
@@ -31,17 +34,14 @@ def upcycle(
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts that computes the same, unless noise or drop is asked for."""
     from mlx_moe.config import UpcyclePhaseConfig
-    from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING, plan_upcycling
+    from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING, plan_phase
     from mlx_moe.validation import validate
 
-    options = {"n_experts": experts, "top_k": top_k, "router_init": router, "noise": noise, "drop": drop}
-    moe = validate(UpcyclePhaseConfig, options)
+    options = {"n_experts": experts, "top_k": top_k, "every": every, "granularity": granularity, "shared": shared}
+    phase = validate(UpcyclePhaseConfig, options | {"router_init": router, "noise": noise, "drop": drop})
     if router == "zero":
         typer.echo(f"warning: {ZERO_ROUTER_WARNING}", err=True)
-    _transfer(
-        checkpoint, out, backend, device, allow_lossy,
-        lambda model: plan_upcycling(model, moe.moe, moe.router_init, moe.router_std, seed, noise, drop),
-    )  # fmt: skip
+    _transfer(checkpoint, out, backend, device, allow_lossy, lambda model: plan_phase(model, phase, seed))
 
 
 def grow(

@@ -30,8 +30,10 @@ CLASSES = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
+GRANITES = ("granitemoe", "granitemoehybrid")
 SWITCHED_WINDOWS = {"qwen2", "qwen3", "qwen3_moe"}  # their sliding window counts only where use_sliding_window says so
 
 
@@ -57,7 +59,7 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
 def _llama(keys: Keys, family: str) -> dict[str, Any]:
     """Llama and its kin. What is left out has transformers' value for the family."""
     d_model, n_heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
-    n_kv_heads = keys.take("num_key_value_heads", None if family in ("llama", "granitemoe") else REQUIRED)
+    n_kv_heads = keys.take("num_key_value_heads", None if family in ("llama", *GRANITES) else REQUIRED)
     head_dim = keys.take("head_dim", 128 if family == "qwen3" else None)
     fields = {
         "vocab_size": keys.whole("vocab_size"),
@@ -76,10 +78,12 @@ def _llama(keys: Keys, family: str) -> dict[str, Any]:
     fields |= read_rope(keys, 1e6 if family == "mixtral" else 10_000.0)
     fields |= {"n_kv_heads": n_kv_heads} if n_kv_heads is not None else {}
     fields |= {"head_dim": head_dim} if head_dim is not None else {}
+    if family == "granitemoehybrid":
+        _refuse_mamba(keys, fields["n_layers"])
     _refuse_windows(keys, family, fields["context_length"], fields["n_layers"])
-    if family == "granitemoe":
+    if family in GRANITES:
         _refuse_multipliers(keys, max(1, d_model // n_heads))
-    return fields | _biases(keys, family) | _feed_forward(keys, family)
+    return fields | _biases(keys, family) | _feed_forward(keys, family, fields["n_layers"])
 
 
 def _biases(keys: Keys, family: str) -> dict[str, Any]:
@@ -91,21 +95,34 @@ def _biases(keys: Keys, family: str) -> dict[str, Any]:
     return {"bias": mlp, "attention_bias": "qkvo" if attention else "none"}
 
 
-def _feed_forward(keys: Keys, family: str) -> dict[str, Any]:
+def _feed_forward(keys: Keys, family: str, n_layers: int) -> dict[str, Any]:
     if family == "qwen3_moe":
-        keys.one_of("decoder_sparse_step", [1], 1)
-        keys.one_of("mlp_only_layers", [[], None], None)
-        keys.one_of("norm_topk_prob", [True], False)  # gates sum to 1
-        keys.take("intermediate_size", None)  # of the layers without experts, of which there are none
-        d_ff = keys.whole("moe_intermediate_size")
-        n_experts = keys.whole("num_experts" if "num_experts" in keys else "num_local_experts")
-        keys.one_of("num_local_experts", [n_experts], n_experts)
-    else:
-        d_ff = keys.whole("intermediate_size")
-        if family not in ("mixtral", "granitemoe"):
-            return {"d_ff": d_ff}
-        n_experts = keys.whole("num_local_experts")
-    return {"d_ff": d_ff, "moe": {"n_experts": n_experts, "top_k": keys.whole("num_experts_per_tok")}}
+        return _qwen3_experts(keys, n_layers)
+    d_ff = keys.whole("intermediate_size")
+    if family not in ("mixtral", *GRANITES):
+        return {"d_ff": d_ff}
+    moe = {"n_experts": keys.whole("num_local_experts"), "top_k": keys.whole("num_experts_per_tok")}
+    if family == "granitemoehybrid":
+        moe |= {"shared_d_ff": keys.whole("shared_intermediate_size")}
+    return {"d_ff": d_ff, "moe": moe}
+
+
+def _qwen3_experts(keys: Keys, n_layers: int) -> dict[str, Any]:
+    """`decoder_sparse_step` n says every n-th layer, from which `mlp_only_layers` are taken."""
+    keys.one_of("norm_topk_prob", [True], False)  # gates sum to 1
+    step, dense = keys.whole("decoder_sparse_step", 1), keys.take("mlp_only_layers", None) or []
+    layers = [layer for layer in range(n_layers) if (layer + 1) % step == 0 and layer not in dense]
+    if not layers:
+        keys.refuse(
+            "mlp_only_layers", dense, f"of {n_layers} layers, every {step}th of them, none is left with experts"
+        )
+    n_experts = keys.whole("num_experts" if "num_experts" in keys else "num_local_experts")
+    keys.one_of("num_local_experts", [n_experts], n_experts)
+    d_ff, d_ff_dense = keys.whole("moe_intermediate_size"), keys.take("intermediate_size", None)
+    moe = {"n_experts": n_experts, "top_k": keys.whole("num_experts_per_tok")}
+    if len(layers) == n_layers:
+        return {"d_ff": d_ff, "moe": moe}
+    return {"d_ff": d_ff_dense, "moe": moe | {"layers": layers, "d_ff": d_ff if d_ff != d_ff_dense else None}}
 
 
 def _refuse_windows(keys: Keys, family: str, context_length: int, n_layers: int) -> None:
@@ -134,6 +151,26 @@ def _refuse_windows(keys: Keys, family: str, context_length: int, n_layers: int)
             f"supported: none, or one that sees all of max_position_embeddings; lower that to {window} "
             "to use the model up to there",
         )  # fmt: skip
+
+
+def _refuse_mamba(keys: Keys, n_layers: int) -> None:
+    kinds, supported = keys.take("layer_types"), ("attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in supported for kind in kinds):
+        keys.refuse("layer_types", kinds, f"supported: {' or '.join(supported)} in each of {n_layers} layers")
+    keys.one_of("position_embedding_type", ["rope"], None)
+    for name in (
+        "n_heads",
+        "n_groups",
+        "d_state",
+        "d_head",
+        "d_conv",
+        "expand",
+        "chunk_size",
+        "conv_bias",
+        "proj_bias",
+    ):
+        keys.take(f"mamba_{name}", None)
+    keys.take("time_step_limit", None)
 
 
 def _refuse_multipliers(keys: Keys, head_dim: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_moe.accounting import count_parameters
+from mlx_moe.config import ModelConfig
 from mlx_moe.data.tokenizers import Tokenizer, copy_tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.hub import formats
@@ -66,8 +67,6 @@ def _held_as(source: Checkpoint, name: str) -> Checkpoint:
     """The same model as the format spells it: tensors that only the format knows are zeros."""
     config = formats.held_as(source.config, name)
     zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes(config).items() if name not in source.weights}
-    if not zeros:
-        return source
     names = [*source.weights, *zeros]
     weights = StoredWeights(names, lambda name: zeros[name] if name in zeros else source.weights[name])
     return replace(source, config=config, weights=weights)
@@ -76,9 +75,10 @@ def _held_as(source: Checkpoint, name: str) -> Checkpoint:
 def _read_back(source: Checkpoint, name: str, folder: Path) -> None:
     family, config = read_config(folder)
     # What no reader of the folder computes the logits from is not in it.
-    training = ("architecture", "dropout", "attention_backend", "moe")
-    ours, theirs = (model.model_dump(exclude=set(training)) for model in (source.config, config))
-    if ours != theirs or (source.config.moe and source.config.moe.top_k) != (config.moe and config.moe.top_k):
+    training: dict[str, Any] = dict.fromkeys(("architecture", "dropout", "attention_backend"), True)
+    training["moe"] = {"load_balance_coefficient", "z_loss_coefficient"}
+    ours, theirs = (model.model_dump(exclude=training) for model in (source.config, config))
+    if ours != theirs:
         raise InputError(f"{name} does not hold {source.path} as it is: {ours} became {theirs}; nothing was kept")
     for tensor, array in unpack(find(folder, open_tensors(folder), family, config), config).items():
         if not np.array_equal(array, source.weights[tensor]):
@@ -109,7 +109,7 @@ def _card(source: Checkpoint, name: str) -> str:
     loss = (
         "" if state.validation_loss is None else f"| validation loss | {state.validation_loss:.4f} nats per token |\n"
     )
-    experts = f"| experts | {config.moe.n_experts} per layer, {config.moe.top_k} per token |\n" if config.moe else ""
+    experts = f"| experts | {_experts(config)} |\n" if config.moe else ""
     lineage = f"| lineage | {', '.join(state.lineage)} |\n" if state.lineage else ""
     base_model = f"base_model: {state.lineage[0]}\n" if state.lineage and "/" in state.lineage[0] else ""
     return f"""---
@@ -139,6 +139,14 @@ from mlx_lm import load
 model, tokenizer = load("PATH")
 ```
 """
+
+
+def _experts(config: ModelConfig) -> str:
+    assert config.moe is not None
+    layers = len(config.expert_layers)
+    where = "per layer" if layers == config.n_layers else f"in each of {layers} of {config.n_layers} layers"
+    shared = ", and a shared one" if config.moe.shared_d_ff else ""
+    return f"{config.moe.n_experts} {where}, {config.moe.top_k} per token{shared}"
 
 
 def _write_json(values: dict[str, Any], file: Path) -> None:

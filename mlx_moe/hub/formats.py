@@ -7,10 +7,10 @@ from typing import Any
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
-from mlx_moe.hub.config_in import CLASSES, SWITCHED_WINDOWS
+from mlx_moe.hub.config_in import CLASSES, GRANITES, SWITCHED_WINDOWS
 from mlx_moe.hub.rope_keys import write_rope
 
-FORMATS = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "gpt2")
+FORMATS = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt2")
 
 
 def choose_format(config: ModelConfig, requested: str) -> str:
@@ -45,10 +45,19 @@ def obstacles(config: ModelConfig, name: str) -> list[str]:
 
 
 def held_as(config: ModelConfig, name: str) -> ModelConfig:
-    """The model as the format spells it: Granite's attention has all biases or none, so o_proj's become zeros."""
-    if name == "granitemoe" and config.attention_bias == "qkv":
-        return config.model_copy(update={"attention_bias": "qkvo"})
-    return config
+    """The model as the format spells it. Granite's attention has all biases or none, so o_proj's become zeros. Where
+    every layer has experts, no width but theirs is known.
+    """
+    if name in GRANITES and config.attention_bias == "qkv":
+        config = config.model_copy(update={"attention_bias": "qkvo"})
+    if config.moe is None:
+        return config
+    everywhere, width = len(config.expert_layers) == config.n_layers, config.expert_d_ff
+    if everywhere:
+        moe = config.moe.model_copy(update={"d_ff": None, "layers": None})
+        return config.model_copy(update={"d_ff": width, "moe": moe})
+    moe = config.moe.model_copy(update={"d_ff": None if width == config.d_ff else width})
+    return config.model_copy(update={"moe": moe})
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ class _Format:
     bias: tuple[bool, ...] = (False,)
     any_head_dim: bool = False
     rope_scaling: bool = True
+    dense_layers: bool = False  # beside those with experts
+    shared_expert: bool = False
 
 
 LLAMAS = {
@@ -68,13 +79,15 @@ LLAMAS = {
     "qwen2": _Format(False, False, ("qkv",)),
     "qwen3": _Format(False, True, ("none",), any_head_dim=True),
     "mixtral": _Format(True, False, ("none",), rope_scaling=False),
-    "qwen3_moe": _Format(True, True, ("none",), any_head_dim=True, rope_scaling=False),
+    "qwen3_moe": _Format(True, True, ("none",), any_head_dim=True, rope_scaling=False, dense_layers=True),
     "granitemoe": _Format(True, False, ("none", "qkv", "qkvo")),
+    "granitemoehybrid": _Format(True, False, ("none", "qkv", "qkvo"), rope_scaling=False, shared_expert=True),
 }
 
 
 def _llama_checks(config: ModelConfig, name: str) -> list[tuple[bool, str]]:
     form, head_dim = LLAMAS[name], config.d_model // config.n_heads
+    n_mixtures, has_shared = len(config.expert_layers), config.moe is not None and config.moe.shared_d_ff > 0
     return [
         (config.normalization == "rmsnorm", f"normalization {config.normalization} (only rmsnorm)"),
         (config.norm_position == "pre", "norm_position post (only pre)"),
@@ -82,6 +95,9 @@ def _llama_checks(config: ModelConfig, name: str) -> list[tuple[bool, str]]:
         (config.activation == "silu", f"activation {config.activation} (mlx-lm: only silu)"),
         (config.position_encoding == "rope", f"position_encoding {config.position_encoding} (only rope)"),
         ((config.moe is not None) == form.experts, "a model without experts" if form.experts else "experts"),
+        (form.dense_layers or n_mixtures in (0, config.n_layers), "dense layers beside those with experts"),
+        (not has_shared or form.shared_expert, "a shared expert"),
+        (has_shared or not form.shared_expert or not config.moe, "a model without a shared expert"),
         (config.qk_norm == form.qk_norm, "a model without qk_norm" if form.qk_norm else "qk_norm"),
         (config.bias in form.bias, "biases"),
         (
@@ -163,7 +179,7 @@ def to_json(config: ModelConfig, name: str, special_tokens: dict[str, int | None
         values |= {"head_dim": config.head_dim}
     if name == "llama":
         values |= {"mlp_bias": config.bias}
-    if name in ("llama", "qwen3", "qwen3_moe", "granitemoe"):
+    if name in ("llama", "qwen3", "qwen3_moe", *GRANITES):
         values |= {"attention_bias": config.attention_bias != "none"}
     if name in SWITCHED_WINDOWS:
         values |= {"use_sliding_window": False}
@@ -175,13 +191,20 @@ def to_json(config: ModelConfig, name: str, special_tokens: dict[str, int | None
     if name == "qwen3_moe":
         return values | {
             "num_experts": config.moe.n_experts,
-            "moe_intermediate_size": config.d_ff,
+            "moe_intermediate_size": config.expert_d_ff,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
+            "mlp_only_layers": [layer for layer in range(config.n_layers) if layer not in config.expert_layers],
             "norm_topk_prob": True,
         }
     values |= {"num_local_experts": config.moe.n_experts}
-    if name == "granitemoe":
+    if name == "granitemoehybrid":
+        values |= {
+            "shared_intermediate_size": config.moe.shared_d_ff,
+            "layer_types": ["attention"] * config.n_layers,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 1,  # of no layer; transformers asks that they divide twice the width
+        }
+    if name in GRANITES:
         values |= dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
         values |= {"attention_multiplier": config.head_dim**-0.5}
     return values

@@ -15,13 +15,18 @@ from mlx_moe.errors import InputError
 from mlx_moe.parameters import Weights, shapes, table
 from mlx_moe.tensor_files import DTYPES, StoredTensor, StoredWeights
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "gpt2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt2")
 PREFIXES = {family: "" if family == "gpt2" else "model." for family in FAMILIES}  # as mlx-lm reads them
 ALSO_WITH = {"gpt2": "transformer."}  # what transformers writes
 # Not learned: computed once more by whoever reads the model.
 DERIVED = re.compile(r"(.*\.)?(self_attn\.rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias)")
 
-# Our names in a block's `mlp`; {} is an expert, and Granite's holds the up projections after the gates.
+GRANITE = {
+    "router": "block_sparse_moe.router.layer",
+    "experts.gate_proj": "block_sparse_moe.input_linear",
+    "experts.down_proj": "block_sparse_moe.output_linear",
+}
+# Our names in a block's mixture; {} is an expert, and Granite's hold the up projections after the gates.
 EXPERTS = {
     "mixtral": {
         "router": "block_sparse_moe.gate",
@@ -35,11 +40,9 @@ EXPERTS = {
         "experts.up_proj": "mlp.experts.{}.up_proj",
         "experts.down_proj": "mlp.experts.{}.down_proj",
     },
-    "granitemoe": {
-        "router": "block_sparse_moe.router.layer",
-        "experts.gate_proj": "block_sparse_moe.input_linear",
-        "experts.down_proj": "block_sparse_moe.output_linear",
-    },
+    "granitemoe": GRANITE,
+    "granitemoehybrid": GRANITE
+    | {"shared_expert.gate_proj": "shared_mlp.input_linear", "shared_expert.down_proj": "shared_mlp.output_linear"},
 }
 GPT2_TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
 GPT2_BLOCK = {
@@ -93,8 +96,8 @@ def layout(family: str, config: ModelConfig) -> list[Holder]:
 def _llama(config: ModelConfig, name: str, family: str) -> Iterator[Holder]:
     """Our names are theirs, but for routers and experts."""
     prefix = "" if name == "lm_head.weight" else PREFIXES[family]
-    block, mlp, place = name.rpartition("mlp.")
-    if not mlp or config.moe is None:
+    block, _, place = name.rpartition("mlp.")
+    if config.moe is None or not place.startswith(("router.", "experts.", "shared_expert.")):
         yield Holder(prefix + name, (name,))
         return
     module = place.removesuffix(".weight")
@@ -102,8 +105,8 @@ def _llama(config: ModelConfig, name: str, family: str) -> Iterator[Holder]:
     if "{}" in theirs:
         for expert in range(config.moe.n_experts):
             yield Holder(theirs.format(expert), (name,), expert)
-    elif (family, module) == ("granitemoe", "experts.gate_proj"):
-        yield Holder(theirs, (name, name.replace("gate_proj", "up_proj")), axis=1)
+    elif "input_linear" in theirs:
+        yield Holder(theirs, (name, name.replace("gate_proj", "up_proj")), axis=int(module.startswith("experts.")))
     elif module in EXPERTS[family]:
         yield Holder(theirs, (name,))
 

@@ -74,11 +74,11 @@ class Norm(nn.Module):
 
 
 class FFN(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, d_ff: int):
         super().__init__()
         for name in FFN_INPUTS[config.ffn_type]:
-            self[name] = Linear(config.d_model, config.d_ff, config.bias)
-        self.down_proj = Linear(config.d_ff, config.d_model, config.bias)
+            self[name] = Linear(config.d_model, d_ff, config.bias)
+        self.down_proj = Linear(d_ff, config.d_model, config.bias)
         self._combine = FFN_TYPES[config.ffn_type]
         self._activate = ACTIVATIONS[config.activation]
 

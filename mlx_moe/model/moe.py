@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig, MoEConfig
 from mlx_moe.model.elementwise import on_cpu, widened, with_vjp
-from mlx_moe.model.layers import ACTIVATIONS, FFN_TYPES
+from mlx_moe.model.layers import ACTIVATIONS, FFN, FFN_TYPES
 from mlx_moe.parameters import FFN_INPUTS
 
 BLOCK = 64  # rows of one product; on CPU a row by itself is a matrix-vector product
@@ -85,7 +85,7 @@ class ExpertLinear(nn.Module):
 class Experts(nn.Module):
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
-        n_experts, d_model, d_ff = moe.n_experts, config.d_model, config.d_ff
+        n_experts, d_model, d_ff = moe.n_experts, config.d_model, config.expert_d_ff
         for name in FFN_INPUTS[config.ffn_type]:
             self[name] = ExpertLinear(n_experts, d_model, d_ff, config.bias)
         self.down_proj = ExpertLinear(n_experts, d_ff, d_model, config.bias)
@@ -103,12 +103,14 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """No token is dropped: every token goes through its K experts."""
+    """No token is dropped: every token goes through its K experts, and through a shared one where there is one."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
         self.router = nn.Linear(config.d_model, moe.n_experts, bias=False)
         self.experts = Experts(config, moe)
+        if moe.shared_d_ff:
+            self.shared_expert = FFN(config, moe.shared_d_ff)
         self._top_k = moe.top_k
 
     def __call__(self, x_BTD: mx.array, experts_NK: mx.array | None = None) -> tuple[mx.array, Routing]:
@@ -120,6 +122,8 @@ class MoE(nn.Module):
         gates_NK = gate(logits_NE, experts_NK)
         y_NKD = self.experts(x_ND, experts_NK)
         y_ND = (y_NKD * gates_NK[..., None].astype(y_NKD.dtype)).sum(axis=1)
+        if "shared_expert" in self:
+            y_ND = y_ND + self.shared_expert(x_ND)
         return y_ND.reshape(x_BTD.shape), Routing(logits_NE, experts_NK)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +19,8 @@ from mlx_moe.model.trainer import choose_device
 from mlx_moe.model.transformer import Block
 from mlx_moe.parameters import Weights
 from mlx_moe.training.backend import Logits, RoutedLogits, Tokens
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class StreamedModel:
@@ -46,9 +50,10 @@ class StreamedModel:
         if self.config.position_encoding == "learned_absolute":
             embedded_BTD += self._weights["embed_positions.weight"][: tokens_BT.shape[1]]
         x_BTD, routings = mx.array(embedded_BTD), []
+        forced = {} if experts_LNK is None else dict(zip(self.config.expert_layers, experts_LNK, strict=True))
         for layer in range(self.config.n_layers):
-            experts_NK = None if experts_LNK is None else mx.array(experts_LNK[layer], mx.int32)
-            x_BTD, routing = self._load(Block, f"layers.{layer}.")(x_BTD, None, experts_NK)
+            experts_NK = mx.array(forced[layer], mx.int32) if layer in forced else None
+            x_BTD, routing = self._block(layer)(x_BTD, None, experts_NK)
             if routing is not None:
                 routings.append(routing)
             mx.eval(x_BTD, routings)
@@ -58,9 +63,13 @@ class StreamedModel:
     def _head(self) -> mx.array:
         return self._tensor("embed_tokens.weight" if self.config.weight_tying else "lm_head.weight")
 
-    def _load(self, kind: type[nn.Module], prefix: str) -> nn.Module:
-        module = kind(self.config).eval()
+    def _block(self, layer: int) -> Block:
+        return self._load(partial(Block, layer=layer), f"layers.{layer}.")
+
+    def _load(self, kind: Callable[[ModelConfig], Module], prefix: str) -> Module:
+        module = kind(self.config)
         module.load_weights([(name, self._tensor(prefix + name)) for name, _ in tree_flatten(module.parameters())])
+        module.eval()
         return module
 
     def _tensor(self, name: str) -> mx.array:

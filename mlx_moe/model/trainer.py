@@ -129,7 +129,9 @@ class Trainer:
 
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         self._model.eval()
-        forced = None if experts_LNK is None else [mx.array(experts_NK, mx.int32) for experts_NK in experts_LNK]
+        forced = {}
+        if experts_LNK is not None:
+            forced = dict(zip(self.config.expert_layers, mx.array(experts_LNK, mx.int32), strict=True))
         logits_BTV, routings = self._model(mx.array(tokens_BT), experts=forced)
         router_logits_LNE = [np.array(routing.logits_NE) for routing in routings]
         chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
@@ -199,8 +201,10 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
     if plan.source is None:
         return mx.array(plan.fresh())
     if plan.draw is not None:
-        return mx.array(plan.draw.experts(np.array(source[plan.source])))
-    array = source[plan.source][None] if plan.new_axis else source[plan.source]
+        return mx.array(plan.drawn(np.array(source[plan.source])))
+    array = source[plan.source]
+    if plan.new_axis:
+        array = mx.moveaxis(mx.unflatten(array, plan.cut_axis, (plan.n_parts, -1)), plan.cut_axis, 0)
     if plan.pad is not None:
         array = mx.concatenate([array, mx.array(plan.pad.rows(np.array(array)))], axis=plan.pad.axis)
     for axis_map in plan.maps:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -17,12 +17,13 @@ from mlx_moe.model.moe import MoE, Routing
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = Norm(config)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = Norm(config)
-        self.mlp = MoE(config, config.moe) if config.moe else FFN(config)
+        has_experts = layer in config.expert_layers
+        self.mlp = MoE(config, config.moe) if config.moe and has_experts else FFN(config, config.d_ff)
         self._dropout = config.dropout
         self._pre_norm = config.norm_position == "pre"
 
@@ -35,16 +36,40 @@ class Block(nn.Module):
         dropout_keys: Sequence[mx.array | None] = (None, None),
     ) -> tuple[mx.array, Routing | None]:
         key_attention, key_ffn = dropout_keys
+        x_BTD = self.attend(x_BTD, cache, dtype, key_attention)
+        return self.feed_forward(x_BTD, experts_NK, dtype, key_ffn)
+
+    def attend(
+        self,
+        x_BTD: mx.array,
+        cache: KVCache | None = None,
+        dtype: mx.Dtype = mx.float32,
+        dropout_key: mx.array | None = None,
+    ) -> mx.array:
+        """The residual stream after attention."""
         p = self._dropout if self.training else 0.0
         if self._pre_norm:
             y_BTD = self.self_attn(self.input_layernorm(x_BTD).astype(dtype), cache)
-            x_BTD = x_BTD + dropout(y_BTD, p, key_attention)
-            y_BTD, routing = self._feed_forward(self.post_attention_layernorm(x_BTD).astype(dtype), experts_NK)
-            return x_BTD + dropout(y_BTD, p, key_ffn), routing
+            return x_BTD + dropout(y_BTD, p, dropout_key)
         y_BTD = self.self_attn(x_BTD.astype(dtype), cache)
-        x_BTD = self.input_layernorm(x_BTD + dropout(y_BTD, p, key_attention))
-        y_BTD, routing = self._feed_forward(x_BTD.astype(dtype), experts_NK)
-        return self.post_attention_layernorm(x_BTD + dropout(y_BTD, p, key_ffn)), routing
+        return self.input_layernorm(x_BTD + dropout(y_BTD, p, dropout_key))
+
+    def ffn_input(self, x_BTD: mx.array) -> mx.array:
+        """What the FFN, or the router, reads of the residual stream after attention."""
+        return self.post_attention_layernorm(x_BTD) if self._pre_norm else x_BTD
+
+    def feed_forward(
+        self,
+        x_BTD: mx.array,
+        experts_NK: mx.array | None = None,
+        dtype: mx.Dtype = mx.float32,
+        dropout_key: mx.array | None = None,
+    ) -> tuple[mx.array, Routing | None]:
+        """The residual stream after the block, from that after attention."""
+        p = self._dropout if self.training else 0.0
+        y_BTD, routing = self._feed_forward(self.ffn_input(x_BTD).astype(dtype), experts_NK)
+        x_BTD = x_BTD + dropout(y_BTD, p, dropout_key)
+        return x_BTD if self._pre_norm else self.post_attention_layernorm(x_BTD), routing
 
     def _feed_forward(self, x_BTD: mx.array, experts_NK: mx.array | None) -> tuple[mx.array, Routing | None]:
         return self.mlp(x_BTD, experts_NK) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), None)
@@ -62,7 +87,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         if config.position_encoding == "learned_absolute":
             self.embed_positions = nn.Embedding(config.context_length, config.d_model)
-        self.layers = [Block(config) for _ in range(config.n_layers)]
+        self.layers = [Block(config, layer) for layer in range(config.n_layers)]
         self.norm = Norm(config)
         if not config.weight_tying:
             self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
@@ -73,14 +98,14 @@ class Transformer(nn.Module):
         self,
         tokens_BT: mx.array,
         cache: list[KVCache] | None = None,
-        experts: list[mx.array] | None = None,
+        experts: Mapping[int, mx.array] | None = None,
         dtype: mx.Dtype = mx.float32,
         hidden_only: bool = False,
     ) -> tuple[mx.array, list[Routing]]:
         """Returns (logits (B, T, V) in `dtype`, the routing of every MoE layer).
 
-        With a cache, tokens continue what it holds. `experts` forces every layer's choices. Matrix products take and
-        give `dtype`; the residual stream, norms and routers stay in float32. `hidden_only` leaves the head out:
+        With a cache, tokens continue what it holds. `experts` forces the choices of these layers. Matrix products take
+        and give `dtype`; the residual stream, norms and routers stay in float32. `hidden_only` leaves the head out:
         the first result is then what it would read, (B, T, D).
         """
         x_BTD = self.embed_tokens(tokens_BT)
@@ -96,7 +121,8 @@ class Transformer(nn.Module):
             if self.activation_checkpointing and self.training:
                 x_BTD, routing = checkpoint(layer, partial(_with_keys, layer, dtype))(x_BTD, *keys)
             else:
-                x_BTD, routing = layer(x_BTD, cache[i] if cache else None, experts[i] if experts else None, dtype, keys)
+                forced_NK = experts.get(i) if experts else None
+                x_BTD, routing = layer(x_BTD, cache[i] if cache else None, forced_NK, dtype, keys)
             if routing is not None:
                 routings.append(routing)
         x_BTD = self.norm(x_BTD).astype(dtype)

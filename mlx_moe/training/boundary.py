@@ -19,10 +19,11 @@ from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Backend, Logits, StreamedModel, Tokens, Trainer
 from mlx_moe.training.checkpoint import Checkpoint, TrainerState
 from mlx_moe.transfer.certificate import Certificate, Replay, max_difference, probe
+from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth, usual_size
 from mlx_moe.transfer.plan import Plan, made, made_in_blocks
 from mlx_moe.transfer.reordering import plan_reordering
-from mlx_moe.transfer.upcycling import plan_upcycling
+from mlx_moe.transfer.upcycling import plan_phase
 
 PROBE_TOKENS = 256  # the logits of all 8,192 tokens that a published model can see would take 1.6 GB
 
@@ -43,15 +44,14 @@ def phase_model(run: RunConfig, phase: int) -> ModelConfig:
             f"model.moe: the model starts with {run.model.moe.n_experts} experts, so there is nothing to upcycle; "
             "train it with --phases 1, or leave model.moe out"
         )
-    upcycled = run.model.model_copy(update={"moe": run.phases.moe.moe})
+    upcycled = run.model.model_copy(update={"moe": experts_of(run.model, run.phases.moe)})
     return upcycled if phase == 2 else _large(run, upcycled)
 
 
 def plan_boundary(run: RunConfig, phase: int, config: ModelConfig) -> Plan:
     """The plan from the model of `phase` to that of the next."""
     if phase == 1:
-        moe = run.phases.moe
-        return plan_upcycling(config, moe.moe, moe.router_init, moe.router_std, run.seed, moe.noise, moe.drop)
+        return plan_phase(config, run.phases.moe, run.seed)
     return plan_growth(config, _large(run, config), run.phases.large_moe.split, run.seed)
 
 
@@ -94,9 +94,11 @@ def replay_routing(before: Trainer | StreamedModel, after: Trainer | StreamedMod
     New layers copy the choices of the layer that they copy; they add nothing yet, so their own routing is not compared.
     """
     sources = layer_sources(before.config.n_layers, after.config.n_layers)
-    originals = [sources.index(layer) for layer in range(before.config.n_layers)]
+    with_experts = before.config.expert_layers
+    copied = [with_experts.index(sources[layer]) for layer in after.config.expert_layers]
+    originals = [copied.index(place) for place in range(len(with_experts))]
     chosen = before.routed_logits(tokens_BT)
-    replayed = after.routed_logits(tokens_BT, chosen.experts_LNK[sources])
+    replayed = after.routed_logits(tokens_BT, chosen.experts_LNK[copied])
     router_logits_LNE = replayed.router_logits_LNE[originals]
     top_k = chosen.experts_LNK.shape[-1]
     own_LNK = np.argsort(-router_logits_LNE, axis=-1, kind="stable")[..., :top_k]

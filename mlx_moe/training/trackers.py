@@ -119,7 +119,7 @@ def _identity(directory: Path, name: str) -> str:
 
 
 def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The row as trackers draw it: `expert_load/0/3` is layer 0, expert 3."""
+    """The row as trackers draw it: `expert_load/0/3` is the first layer with experts, expert 3."""
     for name, value in row.items():
         if isinstance(value, list):
             yield from _scalars({f"{name}/{i}": part for i, part in enumerate(value)})

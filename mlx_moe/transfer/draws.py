@@ -27,7 +27,7 @@ class Draw:
     neuron_axis: int
 
     def expert(self, expert: int, source: NDArray[Any]) -> NDArray[Any]:
-        """The tensor of one expert, of the source's shape and dtype."""
+        """The tensor of one expert, of the shape and dtype of its copy, the source."""
         made = source.astype(np.float64)
         if self.noise:
             made += self.noise * made.std() * normal(f"{self.name} {expert} noise", self.seed, source.shape)
@@ -37,7 +37,3 @@ class Draw:
             old = source[place].astype(np.float64)
             made[place] = old.mean() + old.std() * normal(f"{self.name} {expert} drop", self.seed, old.shape)
         return made.astype(source.dtype)
-
-    def experts(self, source: NDArray[Any]) -> NDArray[Any]:
-        """Those of all experts, (E, ...)."""
-        return np.stack([self.expert(expert, source) for expert in range(len(self.dropped_EN))])

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Axis, Parameter, normal, table
+from mlx_moe.transfer.experts import check_experts_kept, grown_experts
 from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, fresh_tensor
 from mlx_moe.validation import validate
 
@@ -82,7 +83,9 @@ def grow_config(
     }
     _check_size(config, grown)
     eta = residual_scale(config.d_model, d_model)
-    return validate(ModelConfig, config.model_dump() | grown | {"norm_eps": eta**2 * config.norm_eps})
+    moe = grown_experts(config, grown["d_ff"], layer_sources(config.n_layers, n_layers))
+    changed = {"norm_eps": eta**2 * config.norm_eps, "moe": moe and moe.model_dump()}
+    return validate(ModelConfig, config.model_dump() | grown | changed)
 
 
 def plan_growth(config: ModelConfig, target: ModelConfig, split: Split = "uneven", seed: int = 0) -> Plan:
@@ -256,8 +259,7 @@ def _check_post_norm(config: ModelConfig, grown: dict[str, int]) -> None:
 
 
 def _check_kept(config: ModelConfig, target: ModelConfig) -> None:
-    if (config.moe is None) != (target.moe is None):
-        raise InputError("growth keeps a dense model dense and experts experts; upcycle first, then grow")
+    check_experts_kept(config, target, layer_sources(config.n_layers, target.n_layers))
     before, after = _function(config), _function(target)
     for name in before:
         if before[name] != after[name]:
@@ -272,6 +274,4 @@ def _check_kept(config: ModelConfig, target: ModelConfig) -> None:
 def _function(config: ModelConfig) -> dict[str, Any]:
     """Every field that growth must keep, for the model to compute the same function."""
     fields = set(ModelConfig.model_fields) - {*GROWN, *FREE, "norm_eps", "moe"}
-    kept = {name: getattr(config, name) for name in ModelConfig.model_fields if name in fields}
-    experts = {"n_experts": config.moe.n_experts, "top_k": config.moe.top_k} if config.moe else {}
-    return kept | experts
+    return {name: getattr(config, name) for name in ModelConfig.model_fields if name in fields}

@@ -72,16 +72,18 @@ class Pad:
 class TensorPlan:
     """How one target tensor comes about.
 
-    Take the source, view it as `source[None]` if `new_axis`, append the pad's rows, then apply the maps, one for an
-    axis at most, in order.
+    Take the source; if `new_axis`, cut it along `cut_axis` into `n_parts` equal parts, and view these as a first axis;
+    append the pad's rows, then apply the maps, one for an axis at most, in order.
     A tensor without a source is `fresh()`: nothing but pad. `is_new`: it copies weights, but its gradient is its own.
-    With a `draw`, the weights are its experts of the source instead.
+    With a `draw`, the weights of each expert are then changed by it.
     """
 
     target: str
     shape: tuple[int, ...]
     source: str | None
     new_axis: bool = False
+    cut_axis: int = 0
+    n_parts: int = 1
     pad: Pad | None = None
     maps: tuple[AxisMap, ...] = ()
     is_new: bool = False
@@ -97,8 +99,12 @@ class TensorPlan:
 
     def fresh(self) -> NDArray[np.float32]:
         """The tensor that has no source, of shape `shape`."""
-        assert self.pad is not None
-        return np.array(self.pad.rows(np.empty((0, *self.shape[1:]), np.float32)))
+        (array,) = blocks(self, None, sys.maxsize)
+        return np.array(array)
+
+    def drawn(self, source: NDArray[Any]) -> NDArray[Any]:
+        """The experts of a tensor with a `draw`, (E, ...)."""
+        return np.stack(list(blocks(self, source)))
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ def _whole(plan: TensorPlan, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]
     if plan.source is None:
         return plan.fresh()
     if plan.draw is not None:
-        return plan.draw.experts(arrays[plan.source])
+        return plan.drawn(arrays[plan.source])
     (array,) = blocks(plan, arrays[plan.source], size=sys.maxsize)
     return array if array.flags.owndata else array.copy()
 
@@ -179,10 +185,14 @@ def blocks(plan: TensorPlan, source: NDArray[Any] | None, size: int = BLOCK) -> 
     All rows of the pad are computed first, so that no sum depends on the pieces.
     """
     if plan.draw is not None and source is not None:
-        yield from (plan.draw.expert(expert, source) for expert in range(plan.shape[0]))
+        copies = blocks(replace(plan, draw=None), source, math.prod(plan.shape[1:]))
+        yield from (plan.draw.expert(expert, copy[0]) for expert, copy in enumerate(copies))
         return
     array = np.empty((0, *plan.shape[1:]), np.float32) if source is None else source
-    array = array[None] if plan.new_axis else array
+    if plan.new_axis:
+        shape = list(array.shape)
+        shape[plan.cut_axis : plan.cut_axis + 1] = [plan.n_parts, -1]
+        array = np.moveaxis(array.reshape(shape), plan.cut_axis, 0)
     rows = plan.pad.rows(array) if plan.pad else None
     index = [np.arange(length) for length in array.shape]
     if plan.pad is not None:

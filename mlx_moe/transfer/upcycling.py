@@ -1,25 +1,38 @@
-"""Upcycling: a dense model becomes a mixture of identical experts that computes the same function.
+"""Upcycling: a dense model becomes a mixture of experts that computes the same function.
 
-The gates sum to 1 and the experts are equal, so their weighted sum is the dense FFN under any router (Komatsuzaki et
-al. 2022, Sparse Upcycling). Experts that are told apart, by noise or by neurons that start anew (Drop-Upcycling,
-Nakamura et al. 2025: half of them), are not, and the model pays for it at first.
+Copies. The gates sum to 1 and the experts are equal, so their weighted sum is the dense FFN under any router
+(Komatsuzaki et al. 2022, Sparse Upcycling). Experts that are told apart, by noise or by neurons that start anew
+(Drop-Upcycling, Nakamura et al. 2025: half of them), are not, and the model pays for it at first.
 
-Gradients. The experts' gradients sum to the dense one, so in the mean over experts m' = m / E, exactly. Squares follow
-the noise of the batch, which is most of them: of N tokens' gradients, weighted by gates near 1/K, an expert averages
-N·K / E, so v' = v / (K·E), where a gradient without noise had v / E². Measured: docs/optimizer-transfer.md.
+Granular experts. Each of E copies is cut into G experts of 1/G of its neurons, and a token visits G times as many, for
+as many operations (He et al. 2024, Upcycling LLMs into Mixture of Experts: virtual groups). The G parts of a copy lie
+side by side and have one router row in common. So they tie, and top-k, which takes ties in rising order, takes all of
+them or none, also where copies tie; each has 1/G of its copy's gate, so that what they write must be G times as large.
+The bias of what they write is the dense one's: G times 1/G of it.
+
+A shared expert, a copy that every token visits (DeepSeekMoE, Dai et al. 2024), is added to the others. Then either side
+writes one half.
+
+Gradients. Those of E copies sum to the dense one, so in the mean over copies m' = m / E, exactly. Squares follow the
+noise of the batch, which is most of them: of N tokens' gradients, weighted by gates near 1/K, a copy averages N·K / E,
+so v' = v / (K·E), where a gradient without noise had v / E². Measured: docs/optimizer-transfer.md. Where weights are
+multiplied by s, what they read keeps its gradient times s, and their own is that of 1: with G parts of a copy, E and K
+those of copies, and shares c = 1/2 beside a shared expert and 1 without, what reads the stream has c·m / E, what writes
+it m / (E·G), since its gate is 1/G of the copy's; a shared expert has m / 2 and m. Squares have the squares of c and G.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from mlx_moe.config import ModelConfig, MoEConfig
+from mlx_moe.config import ModelConfig, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Axis, Parameter, normal, table
 from mlx_moe.transfer.draws import Draw
+from mlx_moe.transfer.experts import experts_of, segments_of
 from mlx_moe.transfer.plan import AxisMap, Plan, TensorPlan, fresh_tensor
 
 ZERO_ROUTER_WARNING = (
@@ -40,45 +53,119 @@ def plan_upcycling(
     noise: float = 0.0,
     drop: float = 0.0,
 ) -> Plan:
-    """The plan from a dense model to experts that are all copies of its FFN.
+    """The plan from a dense model to experts that are all copies of its FFN; or, where `moe.d_ff` is 1/G of its
+    neurons, the parts of n_experts / G copies.
 
     With `noise` (a standard deviation, relative to that of each tensor) or with `drop` (the share of the neurons that
-    each expert draws anew, the same ones in all its projections) they differ, and the plan is lossy. The router is
-    normal with standard deviation `router_std`, or zero (see ZERO_ROUTER_WARNING).
+    each expert draws anew, the same ones in all its projections) they differ, and the plan is lossy; a shared expert
+    stays a copy. The router is normal with standard deviation `router_std`, or zero (see ZERO_ROUTER_WARNING).
 
-    Raises InputError if the model has experts already.
+    Raises InputError if the model has experts already, or `moe` is no upcycling of it.
     """
     if config.moe is not None:
         raise InputError(f"the model has {config.moe.n_experts} experts already; upcycle a dense one")
     target = config.model_copy(update={"moe": moe})
-    dense = {parameter.name for parameter in table(config)}
-    std = router_std if router_init == "random" else 0.0
-    tensors = [_tensor(parameter, dense, moe.top_k, std, seed) for parameter in table(target)]
+    upcycling = _Upcycling(
+        moe,
+        n_parts=segments_of(config, moe),
+        dense={parameter.name for parameter in table(config)},
+        router_std=router_std if router_init == "random" else 0.0,
+        seed=seed,
+    )
+    tensors = [upcycling.tensor(parameter) for parameter in table(target)]
     if noise or drop:
         tensors = [
-            replace(tensor, draw=_draw(parameter, config.d_ff, noise, drop, seed)) if tensor.new_axis else tensor
+            replace(tensor, draw=_draw(parameter, target.expert_d_ff, noise, drop, seed)) if tensor.new_axis else tensor
             for parameter, tensor in zip(table(target), tensors, strict=True)
         ]
     return Plan(config, target, tuple(tensors))
+
+
+def plan_phase(config: ModelConfig, phase: UpcyclePhaseConfig, seed: int) -> Plan:
+    """The plan from a dense model to the experts that a phase asks for."""
+    moe = experts_of(config, phase)
+    return plan_upcycling(config, moe, phase.router_init, phase.router_std, seed, phase.noise, phase.drop)
+
+
+@dataclass(frozen=True)
+class _Upcycling:
+    moe: MoEConfig
+    n_parts: int
+    dense: set[str]  # the source's tensors
+    router_std: float
+    seed: int
+
+    def tensor(self, parameter: Parameter) -> TensorPlan:
+        if parameter.name in self.dense:
+            return TensorPlan(parameter.name, parameter.shape, source=parameter.name)
+        if parameter.axes == (Axis.EXPERT, Axis.RESIDUAL_READ):
+            return self.router(parameter)
+        return self.shared(parameter) if ".shared_expert." in parameter.name else self.experts(parameter)
+
+    def router(self, parameter: Parameter) -> TensorPlan:
+        """A row for every copy, the same for its parts."""
+        n_experts, d_model = parameter.shape
+        kind: Literal["constant", "normal"] = "normal" if self.router_std else "constant"
+        rows = fresh_tensor(parameter.name, (n_experts // self.n_parts, d_model), kind, self.router_std, self.seed)
+        if self.n_parts == 1:
+            return rows
+        repeated = AxisMap(axis=0, index=np.arange(n_experts) // self.n_parts)
+        return replace(rows, shape=parameter.shape, maps=(repeated,))
+
+    def experts(self, parameter: Parameter) -> TensorPlan:
+        """Every part of every copy."""
+        n_experts, top_k = self.moe.n_experts, self.moe.top_k
+        neurons = _neurons(parameter)
+        parts = self.n_parts if neurons else 1
+        scale, gradient = 1.0, self.share * self.n_parts
+        if self.writes(parameter):
+            scale, gradient = self.share * parts, 1.0
+        copies = AxisMap(
+            axis=0,
+            index=np.arange(n_experts) % parts,
+            scale=None if scale == 1 else np.full(n_experts, scale),
+            gradient=(
+                np.full(n_experts, gradient / n_experts),
+                np.full(n_experts, gradient**2 / (n_experts * top_k)),
+            ),
+        )
+        return TensorPlan(
+            parameter.name,
+            parameter.shape,
+            parameter.name.replace(".experts.", "."),
+            new_axis=True,
+            cut_axis=neurons[0] if neurons else 0,
+            n_parts=parts,
+            maps=(copies,),
+        )
+
+    def shared(self, parameter: Parameter) -> TensorPlan:
+        """A copy, with its share of what both write."""
+        rows, share = np.ones(parameter.shape[0]), self.share
+        scale, gradient = (share * rows, rows) if self.writes(parameter) else (None, share * rows)
+        copy = AxisMap(0, np.arange(len(rows)), scale, (gradient, gradient**2))
+        source = parameter.name.replace(".shared_expert.", ".")
+        return TensorPlan(parameter.name, parameter.shape, source, maps=(copy,))
+
+    @property
+    def share(self) -> float:
+        """Of what the dense FFN wrote, that of the routed experts, and of a shared one."""
+        return 0.5 if self.moe.shared_d_ff else 1.0
+
+    @staticmethod
+    def writes(parameter: Parameter) -> bool:
+        """Whether the tensor writes the residual stream."""
+        return Axis.RESIDUAL_WRITE in parameter.axes
 
 
 def _draw(parameter: Parameter, d_ff: int, noise: float, drop: float, seed: int) -> Draw:
     block = parameter.name.partition(".experts.")[0]
     n_experts, n_dropped = parameter.shape[0], round(drop * d_ff)
     dropped_EN = np.argsort(normal(f"{block} dropped", seed, (n_experts, d_ff)))[:, :n_dropped]
-    neurons = [axis for axis, kind in enumerate(parameter.axes[1:]) if kind in (Axis.FFN_WRITE, Axis.FFN_READ)]
-    # The bias of what the neurons write belongs to none of them.
+    neurons = _neurons(parameter)
     return Draw(parameter.name, seed, noise, dropped_EN if neurons else dropped_EN[:, :0], *(neurons or [0]))
 
 
-def _tensor(parameter: Parameter, dense: set[str], top_k: int, router_std: float, seed: int) -> TensorPlan:
-    if parameter.name in dense:
-        return TensorPlan(parameter.name, parameter.shape, source=parameter.name)
-    if parameter.axes == (Axis.EXPERT, Axis.RESIDUAL_READ):
-        kind: Literal["constant", "normal"] = "normal" if router_std else "constant"
-        return fresh_tensor(parameter.name, parameter.shape, kind, router_std, seed)
-    n_experts, per_expert = parameter.shape[0], np.ones(parameter.shape[0])
-    gradient = (per_expert / n_experts, per_expert / (n_experts * top_k))
-    copies = AxisMap(axis=0, index=np.zeros(n_experts, np.int64), gradient=gradient)
-    source = parameter.name.replace(".experts.", ".")
-    return TensorPlan(parameter.name, parameter.shape, source, new_axis=True, maps=(copies,))
+def _neurons(parameter: Parameter) -> list[int]:
+    """The axis of an expert's tensor that runs over its neurons; none in the bias of what they write."""
+    return [axis for axis, kind in enumerate(parameter.axes[1:]) if kind in (Axis.FFN_WRITE, Axis.FFN_READ)]

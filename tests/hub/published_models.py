@@ -11,6 +11,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -69,6 +71,20 @@ BUILD = {
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZE, **QWEN3_EXPERTS, head_dim=16)),
     "granitemoe": lambda: GraniteMoeForCausalLM(
         GraniteMoeConfig(**SIZE, **EXPERTS, attention_multiplier=8**-0.5, attention_bias=True, rope_parameters=LLAMA3)
+    ),
+    "qwen3_moe-dense-layers": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**(SIZE | {"num_hidden_layers": 5}), **QWEN3_EXPERTS, decoder_sparse_step=2, mlp_only_layers=[3])
+    ),
+    "granitemoehybrid": lambda: GraniteMoeHybridForCausalLM(
+        GraniteMoeHybridConfig(
+            **SIZE,
+            **EXPERTS,
+            shared_intermediate_size=24,
+            layer_types=["attention"] * 2,
+            position_embedding_type="rope",
+            attention_multiplier=8**-0.5,
+            mamba_n_heads=1,
+        )
     ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZE, bos_token_id=2)),
 }

@@ -27,6 +27,15 @@ MODELS = {
     "llama, biased": ("llama", small_model("llama", bias=True, head_dim=16)),
     "mixtral": ("mixtral", small_model("llama", moe=EXPERTS, rope_theta=5e5)),
     "mixtral, tied": ("mixtral", small_model("smollm", moe=EXPERTS)),
+    "mixtral, granular": ("mixtral", small_model("llama", moe=MoEConfig(n_experts=8, top_k=4, d_ff=24))),
+    "qwen3_moe, some layers": (
+        "qwen3_moe",
+        small_model("llama", n_layers=5, qk_norm=True, moe=EXPERTS.model_copy(update={"layers": (1, 3), "d_ff": 32})),
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        small_model("llama", attention_bias="qkv", moe=EXPERTS.model_copy(update={"shared_d_ff": 64})),
+    ),
     "gpt2": ("gpt2", small_model("gpt2", d_ff=192, norm_eps=1e-3)),
 }
 
@@ -103,6 +112,16 @@ CANNOT = {
     "width of GPT-2": (small_model("gpt2"), "gpt2", "d_ff 96 .mlx-lm: only 4 · d_model = 192"),
     "no positions": (small_model("llama", position_encoding="none"), "llama", "position_encoding none"),
     "the other kind": (small_model("llama"), "mixtral", "without experts; take --format llama"),
+    "dense layers": (
+        small_model("llama", moe=MoEConfig(layers=[1])),
+        "auto",
+        "nearest is mixtral, .* dense layers beside",
+    ),
+    "a shared expert": (
+        small_model("llama", moe=MoEConfig(shared_d_ff=9)),
+        "mixtral",
+        "take --format granitemoehybrid",
+    ),
     "nearest": (small_model("hybrid", d_ff=192), "auto", "nearest is gpt2, which cannot hold"),
     "unknown": (small_model("llama"), "gguf", "auto, llama, qwen2, qwen3, mixtral, .*gpt2"),
 }

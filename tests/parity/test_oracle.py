@@ -124,7 +124,7 @@ def test_every_option(fields, moe, in_float64):
     model = torch_ref.transformer.Transformer(config).double()
     model.load_state_dict({name: torch.tensor(array).double() for name, array in weights.items()})
     trace = Oracle(config, weights)(tokens)
-    experts = [torch.from_numpy(experts_NK) for experts_NK in trace.experts_LNK]
+    experts = dict(zip(config.expert_layers, torch.from_numpy(trace.experts_LNK), strict=True))
     with torch.no_grad():
         logits_BTV, _ = model(torch.from_numpy(tokens).long(), experts=experts, dtype=torch.float64)
     assert np.abs(trace.logits_BTV - logits_BTV.numpy()).max() < LIMIT

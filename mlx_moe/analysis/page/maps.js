@@ -28,8 +28,9 @@ function heatmap(values, most, say, reading) {
 }
 
 function drawLoads() {
-  for (const { phase, steps, layers } of DATA.loads) {
-    const rows = layers.map((load, layer) => {
+  for (const { phase, steps, numbers, layers } of DATA.loads) {
+    const rows = layers.map((load, place) => {
+      const layer = numbers[place];
       const say = (expert, i) => `${phase}, step ${steps[i]}: layer ${layer}, expert ${expert}: ${load[expert][i]} of the fair share`;
       return element("div", { className: "layer" }, element("span", { textContent: `layer ${layer}` }), heatmap(load, 2, say, "load-reading"));
     });
@@ -40,7 +41,7 @@ function drawLoads() {
 
 function drawMaps() {
   const one = DATA.experts[byId("checkpoint").value];
-  if (byId("layer").options.length !== one.layers.length) options(byId("layer"), one.layers.map((_, i) => i));
+  if (byId("layer").options.length !== one.layers.length) options(byId("layer"), one.layers.map(({ layer }, i) => layer ?? i));
   const layer = one.layers[byId("layer").value], n = layer.load.length;
   const pairs = layer.together.flatMap((row, i) => row.map((share, j) => ({ i, j, share }))).filter(({ i, j }) => i !== j);
   const chosen = (i) => layer.together[i][i];

@@ -1,0 +1,188 @@
+"""What a model is: frozen, validated. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+# The names that the registries of both backends know. A new component is one function in each backend's `layers`
+# or `attention`, and its name here.
+COMPONENTS: dict[str, list[str]] = {
+    "normalization": ["layernorm", "layernorm_nobias", "rmsnorm"],
+    "activation": ["gelu", "gelu_tanh", "silu", "relu", "leaky_relu"],
+    "position_encoding": ["learned_absolute", "rope", "none"],
+    "attention_backend": ["sdpa", "manual"],
+    "ffn_type": ["standard", "swiglu"],
+}
+
+
+def _component(kind: str) -> Any:
+    def known(name: str) -> str:
+        if name not in COMPONENTS[kind]:
+            raise ValueError(f"must be one of {', '.join(COMPONENTS[kind])}")
+        return name
+
+    return Annotated[str, AfterValidator(known)]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ExpertsConfig(Frozen):
+    """How many experts a layer has, how many a token visits, and what keeps their load balanced."""
+
+    n_experts: int = Field(8, ge=1)
+    top_k: int = Field(2, ge=1)
+    load_balance_coefficient: float = Field(0.01, ge=0)
+    z_loss_coefficient: float = Field(0.001, ge=0)
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> ExpertsConfig:
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}; lower top_k")
+        return self
+
+
+class MoEConfig(ExpertsConfig):
+    """The experts of a model, and which layers have them."""
+
+    d_ff: int | None = Field(None, ge=1)  # neurons of an expert; null: the model's d_ff
+    shared_d_ff: int = Field(0, ge=0)  # of one more that every token visits, added to the others; 0: there is none
+    layers: tuple[int, ...] | None = None  # those with experts, rising, the rest is dense; null: all
+
+
+class RopeScaling(Frozen):
+    """Slower rotations, for contexts beyond the original one.
+
+    Those that turn less than `low_freq_factor` times in the original context slow down by `factor`, those that turn
+    more than `high_freq_factor` times do not: Llama 3.1's. Without an original context all do: linear scaling.
+    """
+
+    factor: float = Field(ge=1)
+    original_context_length: int = Field(0, ge=0)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+
+    @property
+    def rope_type(self) -> Literal["linear", "llama3"]:
+        return "llama3" if self.original_context_length else "linear"
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> RopeScaling:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor:g} is not below high_freq_factor {self.high_freq_factor:g}; "
+                "lower it"
+            )
+        return self
+
+
+def _default_d_ff(data: dict[str, Any]) -> int:
+    """4 × d_model, or 8/3 × d_model in steps of 32 for the three matrices of SwiGLU (Shazeer 2020)."""
+    d_model = data.get("d_model", 1)
+    return 32 * max(1, round(d_model / 12)) if data.get("ffn_type") == "swiglu" else 4 * d_model
+
+
+class ModelConfig(Frozen):
+    """One architecture. `n_kv_heads`, `head_dim`, `d_ff` and `attention_bias` follow from the rest when left out."""
+
+    architecture: str = "simple"
+    vocab_size: int = Field(50257, ge=2)
+    context_length: int = Field(256, ge=2)
+    d_model: int = Field(832, ge=2)
+    n_layers: int = Field(7, ge=1)
+    n_heads: int = Field(8, ge=1)
+    n_kv_heads: int = Field(default_factory=lambda data: data.get("n_heads", 1), ge=1)
+    head_dim: int = Field(default_factory=lambda data: max(1, data.get("d_model", 1) // data.get("n_heads", 1)), ge=1)
+    normalization: _component("normalization") = "layernorm"  # type: ignore[valid-type]
+    norm_eps: float = Field(1e-5, gt=0)
+    norm_position: Literal["pre", "post"] = "pre"
+    activation: _component("activation") = "gelu"  # type: ignore[valid-type]
+    ffn_type: _component("ffn_type") = "standard"  # type: ignore[valid-type]
+    d_ff: int = Field(default_factory=_default_d_ff, ge=1)
+    position_encoding: _component("position_encoding") = "rope"  # type: ignore[valid-type]
+    rope_theta: float = Field(10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False  # RMSNorm over every head's queries and keys, before they are rotated (Qwen3)
+    attention_backend: _component("attention_backend") = "sdpa"  # type: ignore[valid-type]
+    bias: bool = True
+    attention_bias: Literal["none", "qkv", "qkvo"] = Field(
+        default_factory=lambda data: "qkvo" if data.get("bias", True) else "none"
+    )
+    weight_tying: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init_std: float = Field(0.02, gt=0)
+    moe: MoEConfig | None = None
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        if "head_dim" not in self.model_fields_set and self.d_model % self.n_heads:
+            fitting = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
+            nearest = min(fitting, key=lambda n: abs(n - self.n_heads))
+            raise ValueError(
+                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; "
+                f"take n_heads {nearest}, or set head_dim"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
+        if self.position_encoding == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs, so take an even one")
+        if self.rope_scaling and self.position_encoding != "rope":
+            raise ValueError(f"position_encoding {self.position_encoding} has no rope_scaling; leave that out")
+        if self.moe and self.moe.layers is not None:
+            known = [layer for layer in sorted(set(self.moe.layers)) if 0 <= layer < self.n_layers]
+            if not known or known != list(self.moe.layers):
+                raise ValueError(
+                    f"moe.layers {list(self.moe.layers)} must rise, from 0 to {self.n_layers - 1} at most, and be at "
+                    "least one; leave it out for experts in every layer"
+                )
+        return self
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The layers whose FFN is a mixture of experts, rising."""
+        if self.moe is None:
+            return ()
+        return tuple(range(self.n_layers)) if self.moe.layers is None else self.moe.layers
+
+    @property
+    def expert_d_ff(self) -> int:
+        """The neurons of one expert."""
+        return self.moe.d_ff if self.moe and self.moe.d_ff else self.d_ff
+
+    @property
+    def display_name(self) -> str:
+        """The architecture in one word, e.g. `12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm`."""
+        heads = f"{self.n_heads}H" + (f"{self.n_kv_heads}KV" if self.n_kv_heads != self.n_heads else "")
+        scaling = f"-{self.rope_scaling.rope_type}" if self.rope_scaling else ""
+        position = {"rope": f"RoPE{scaling}", "learned_absolute": "Learned", "none": "NoPE"}
+        norm = {"rmsnorm": "RMS", "layernorm": "LN", "layernorm_nobias": "LNnb"}
+        activation = {
+            "gelu": "GELU",
+            "gelu_tanh": "GELUtanh",
+            "silu": "SiLU",
+            "relu": "ReLU",
+            "leaky_relu": "LReLU",
+        }
+        ffn = (
+            "SwiGLU"
+            if (self.ffn_type, self.activation) == ("swiglu", "silu")
+            else (activation.get(self.activation, self.activation) + ("-GLU" if self.ffn_type == "swiglu" else ""))
+        )
+        return (
+            f"{self.n_layers}L-{heads}-{self.d_model}D-{position.get(self.position_encoding, self.position_encoding)}"
+            f"-{norm.get(self.normalization, self.normalization)}-{ffn}-{self.norm_position.title()}Norm"
+            f"{'-QKNorm' if self.qk_norm else ''}{self._experts_name}"
+        )
+
+    @property
+    def _experts_name(self) -> str:
+        """Of 32 experts with 512 neurons, 8 to a token, and a shared one of 2,048, in 3 layers: `32E8x512+2048in3L`."""
+        if self.moe is None:
+            return ""
+        width = f"x{self.moe.d_ff}" if self.moe.d_ff else ""
+        shared = f"+{self.moe.shared_d_ff}" if self.moe.shared_d_ff else ""
+        layers = "" if self.moe.layers is None else f"in{len(self.moe.layers)}L"
+        return f"-{self.moe.n_experts}E{self.moe.top_k}{width}{shared}{layers}"
