@@ -67,7 +67,7 @@ class UpcyclePhaseConfig(PhaseConfig, ExpertsConfig):
     every: int = Field(1, ge=1)  # layers: those of which (i + 1) is a multiple get experts
     granularity: int = Field(1, ge=1)  # each of n_experts, and of top_k, becomes so many experts of its neurons
     shared: bool = False  # one more expert for every token
-    router_init: Literal["random", "zero"] = "random"
+    router_init: Literal["random", "zero", "centroids"] = "random"  # centroids: of what the routers would read
     router_std: float = Field(0.02, gt=0)
     noise: float = Field(0.0, ge=0)  # on the copies, relative to each tensor's standard deviation
     drop: float = Field(0.0, ge=0, le=1)  # the share of its neurons that each expert draws anew

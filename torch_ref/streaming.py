@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import TypeVar
 
@@ -44,11 +44,24 @@ class StreamedModel:
         return RoutedLogits(logits_BTV, np.array(router_logits_LNE), np.array(chosen_LNK))
 
     @torch.no_grad()
-    def _below_the_head(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None) -> tuple[Tensor, list[Routing]]:
+    def ffn_inputs(self, tokens_BT: Tokens, layers: Collection[int]) -> Iterator[NDArray[np.float32]]:
+        x_BTD = self._embedded(tokens_BT)
+        for layer in range(max(layers) + 1):
+            block = self._block(layer)
+            x_BTD = block.attend(x_BTD)
+            if layer in layers:
+                yield block.ffn_input(x_BTD).flatten(0, 1).cpu().numpy()
+            x_BTD, _ = block.feed_forward(x_BTD)
+
+    def _embedded(self, tokens_BT: Tokens) -> Tensor:
         embedded_BTD = self._weights["embed_tokens.weight"][tokens_BT]
         if self.config.position_encoding == "learned_absolute":
             embedded_BTD += self._weights["embed_positions.weight"][: tokens_BT.shape[1]]
-        x_BTD, routings = torch.from_numpy(embedded_BTD).to(self._device), []
+        return torch.from_numpy(embedded_BTD).to(self._device)
+
+    @torch.no_grad()
+    def _below_the_head(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None) -> tuple[Tensor, list[Routing]]:
+        x_BTD, routings = self._embedded(tokens_BT), []
         forced = {} if experts_LNK is None else dict(zip(self.config.expert_layers, experts_LNK, strict=True))
         for layer in range(self.config.n_layers):
             experts_NK = torch.from_numpy(forced[layer]).to(self._device) if layer in forced else None

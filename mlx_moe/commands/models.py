@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +10,7 @@ from mlx_moe.commands.ending import stop
 from mlx_moe.commands.options import AllowLossy, BackendOption, CheckpointArgument, DeviceOption, OutArgument
 
 if TYPE_CHECKING:
-    from mlx_moe.config import ModelConfig
+    from mlx_moe.training.checkpoint import Checkpoint
     from mlx_moe.transfer.plan import Plan
 
 
@@ -24,7 +22,8 @@ def upcycle(
     every: Annotated[int, typer.Option(min=1, help="Experts in every n-th layer only.")] = 1,
     granularity: Annotated[int, typer.Option(min=1, help="Cut every copy into so many experts.")] = 1,
     shared: Annotated[bool, typer.Option("--shared", help="One more copy, for every token.")] = False,
-    router: Annotated[str, typer.Option(help="random or zero.")] = "random",
+    router: Annotated[str, typer.Option(help="random, zero, or centroids of a --text.")] = "random",
+    text: Annotated[str | None, typer.Option(help="For centroids: text, JSONL or Parquet.", metavar="FILE")] = None,
     noise: Annotated[float, typer.Option(help="On each expert, relative to a tensor's std; lossy.")] = 0.0,
     drop: Annotated[float, typer.Option(help="Share of its neurons that each expert draws anew; lossy.")] = 0.0,
     seed: int = 0,
@@ -34,14 +33,17 @@ def upcycle(
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts that computes the same, unless noise or drop is asked for."""
     from mlx_moe.config import UpcyclePhaseConfig
-    from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING, plan_phase
+    from mlx_moe.hub.models import upcycle_model
+    from mlx_moe.training.backend import choose_backend
+    from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING
     from mlx_moe.validation import validate
 
     options = {"n_experts": experts, "top_k": top_k, "every": every, "granularity": granularity, "shared": shared}
     phase = validate(UpcyclePhaseConfig, options | {"router_init": router, "noise": noise, "drop": drop})
     if router == "zero":
         typer.echo(f"warning: {ZERO_ROUTER_WARNING}", err=True)
-    _transfer(checkpoint, out, backend, device, allow_lossy, lambda model: plan_phase(model, phase, seed))
+    if not upcycle_model(checkpoint, out, choose_backend(backend), device, allow_lossy, phase, seed, text):
+        _nothing_written()
 
 
 def grow(
@@ -61,21 +63,20 @@ def grow(
 ) -> None:
     """Make a checkpoint wider and deeper; it computes the same."""
     from mlx_moe.config import GrowPhaseConfig
+    from mlx_moe.hub.models import transfer_model
+    from mlx_moe.training.backend import choose_backend
     from mlx_moe.transfer.growth import grow_config, plan_growth
     from mlx_moe.validation import validate
 
     phase = validate(GrowPhaseConfig, {"split": split})
-    _transfer(
-        checkpoint, out, backend, device, allow_lossy,
-        lambda model: plan_growth(
-            model,
-            grow_config(
-                model, d_model=d_model or model.d_model, n_layers=n_layers or model.n_layers, n_heads=n_heads, d_ff=d_ff
-            ),
-            phase.split,
-            seed,
-        ),
-    )  # fmt: skip
+
+    def plan(source: Checkpoint) -> Plan:
+        model = source.config
+        size = {"d_model": d_model or model.d_model, "n_layers": n_layers or model.n_layers}
+        return plan_growth(model, grow_config(model, **size, n_heads=n_heads, d_ff=d_ff), phase.split, seed)
+
+    if not transfer_model(checkpoint, out, choose_backend(backend), device, allow_lossy, plan):
+        _nothing_written()
 
 
 def generate(
@@ -112,11 +113,5 @@ def import_(
     import_model(find_model(model), out)
 
 
-def _transfer(
-    checkpoint: Path, out: Path, backend: str, device: str, allow_lossy: bool, plan: Callable[[ModelConfig], Plan]
-) -> None:
-    from mlx_moe.hub.models import transfer_model
-    from mlx_moe.training.backend import choose_backend
-
-    if not transfer_model(checkpoint, out, choose_backend(backend), device, allow_lossy, plan):
-        stop("the transfer changed the model, so nothing was written; --allow-lossy writes it all the same", 1)
+def _nothing_written() -> None:
+    stop("the transfer changed the model, so nothing was written; --allow-lossy writes it all the same", 1)

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from mlx_moe.accounting import count_parameters
-from mlx_moe.config import ModelConfig, VerificationConfig
+from mlx_moe.config import DataConfig, ModelConfig, UpcyclePhaseConfig, VerificationConfig
+from mlx_moe.data.sources import open_source
 from mlx_moe.data.stories import story
 from mlx_moe.data.tokenizers import Tokenizer
+from mlx_moe.data.tokens import fixed_windows
 from mlx_moe.errors import InputError
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, unpack
@@ -20,11 +22,12 @@ from mlx_moe.parameters import Weights
 from mlx_moe.tensor_files import open_tensors
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Backend, Tokens
-from mlx_moe.training.boundary import random_probes, transfer_checkpoint
+from mlx_moe.training.boundary import PROBE_TOKENS as PROBE_LENGTH
+from mlx_moe.training.boundary import centroid_routers, centroid_tokens, random_probes, transfer_checkpoint
 from mlx_moe.training.checkpoint import Checkpoint, TrainerState
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.plan import Plan
-from mlx_moe.transfer.upcycling import LOSSY_METHOD
+from mlx_moe.transfer.upcycling import LOSSY_METHOD, plan_phase
 
 PROBE_TOKENS = 64
 ORIGIN = "huggingface"  # stands for the backend where none of ours trained the weights
@@ -97,12 +100,60 @@ def _state(folder: Path, config: ModelConfig) -> TrainerState:
     return TrainerState(2 if config.moe else 1, 0, ORIGIN, lineage=(model_name(folder),))
 
 
+def text_tokens(source: Checkpoint, text: str, n: int) -> Tokens:
+    """(B, T) tokens of a text, about n where it has as many; T is the context, at most boundary.PROBE_TOKENS.
+
+    Raises InputError where the text cannot be had, or the model has no tokenizer for it.
+    """
+    if source.tokenizer_folder is None:
+        raise InputError(f"{source.path} has no tokenizer to read {text} with; take --router random")
+    tokenizer, ids = Tokenizer.load(source.tokenizer_folder), list[int]()
+    width = min(source.config.context_length, PROBE_LENGTH)
+    for document in open_source(DataConfig(source=text, n_documents=None)).documents():
+        ids += [*tokenizer.encode(document), tokenizer.eot_id]
+        if len(ids) > n + n // width + width:
+            break
+    if max(ids) >= source.config.vocab_size:
+        raise InputError(
+            f"{source.path}: its tokenizer has token {max(ids)}, the model only {source.config.vocab_size}"
+        )
+    width = min(width, len(ids) - 1)
+    return fixed_windows(np.array(ids), -(-n // width), width)[:, :-1]
+
+
+def upcycle_model(
+    path: Path,
+    out: Path,
+    backend: Backend,
+    device: str,
+    allow_lossy: bool,
+    phase: UpcyclePhaseConfig,
+    seed: int,
+    text: str | None,
+) -> bool:
+    """`transfer_model` to the experts that a phase asks for; their routers' centroids are those of a text."""
+    if (phase.router_init == "centroids") != (text is not None):
+        raise InputError(
+            "--router centroids and --text FILE go together: the clusters are of what the text does inside"
+        )
+
+    def plan(source: Checkpoint) -> Plan:
+        routers = None
+        if text is not None:
+            tokens_BT = text_tokens(source, text, centroid_tokens(phase))
+            model = backend.streamed(source.config, source.weights, device)
+            routers = centroid_routers(model, phase, tokens_BT, seed)
+        return plan_phase(source.config, phase, seed, routers)
+
+    return transfer_model(path, out, backend, device, allow_lossy, plan)
+
+
 def transfer_model(
-    path: Path, out: Path, backend: Backend, device: str, allow_lossy: bool, plan: Callable[[ModelConfig], Plan]
+    path: Path, out: Path, backend: Backend, device: str, allow_lossy: bool, plan: Callable[[Checkpoint], Plan]
 ) -> bool:
     """Apply a plan to a model, certify and write it; whether it was written. One that is lossy on purpose always is."""
     source = open_model(path)
-    made = plan(source.config)
+    made = plan(source)
     allow_lossy = allow_lossy or made.is_lossy
     console = Console()
     console.line(f"backend: {backend.reason}")

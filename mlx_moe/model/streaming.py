@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import TypeVar
 
@@ -43,13 +43,27 @@ class StreamedModel:
         chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
         return RoutedLogits(logits_BTV, np.array(router_logits_LNE), np.array(chosen_LNK))
 
-    def _below_the_head(
-        self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None
-    ) -> tuple[mx.array, list[Routing]]:
+    def ffn_inputs(self, tokens_BT: Tokens, layers: Collection[int]) -> Iterator[NDArray[np.float32]]:
+        x_BTD = self._embedded(tokens_BT)
+        for layer in range(max(layers) + 1):
+            block = self._block(layer)
+            x_BTD = block.attend(x_BTD)
+            if layer in layers:
+                yield np.array(block.ffn_input(x_BTD).flatten(0, 1))
+            x_BTD, _ = block.feed_forward(x_BTD)
+            mx.eval(x_BTD)
+            mx.clear_cache()  # lets go of the layer
+
+    def _embedded(self, tokens_BT: Tokens) -> mx.array:
         embedded_BTD = self._weights["embed_tokens.weight"][tokens_BT]
         if self.config.position_encoding == "learned_absolute":
             embedded_BTD += self._weights["embed_positions.weight"][: tokens_BT.shape[1]]
-        x_BTD, routings = mx.array(embedded_BTD), []
+        return mx.array(embedded_BTD)
+
+    def _below_the_head(
+        self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None
+    ) -> tuple[mx.array, list[Routing]]:
+        x_BTD, routings = self._embedded(tokens_BT), []
         forced = {} if experts_LNK is None else dict(zip(self.config.expert_layers, experts_LNK, strict=True))
         for layer in range(self.config.n_layers):
             experts_NK = mx.array(forced[layer], mx.int32) if layer in forced else None

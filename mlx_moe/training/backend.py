@@ -10,7 +10,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol
@@ -161,6 +161,9 @@ class StreamedModel(Protocol):
 
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         """As `Trainer.routed_logits`."""
+
+    def ffn_inputs(self, tokens_BT: Tokens, layers: Collection[int]) -> Iterator[NDArray[np.float32]]:
+        """What the FFNs of these layers read, or would a router in their place, (N, D) each, in rising order."""
 
 
 class TrainerFactory(Protocol):

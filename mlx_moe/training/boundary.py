@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_moe.config import ModelConfig, PhaseConfig, RunConfig, VerificationConfig
+from mlx_moe.config import ModelConfig, PhaseConfig, RunConfig, UpcyclePhaseConfig, VerificationConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Weights
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Backend, Logits, StreamedModel, Tokens, Trainer
 from mlx_moe.training.checkpoint import Checkpoint, TrainerState
+from mlx_moe.transfer.centroids import Routers, centroid_rows
 from mlx_moe.transfer.certificate import Certificate, Replay, max_difference, probe
 from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth, usual_size
@@ -25,6 +26,8 @@ from mlx_moe.transfer.plan import Plan, made, made_in_blocks
 from mlx_moe.transfer.reordering import plan_reordering
 from mlx_moe.transfer.upcycling import plan_phase
 
+CENTROID_TOKENS = 4096
+TOKENS_PER_CENTROID = 16  # at least
 PROBE_TOKENS = 256  # the logits of all 8,192 tokens that a published model can see would take 1.6 GB
 
 
@@ -48,11 +51,34 @@ def phase_model(run: RunConfig, phase: int) -> ModelConfig:
     return upcycled if phase == 2 else _large(run, upcycled)
 
 
-def plan_boundary(run: RunConfig, phase: int, config: ModelConfig) -> Plan:
-    """The plan from the model of `phase` to that of the next."""
+def plan_boundary(run: RunConfig, phase: int, config: ModelConfig, routers: Routers | None = None) -> Plan:
+    """The plan from the model of `phase` to that of the next; with the `routers` of `centroid_routers`, if any."""
     if phase == 1:
-        return plan_phase(config, run.phases.moe, run.seed)
+        return plan_phase(config, run.phases.moe, run.seed, routers)
     return plan_growth(config, _large(run, config), run.phases.large_moe.split, run.seed)
+
+
+def centroid_tokens(phase: UpcyclePhaseConfig) -> int:
+    """How many tokens to take centroids of."""
+    return max(CENTROID_TOKENS, TOKENS_PER_CENTROID * phase.n_experts)
+
+
+def centroid_routers(model: StreamedModel, phase: UpcyclePhaseConfig, tokens_BT: Tokens, seed: int) -> Routers:
+    """A router for every layer that a phase gives experts, on clusters of what it would read in these tokens.
+
+    Raises InputError where they are too few.
+    """
+    if tokens_BT.size < TOKENS_PER_CENTROID * phase.n_experts:
+        raise InputError(
+            f"{tokens_BT.size} tokens are too few for the centroids of {phase.n_experts} experts; give at least "
+            f"{TOKENS_PER_CENTROID * phase.n_experts}"
+        )
+    upcycled = model.config.model_copy(update={"moe": experts_of(model.config, phase)})
+    inputs = model.ffn_inputs(tokens_BT, upcycled.expert_layers)
+    return {
+        layer: centroid_rows(x_ND, phase.n_experts, seed)
+        for layer, x_ND in zip(upcycled.expert_layers, inputs, strict=True)
+    }
 
 
 def certify(limits: VerificationConfig, before: Trainer, after: Trainer, probes_BT1: Tokens) -> Certificate:

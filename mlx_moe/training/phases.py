@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.flops import flops_per_token
 from mlx_moe.config import ModelConfig, OptimizerConfig, RunConfig
@@ -15,7 +17,14 @@ from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, initialize
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Alone, Backend, Trainer, World, peak_flops_per_s
-from mlx_moe.training.boundary import certify, phase_config, phase_model, plan_boundary
+from mlx_moe.training.boundary import (
+    centroid_routers,
+    centroid_tokens,
+    certify,
+    phase_config,
+    phase_model,
+    plan_boundary,
+)
 from mlx_moe.training.checkpoint import TrainerState
 from mlx_moe.training.console import Console
 from mlx_moe.training.log import environment
@@ -24,6 +33,7 @@ from mlx_moe.training.results import report_phase, summarize
 from mlx_moe.training.run_folder import RunFolder
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
 from mlx_moe.training.trackers import check_installed
+from mlx_moe.transfer.centroids import Routers
 from mlx_moe.transfer.upcycling import LOSSY_METHOD, ZERO_ROUTER_WARNING
 
 
@@ -124,7 +134,8 @@ class Experiment:
 
     def cross_boundary(self, phase: int, trainer: Trainer) -> Trainer:
         """Upcycle after phase 1, grow after phase 2; go on only if nothing changed."""
-        plan = plan_boundary(self.run, phase, trainer.config)
+        by_centroids = phase == 1 and self.run.phases.moe.router_init == "centroids"
+        plan = plan_boundary(self.run, phase, trainer.config, self._centroids(trainer) if by_centroids else None)
         carry = self.run.optimizer.transfer == "carry"
         grown = trainer.transferred(plan, carry)
         limits = self.run.verification
@@ -151,6 +162,19 @@ class Experiment:
         optimizer_state = grown.optimizer_state() if carry else None
         self.folder.save(grown.config, state, grown.weights(), optimizer_state, self.run.training.keep_checkpoints)
         return grown
+
+    def _centroids(self, trainer: Trainer) -> Routers:
+        """Of evenly spaced windows of the training data; from the first process, so that all have the same."""
+        config, phase, world, weights = trainer.config, self.run.phases.moe, trainer.world, trainer.weights()
+        found = b""
+        if world.rank == 0:
+            n = -(-centroid_tokens(phase) // config.context_length)
+            tokens_BT = fixed_windows(self.data.train, n, config.context_length)[:, :-1]
+            dense = self.backend.streamed(config, weights, self.options.device)
+            routers = centroid_routers(dense, phase, tokens_BT, self.run.seed)
+            found = np.array(list(routers.values())).tobytes()
+        rows_LED = np.frombuffer(world.from_first(found), np.float32).reshape(-1, phase.n_experts, config.d_model)
+        return dict(zip(phase_model(self.run, 2).expert_layers, rows_LED, strict=True))
 
     def _trainer(self, model: ModelConfig, weights: Arrays) -> Trainer:
         return self.backend.trainer(model, self.run.optimizer, weights, self.options.device, self.run.engine)

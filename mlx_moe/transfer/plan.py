@@ -37,7 +37,7 @@ class AxisMap:
     gradient: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pad:
     """Rows appended to the source along one axis, before the maps.
 
@@ -45,15 +45,17 @@ class Pad:
     constant    `value`
     mean        the mean of the source along the axis
     normal      standard normal numbers times `value`, drawn for (`name`, `seed`, shape)
+    given       `values`
     ==========  ==================================================
     """
 
     axis: int
     count: int
-    kind: Literal["constant", "mean", "normal"]
+    kind: Literal["constant", "mean", "normal", "given"]
     value: float = 0.0
     name: str = ""
     seed: int = 0
+    values: NDArray[np.float32] | None = None
 
     def rows(self, source: NDArray[Any]) -> NDArray[Any]:
         """The source's shape but `count` along `axis`, in the source's dtype; not to be written to."""
@@ -63,6 +65,8 @@ class Pad:
         if self.kind == "mean":
             mean = source.mean(axis=self.axis, dtype=np.float64, keepdims=True)
             return np.broadcast_to(mean.astype(source.dtype), shape)
+        if self.values is not None:
+            return self.values.astype(source.dtype, copy=False)
         drawn = normal(self.name, self.seed, shape)
         drawn *= np.float32(self.value)
         return drawn.astype(source.dtype, copy=False)

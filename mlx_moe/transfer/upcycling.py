@@ -31,9 +31,10 @@ import numpy as np
 from mlx_moe.config import ModelConfig, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Axis, Parameter, normal, table
+from mlx_moe.transfer.centroids import Routers
 from mlx_moe.transfer.draws import Draw
 from mlx_moe.transfer.experts import experts_of, segments_of
-from mlx_moe.transfer.plan import AxisMap, Plan, TensorPlan, fresh_tensor
+from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, fresh_tensor
 
 ZERO_ROUTER_WARNING = (
     "router_init zero: all router logits tie, so every token goes to the first top_k experts, which get identical "
@@ -47,18 +48,20 @@ LOSSY_METHOD = "noise and drop change the model on purpose; the figures above sa
 def plan_upcycling(
     config: ModelConfig,
     moe: MoEConfig,
-    router_init: Literal["random", "zero"] = "random",
+    router_init: Literal["random", "zero", "centroids"] = "random",
     router_std: float = 0.02,
     seed: int = 0,
     noise: float = 0.0,
     drop: float = 0.0,
+    routers: Routers | None = None,
 ) -> Plan:
     """The plan from a dense model to experts that are all copies of its FFN; or, where `moe.d_ff` is 1/G of its
     neurons, the parts of n_experts / G copies.
 
     With `noise` (a standard deviation, relative to that of each tensor) or with `drop` (the share of the neurons that
     each expert draws anew, the same ones in all its projections) they differ, and the plan is lossy; a shared expert
-    stays a copy. The router is normal with standard deviation `router_std`, or zero (see ZERO_ROUTER_WARNING).
+    stays a copy. The router is normal with standard deviation `router_std`, or zero (see ZERO_ROUTER_WARNING), or has
+    the rows of `routers`, one for each copy.
 
     Raises InputError if the model has experts already, or `moe` is no upcycling of it.
     """
@@ -71,6 +74,7 @@ def plan_upcycling(
         dense={parameter.name for parameter in table(config)},
         router_std=router_std if router_init == "random" else 0.0,
         seed=seed,
+        routers=routers or {},
     )
     tensors = [upcycling.tensor(parameter) for parameter in table(target)]
     if noise or drop:
@@ -81,10 +85,10 @@ def plan_upcycling(
     return Plan(config, target, tuple(tensors))
 
 
-def plan_phase(config: ModelConfig, phase: UpcyclePhaseConfig, seed: int) -> Plan:
-    """The plan from a dense model to the experts that a phase asks for."""
+def plan_phase(config: ModelConfig, phase: UpcyclePhaseConfig, seed: int, routers: Routers | None = None) -> Plan:
+    """The plan from a dense model to the experts that a phase asks for; `routers` are the centroids, if it does."""
     moe = experts_of(config, phase)
-    return plan_upcycling(config, moe, phase.router_init, phase.router_std, seed, phase.noise, phase.drop)
+    return plan_upcycling(config, moe, phase.router_init, phase.router_std, seed, phase.noise, phase.drop, routers)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class _Upcycling:
     dense: set[str]  # the source's tensors
     router_std: float
     seed: int
+    routers: Routers
 
     def tensor(self, parameter: Parameter) -> TensorPlan:
         if parameter.name in self.dense:
@@ -105,8 +110,12 @@ class _Upcycling:
     def router(self, parameter: Parameter) -> TensorPlan:
         """A row for every copy, the same for its parts."""
         n_experts, d_model = parameter.shape
+        n_copies = n_experts // self.n_parts
         kind: Literal["constant", "normal"] = "normal" if self.router_std else "constant"
-        rows = fresh_tensor(parameter.name, (n_experts // self.n_parts, d_model), kind, self.router_std, self.seed)
+        rows = fresh_tensor(parameter.name, (n_copies, d_model), kind, self.router_std, self.seed)
+        given = self.routers.get(int(parameter.name.split(".")[1]))
+        if given is not None:
+            rows = replace(rows, pad=Pad(0, n_copies, "given", values=given))
         if self.n_parts == 1:
             return rows
         repeated = AxisMap(axis=0, index=np.arange(n_experts) // self.n_parts)
