@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_moe.accounting import count_parameters
-from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, VerificationConfig
+from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, UpcyclePhaseConfig, VerificationConfig
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import is_model_folder, open_model
 from mlx_moe.parameters import Arrays, Weights, initialize, normal
@@ -19,6 +19,7 @@ from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Tokens, Trainer, choose_backend
 from mlx_moe.training.boundary import certify, random_probes
 from mlx_moe.transfer.certificate import Certificate
+from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import Plan, apply
 from mlx_moe.transfer.upcycling import plan_upcycling
@@ -30,6 +31,12 @@ from parity.yardstick import CHECKPOINT_SLACK, Verdict, judge
 
 LIMITS = VerificationConfig(probe_sequences=4)  # fp32; those of a boundary
 EXPERTS = MoEConfig(n_experts=4)
+# Ways to upcycle, each on one architecture; all others have EXPERTS.
+UPCYCLED = {
+    "hybrid": UpcyclePhaseConfig(n_experts=4, every=2),
+    "nano": UpcyclePhaseConfig(n_experts=4, granularity=2),
+    "smollm": UpcyclePhaseConfig(n_experts=4, shared=True),
+}
 SEQUENCES, TOKENS = 2, 128  # what the truth is computed on; one sequence for more parameters than SMALL
 SMALL = 2_000_000
 TRUTH_BYTES = 4 << 30  # what it may take
@@ -94,7 +101,8 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
         config, weights = probe_model(name, seed)
         dense = Pair.build(config, weights)
         yield _compare(f"{name}, dense", dense, weights, seed)
-        plan = plan_upcycling(config, EXPERTS, seed=seed)
+        moe = experts_of(config, UPCYCLED[name]) if name in UPCYCLED else EXPERTS
+        plan = plan_upcycling(config, moe, seed=seed)
         upcycled, tokens_BT1 = dense.transferred(plan), boundary_tokens(config, seed)
         claims = [
             *upcycling_claims(plan, weights, tokens_BT1, seed),
@@ -104,7 +112,7 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
             ),
             execution_claim(plan, weights, upcycled.mlx, upcycled.torch),
         ]
-        config, weights = probe_model(name, seed, EXPERTS)
+        config, weights = probe_model(name, seed, moe)
         experts = Pair.build(config, weights)  # upcycled ones are all the same, and none could be mistaken
         yield replace(_compare(f"{name}, experts", experts, weights, seed, (dense, upcycled)), claims=tuple(claims))
         plan = plan_growth(config, larger_model(config), seed=seed)

@@ -22,7 +22,6 @@ from mlx_moe.parameters import Weights
 from mlx_moe.tensor_files import open_tensors
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Backend, Tokens
-from mlx_moe.training.boundary import PROBE_TOKENS as PROBE_LENGTH
 from mlx_moe.training.boundary import centroid_routers, centroid_tokens, random_probes, transfer_checkpoint
 from mlx_moe.training.checkpoint import Checkpoint, TrainerState
 from mlx_moe.training.console import Console
@@ -30,6 +29,7 @@ from mlx_moe.transfer.plan import Plan
 from mlx_moe.transfer.upcycling import LOSSY_METHOD, plan_phase
 
 PROBE_TOKENS = 64
+WINDOW_TOKENS = 256  # of the text that centroids are taken of
 ORIGIN = "huggingface"  # stands for the backend where none of ours trained the weights
 
 
@@ -101,22 +101,20 @@ def _state(folder: Path, config: ModelConfig) -> TrainerState:
 
 
 def text_tokens(source: Checkpoint, text: str, n: int) -> Tokens:
-    """(B, T) tokens of a text, about n where it has as many; T is the context, at most boundary.PROBE_TOKENS.
+    """(B, T) tokens of a text, about n where it has as many; T is the context, at most WINDOW_TOKENS.
 
     Raises InputError where the text cannot be had, or the model has no tokenizer for it.
     """
     if source.tokenizer_folder is None:
         raise InputError(f"{source.path} has no tokenizer to read {text} with; take --router random")
     tokenizer, ids = Tokenizer.load(source.tokenizer_folder), list[int]()
-    width = min(source.config.context_length, PROBE_LENGTH)
+    width = min(source.config.context_length, WINDOW_TOKENS)
     for document in open_source(DataConfig(source=text, n_documents=None)).documents():
         ids += [*tokenizer.encode(document), tokenizer.eot_id]
         if len(ids) > n + n // width + width:
             break
     if max(ids) >= source.config.vocab_size:
-        raise InputError(
-            f"{source.path}: its tokenizer has token {max(ids)}, the model only {source.config.vocab_size}"
-        )
+        raise InputError(f"{source.path}: {text} has token {max(ids)}, the model only {source.config.vocab_size}")
     width = min(width, len(ids) - 1)
     return fixed_windows(np.array(ids), -(-n // width), width)[:, :-1]
 
@@ -133,9 +131,7 @@ def upcycle_model(
 ) -> bool:
     """`transfer_model` to the experts that a phase asks for; their routers' centroids are those of a text."""
     if (phase.router_init == "centroids") != (text is not None):
-        raise InputError(
-            "--router centroids and --text FILE go together: the clusters are of what the text does inside"
-        )
+        raise InputError("--router centroids and --text FILE go together: clusters are of the model's states on a text")
 
     def plan(source: Checkpoint) -> Plan:
         routers = None

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from mlx_moe.config import COMPONENTS, MoEConfig
+from mlx_moe.config import COMPONENTS, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.parameters import table
 from mlx_moe.presets import load_architecture
 from parity.oracle import Oracle
@@ -37,6 +37,29 @@ def architectures(draw, norm_positions=("pre", "post")):
 def experts(draw):
     n_experts = draw(st.integers(1, 4))
     return MoEConfig(n_experts=n_experts, top_k=draw(st.integers(1, n_experts)))
+
+
+@st.composite
+def mixtures(draw, config):
+    """Experts for `config`, some of them no upcycling of it."""
+    layers = sorted(draw(st.sets(st.integers(0, config.n_layers - 1), min_size=1)))
+    widths = {"d_ff": draw(st.none() | st.integers(1, 9)), "shared_d_ff": draw(st.integers(0, 5))}
+    return draw(experts()).model_copy(update={"layers": tuple(layers), **widths})
+
+
+@st.composite
+def upcyclings(draw, config):
+    """Phases that `config` can be upcycled in: in some layers, into parts of copies, beside a shared expert."""
+    n_experts = draw(st.integers(1, 4))
+    return UpcyclePhaseConfig(
+        n_experts=n_experts,
+        top_k=draw(st.integers(1, n_experts)),
+        every=draw(st.integers(1, config.n_layers)),
+        granularity=draw(st.sampled_from([n for n in range(1, config.d_ff + 1) if config.d_ff % n == 0])),
+        shared=draw(st.booleans()),
+        router_init=draw(st.sampled_from(["random", "zero"])),
+        router_std=1.0,
+    )
 
 
 def small(**overrides):

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from architectures import architectures, experts, logit_difference, logits, small, tokens, weights
+from architectures import architectures, logit_difference, logits, mixtures, small, tokens, upcyclings, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +10,7 @@ from mlx_moe.parameters import Axis, table
 from mlx_moe.presets import load_architecture
 from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth
 from mlx_moe.transfer.plan import apply
-from mlx_moe.transfer.upcycling import plan_upcycling
+from mlx_moe.transfer.upcycling import plan_phase
 
 few = settings(deadline=None, max_examples=300, derandomize=True, database=None)
 
@@ -36,7 +36,7 @@ def growths(draw, config):
 def test_growth_is_exact(data):
     config = data.draw(architectures())
     if data.draw(st.booleans()):
-        config = config.model_copy(update={"moe": data.draw(experts())})
+        config = config.model_copy(update={"moe": data.draw(mixtures(config))})
     target = data.draw(growths(config))
     seed = data.draw(st.integers(0, 99))
     plan = plan_growth(config, target, data.draw(st.sampled_from(["uneven", "even"])), seed)
@@ -53,7 +53,7 @@ def test_growth_is_exact(data):
 @given(st.data())
 def test_growth_after_upcycling_is_exact_under_any_router(data):
     config = data.draw(architectures())
-    upcycling = plan_upcycling(config, data.draw(experts()), data.draw(st.sampled_from(["random", "zero"])))
+    upcycling = plan_phase(config, data.draw(upcyclings(config)), seed=0)
     target = data.draw(growths(upcycling.target_config))
     growth = plan_growth(upcycling.target_config, target)
     for dtype, limit in ((np.float64, 1e-9), (np.float32, 2e-5)):
@@ -156,6 +156,14 @@ def test_new_blocks_follow_what_they_copy_and_write_zeros():
         np.testing.assert_array_equal(grown[f"layers.1.{name}"], arrays[f"layers.0.{name}"])
 
 
+def test_new_blocks_are_of_the_kind_that_they_copy():
+    config = small(n_layers=3, moe=MoEConfig(layers=(1,), d_ff=2, shared_d_ff=3).model_dump())
+    target = grow_config(config, d_model=12, n_layers=7)
+    assert layer_sources(3, 7) == [0, 0, 0, 1, 1, 2, 2]
+    assert target.expert_layers == (3, 4)
+    assert (target.d_ff, target.moe.d_ff, target.moe.shared_d_ff) == (10, 4, 6)
+
+
 def test_a_plan_is_a_function_of_its_seed():
     config = small()
     target = grow_config(config, d_model=14, n_layers=2)
@@ -223,6 +231,12 @@ def test_a_target_that_computes_something_else_is_refused(changed, message):
 
 def test_the_number_of_experts_stays():
     config = small(moe=MoEConfig(n_experts=4, top_k=2).model_dump())
+    other = config.model_copy(update={"moe": config.moe.model_copy(update={"layers": (0,)})})
+    with pytest.raises(InputError, match=r"growth keeps the layers with experts: cannot go from \(0, 1\) to \(0,\)"):
+        plan_growth(config, other)
+    other = config.model_copy(update={"moe": config.moe.model_copy(update={"d_ff": 3})})
+    with pytest.raises(InputError, match=r"cannot shrink moe\.d_ff from 5 to 3"):
+        plan_growth(config, other)
     with pytest.raises(InputError, match="growth keeps top_k"):
         plan_growth(config, config.model_copy(update={"moe": MoEConfig(n_experts=4, top_k=1)}))
     trained_otherwise = config.model_copy(update={"moe": MoEConfig(n_experts=4, load_balance_coefficient=0.5)})

@@ -2,16 +2,18 @@
 
 import numpy as np
 import pytest
-from architectures import architectures, experts, logits, small, tokens, weights
+from architectures import architectures, logits, small, tokens, upcyclings, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_growth import growths
 
-from mlx_moe.config import MoEConfig
+from mlx_moe.config import MoEConfig, UpcyclePhaseConfig
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import AxisMap, Pad, TensorPlan, apply, carry_moments
-from mlx_moe.transfer.upcycling import plan_upcycling
+from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
+from parity.gradients import loss_and_gradients
+from parity.oracle import Oracle
 
 EVERY_MODEL = [(name, moe) for name in preset_names("architectures") for moe in (None, MoEConfig(n_experts=3, top_k=2))]
 RMSNORM = [(name, moe) for name, moe in EVERY_MODEL if load_architecture(name).normalization == "rmsnorm"]
@@ -72,12 +74,41 @@ def test_the_gradients_of_experts_sum_to_that_of_the_dense_ffn(architecture):
                 np.testing.assert_allclose(copies.gradient, [[1 / 3] * 3, [1 / 6] * 3])
 
 
+METHODS = [{}, {"every": 2}, {"granularity": 3}, {"shared": True}, {"granularity": 2, "shared": True}]
+
+
+@pytest.mark.parametrize("how", METHODS, ids=str)
+@pytest.mark.parametrize("architecture", ["simple", "smollm", "gpt2-post"])
+def test_gradients_are_those_predicted_in_the_mean_over_copies(architecture, how):
+    """Of every part, and of a shared expert; and squares as of gradients that are mostly noise."""
+    config = tiny(architecture).model_copy(update={"d_ff": 6})
+    quiet = {"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.0}
+    phase = UpcyclePhaseConfig(n_experts=3, top_k=2, router_std=1.0, **how, **quiet)
+    plan, arrays = plan_phase(config, phase, seed=0), weights(config)
+    tokens_BT1 = np.random.default_rng(0).integers(0, config.vocab_size, (2, 7))
+    _, before = loss_and_gradients(Oracle(config, arrays), tokens_BT1)
+    _, after = loss_and_gradients(Oracle(plan.target_config, apply(plan, arrays)), tokens_BT1)
+    predicted, squares = apply(plan.moments(1), before), apply(plan.moments(2), {n: g**2 for n, g in before.items()})
+    for tensor in plan.tensors:
+        if tensor.source is None:
+            continue
+        found, expected = after[tensor.target], predicted[tensor.target]
+        ratio = 1.0
+        if tensor.new_axis:
+            found, expected = (array.reshape(3, phase.granularity, *array.shape[1:]) for array in (found, expected))
+            found, expected, ratio = found.mean(axis=0), expected.mean(axis=0), 3 / 2
+        if tensor.target.endswith("experts.down_proj.bias"):  # every part has it, and the same gradient
+            np.testing.assert_allclose(found, found[:1] + 0 * found, atol=1e-14)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-14, err_msg=tensor.target)
+        np.testing.assert_allclose(squares[tensor.target], ratio * predicted[tensor.target] ** 2, rtol=1e-12)
+
+
 @settings(deadline=None, max_examples=100, derandomize=True, database=None)
 @given(st.data())
 def test_a_carried_step_changes_the_loss_as_much(data):
     """⟨ΔW', m'⟩ = ⟨ΔW, m⟩: by the chain rule, what a source coordinate's images get of its gradient sums to 1."""
     config = data.draw(architectures())
-    plan = plan_upcycling(config, data.draw(experts()))
+    plan = plan_phase(config, data.draw(upcyclings(config)), seed=0)
     if data.draw(st.booleans()):
         config = plan.target_config if data.draw(st.booleans()) else config
         plan = plan_growth(config, data.draw(growths(config)), data.draw(st.sampled_from(["uneven", "even"])))

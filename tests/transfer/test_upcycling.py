@@ -1,21 +1,25 @@
 import numpy as np
 import pytest
-from architectures import architectures, experts, logit_difference, small, weights
+from architectures import architectures, logit_difference, small, upcyclings, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_moe.config import MoEConfig, OptimizerConfig
+from mlx_moe.config import MoEConfig, OptimizerConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import table
 from mlx_moe.training.backend import choose_backend
+from mlx_moe.training.boundary import random_probes
+from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.plan import apply
-from mlx_moe.transfer.upcycling import plan_upcycling
+from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
+from parity.compare import rough_weights, small_model
 
 
 @settings(deadline=None, max_examples=100, derandomize=True, database=None)
-@given(architectures(), experts(), st.sampled_from(["random", "zero"]))
-def test_upcycling_is_exact_under_any_router(config, moe, router_init):
-    plan = plan_upcycling(config, moe, router_init, router_std=1.0)
+@given(st.data())
+def test_upcycling_is_exact_under_any_router(data):
+    config = data.draw(architectures())
+    plan = plan_phase(config, data.draw(upcyclings(config)), seed=0)
     target = plan.target_config
     assert [(tensor.target, tensor.shape) for tensor in plan.tensors] == [(p.name, p.shape) for p in table(target)]
     for dtype, limit in ((np.float64, 1e-9), (np.float32, 2e-5)):
@@ -40,6 +44,61 @@ def test_experts_are_copies_and_routers_random():
     assert not np.array_equal(routers[0], other["layers.0.mlp.router.weight"])
     zero = apply(plan_upcycling(config, moe, "zero"), arrays)
     assert not zero["layers.0.mlp.router.weight"].any()
+
+
+def test_parts_of_a_copy_lie_side_by_side_and_share_a_router_row():
+    config = small(d_ff=6)
+    arrays = weights(config, np.float32)
+    phase = UpcyclePhaseConfig(n_experts=2, top_k=1, granularity=3, every=2)
+    plan = plan_phase(config, phase, seed=0)
+    assert plan.target_config.expert_layers == (1,)
+    upcycled = apply(plan, arrays)
+    dense, experts = "layers.1.mlp.", "layers.1.mlp.experts."
+    for expert in range(6):
+        part = slice(2 * (expert % 3), 2 * (expert % 3) + 2)
+        for name in ("up_proj.weight", "up_proj.bias"):
+            np.testing.assert_array_equal(upcycled[experts + name][expert], arrays[dense + name][part])
+        down = arrays[dense + "down_proj.weight"][:, part]
+        np.testing.assert_array_equal(upcycled[experts + "down_proj.weight"][expert], 3 * down)
+        np.testing.assert_array_equal(upcycled[experts + "down_proj.bias"][expert], arrays[dense + "down_proj.bias"])
+    rows = upcycled["layers.1.mlp.router.weight"]
+    np.testing.assert_array_equal(rows, rows[[0, 0, 0, 3, 3, 3]])
+    assert not np.array_equal(rows[0], rows[3])
+    assert not any(".experts." in name for name in upcycled if name.startswith("layers.0."))
+
+
+@pytest.mark.parametrize("router_init", ["random", "zero"])
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_a_backend_chooses_whole_copies(backend, router_init):
+    """Rows that are equal must give logits that are, wherever they stand in a product."""
+    config = small_model("llama")
+    arrays = rough_weights(config, 0)
+    for granularity, n_experts in ((2, 3), (4, 5), (8, 8)):
+        phase = UpcyclePhaseConfig(n_experts=n_experts, granularity=granularity, router_init=router_init)
+        dense = choose_backend(backend).trainer(config, OptimizerConfig(), arrays, "cpu")
+        upcycled = dense.transferred(plan_phase(config, phase, seed=0))
+        chosen_LNK = upcycled.routed_logits(random_probes(config, 4)).experts_LNK
+        copies_LNKG = np.sort(chosen_LNK, axis=-1).reshape(*chosen_LNK.shape[:2], -1, granularity)
+        np.testing.assert_array_equal(
+            copies_LNKG, copies_LNKG[..., :1] // granularity * granularity + range(granularity)
+        )
+
+
+def test_what_a_phase_cannot_make_of_a_model_is_refused():
+    config = small(d_ff=6)
+    for how, message in (
+        ({"every": 3}, "every 3 leaves no layer of 2 with experts"),
+        ({"granularity": 4}, "granularity 4 does not divide d_ff 6; take 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            experts_of(config, UpcyclePhaseConfig(**how))
+    for fields, message in (
+        ({"d_ff": 4}, "8 experts of 4 neurons with top_k 2 are no parts of FFNs of 6"),
+        ({"d_ff": 2}, "are no parts"),  # top_k 2 is no multiple of 3
+        ({"shared_d_ff": 5}, "a shared expert of 5 neurons is no copy; take 6"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plan_upcycling(config, MoEConfig(**fields))
 
 
 def test_a_mixture_is_not_upcycled_again():
@@ -103,11 +162,15 @@ def test_neurons_that_are_drawn_anew_start_without_moments():
     assert not apply(dropped, arrays)[name].any()
 
 
-@pytest.mark.parametrize("how", [{"noise": 0.1}, {"drop": 0.5}, {"noise": 0.1, "drop": 0.5}], ids=str)
-def test_both_backends_draw_the_same(how):
-    config = small(ffn_type="swiglu")
+LOSSY = [{"noise": 0.1}, {"drop": 0.5}, {"noise": 0.1, "drop": 0.5}]
+PARTS = {"granularity": 2, "every": 2, "shared": True}
+
+
+@pytest.mark.parametrize("how", [*LOSSY, LOSSY[2] | PARTS, PARTS], ids=str)
+def test_both_backends_make_the_same(how):
+    config = small(ffn_type="swiglu", d_ff=6)
     arrays = weights(config, np.float32)
-    plan = plan_upcycling(config, MoEConfig(n_experts=3), **how)
+    plan = plan_phase(config, UpcyclePhaseConfig(n_experts=3, **how), seed=0)
     expected = apply(plan, arrays)
     for backend in ("mlx", "torch"):
         trainer = choose_backend(backend).trainer(config, OptimizerConfig(), arrays, "cpu")
