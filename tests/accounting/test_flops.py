@@ -1,16 +1,18 @@
 import pytest
 import torch
+from small_models import MIXED
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mlx_moe.accounting.flops import flops_per_token, mfu
-from mlx_moe.config import ModelConfig, MoEConfig
+from mlx_moe.config import ModelConfig, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.presets import load_architecture, preset_names
+from mlx_moe.transfer.experts import experts_of
 from parity.compare import rough_weights, small_model
 from torch_ref.transformer import Transformer
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "manual"])
-@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4)], ids=["dense", "experts"])
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4), MIXED], ids=["dense", "experts", "mixed"])
 @pytest.mark.parametrize("name", preset_names("architectures"))
 def test_as_many_as_pytorch_counts(name, moe, attention):
     config = small_model(name, moe=moe, attention_backend=attention)
@@ -43,6 +45,17 @@ def test_only_chosen_experts_count():
     dense = flops_per_token(small_model("llama"))
     assert few.ffn == many.ffn == 2 * dense.ffn
     assert many.router == 4 * few.router > dense.router == 0
+
+
+def test_granular_experts_take_as_much_and_a_shared_one_a_copy_more():
+    dense = small_model("llama")
+    whole, cut, shared = (
+        flops_per_token(dense.model_copy(update={"moe": experts_of(dense, UpcyclePhaseConfig(n_experts=4, **how))}))
+        for how in ({}, {"granularity": 4}, {"shared": True})
+    )
+    assert whole.ffn == cut.ffn == 2 * flops_per_token(dense).ffn
+    assert shared.ffn == 3 * flops_per_token(dense).ffn
+    assert cut.router == 4 * whole.router
 
 
 def test_mfu_is_a_share_of_the_peak():

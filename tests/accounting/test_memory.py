@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from small_models import MIXED
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.memory import step_memory
@@ -34,7 +35,7 @@ def test_weights_gradients_and_moments_to_the_byte(backend, moe):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "manual"])
-@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4)], ids=["dense", "experts"])
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4), MIXED], ids=["dense", "experts", "mixed"])
 @pytest.mark.parametrize("name", preset_names("architectures"))
 def test_pytorch_keeps_what_is_counted(name, moe, attention):
     config = small_model(name, moe=moe, attention_backend=attention)
@@ -47,7 +48,7 @@ def test_dropout_keeps_its_masks():
     assert of(config, "torch").activations == pytest.approx(kept_by_pytorch(config), rel=0.06)
 
 
-@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4)], ids=["dense", "experts"])
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4), MIXED], ids=["dense", "experts", "mixed"])
 def test_mlx_takes_what_is_counted(moe):
     size = {"d_model": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 2048, "context_length": 128}
     config = load_architecture("simple", moe=moe, **size)

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from small_models import MIXED
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.parameters import non_embedding_parameters, parameters_by_part
@@ -35,7 +36,7 @@ def test_published_sizes(name, total):
     assert count.efficiency == 1
 
 
-@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=5, top_k=2)], ids=["dense", "experts"])
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=5, top_k=2), MIXED], ids=["dense", "experts", "mixed"])
 @pytest.mark.parametrize("name", preset_names("architectures"))
 def test_models_have_as_many_elements_as_counted(name, moe):
     from mlx.utils import tree_flatten
@@ -56,9 +57,13 @@ def test_active_is_the_model_with_only_the_experts_a_token_visits():
     other_rows_of_the_routers = 2 * 4 * 48  # layers, experts, width
     assert sparse.active == visited.total + other_rows_of_the_routers
     assert sparse.idle_experts == 2 * 4
+    mixed = count_parameters(small_model("llama", moe=MIXED))
+    visited = count_parameters(small_model("llama", moe=MIXED.model_copy(update={"n_experts": MIXED.top_k})))
+    assert mixed.active == visited.total + 2 * 48
+    assert mixed.idle_experts == 2
 
 
-@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=5, top_k=2)], ids=["dense", "experts"])
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=5, top_k=2), MIXED], ids=["dense", "experts", "mixed"])
 @pytest.mark.parametrize("name", preset_names("architectures"))
 def test_the_parts_make_the_whole(name, moe):
     config = small_model(name, moe=moe)

@@ -89,6 +89,49 @@ def test_a_lossy_upcycling_is_written_and_says_by_how_much(tmp_path, mlxmoe):
     assert (result.code, "drop = 1.5" in result.err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "options", "form", "said"),
+    [
+        ("qwen3", ("--every", 2, "--granularity", 2), "qwen3_moe", "8 in each of 1 of 2 layers, 4 per token"),
+        ("llama-tied", ("--granularity", 4), "mixtral", "16 per layer, 8 per token"),
+        ("llama", ("--shared",), "granitemoehybrid", "4 per layer, 2 per token, and a shared one"),
+        ("llama", ("--router", "centroids", "--text", "stories"), "mixtral", "4 per layer, 2 per token"),
+    ],
+    ids=["qwen3_moe", "mixtral", "granitemoehybrid", "centroids"],
+)
+def test_every_way_to_upcycle_goes_out(theirs, options, form, said, tmp_path, mlxmoe):
+    dense = logits(save(theirs, tmp_path / "dense"), random_tokens())
+    save_tokenizer(tmp_path / "dense")
+    result = mlxmoe("upcycle", tmp_path / "dense", tmp_path / "moe", "--experts", 4, *options, "--backend", "torch")
+    assert (result.code, "lossless" in result.out) == (0, True), result.err
+    result = mlxmoe("export", tmp_path / "moe", tmp_path / "out")
+    assert (result.code, f"in the format {form}" in result.out) == (0, True), result.err
+    for library in LIBRARIES:
+        assert np.abs(library.logits(tmp_path / "out", random_tokens()) - dense).max() < LIMIT, library.NAME
+    assert said in (tmp_path / "out" / "README.md").read_text()
+    again = mlxmoe("grow", tmp_path / "out", tmp_path / "large", "--d-model", 48, "--n-layers", 4, "--backend", "torch")
+    assert (again.code, "lossless" in again.out) == (0, True), again.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--router", "centroids"), "--router centroids and --text FILE go together"),
+        (("--text", "stories"), "--router centroids and --text FILE go together"),
+        (("--every", 3), "every 3 leaves no layer of 2 with experts"),
+        (("--granularity", 5), "granularity 5 does not divide d_ff 48; take 4"),
+        (("--router", "centroids", "--text", "no.txt"), "no file or folder 'no.txt'"),
+    ],
+    ids=str,
+)
+def test_a_way_to_upcycle_that_does_not_work_writes_nothing(options, said, tmp_path, mlxmoe):
+    save("llama", tmp_path / "dense")
+    save_tokenizer(tmp_path / "dense")
+    result = mlxmoe("upcycle", tmp_path / "dense", tmp_path / "moe", *options, "--backend", "torch")
+    assert (result.code, said in result.err) == (2, True), result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 def test_shards(tmp_path):
     source = fresh(small_model("llama", moe=EXPERTS), tmp_path)
     export(source, tmp_path / "one", "auto")

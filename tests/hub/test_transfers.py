@@ -10,7 +10,7 @@ import torch
 from published_models import our_logits, random_tokens, save
 from safetensors.numpy import load_file
 
-from mlx_moe.config import MoEConfig, OptimizerConfig, VerificationConfig
+from mlx_moe.config import MoEConfig, OptimizerConfig, UpcyclePhaseConfig, VerificationConfig
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
 from mlx_moe.parameters import initialize, shapes, table
@@ -20,14 +20,17 @@ from mlx_moe.training.boundary import certify_streamed, in_another_order, random
 from mlx_moe.training.checkpoint import TrainerState
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import apply, made_in_blocks
-from mlx_moe.transfer.upcycling import plan_upcycling
+from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
 from parity.compare import rough_weights, small_model
 
 EXPERTS = MoEConfig(n_experts=4, top_k=2)
 DENSE = small_model("llama")
 MIXTURE = small_model("llama", moe=EXPERTS)
+IN_ONE_LAYER = MoEConfig(n_experts=4, top_k=2, layers=(1,), shared_d_ff=24)
+METHODS = UpcyclePhaseConfig(n_experts=4, every=2, granularity=2, shared=True)
 PLANS = {
     "experts": lambda config: plan_upcycling(config, EXPERTS),
+    "every method": lambda config: plan_phase(config, METHODS, seed=0),
     "twice as wide": lambda config: plan_growth(config, grow_config(config, d_model=96, n_layers=2)),
     "wider": lambda config: plan_growth(config, grow_config(config, d_model=72, n_layers=2)),
     "deeper": lambda config: plan_growth(config, grow_config(config, d_model=48, n_layers=5)),
@@ -51,7 +54,7 @@ def saved(config, path):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_checkpoint_on_disk_is_the_plan_applied_in_memory(name, tmp_path, backend):
-    source = saved(DENSE if name == "experts" else MIXTURE, tmp_path / "source")
+    source = saved(DENSE if name in ("experts", "every method") else MIXTURE, tmp_path / "source")
     plan = PLANS[name](source.config)
     done = transfer(source, plan, tmp_path / "out", backend)
     assert done.certificate.passed
@@ -79,7 +82,7 @@ STREAMED = ("simple", "llama", "smollm", "gpt2-post")
 
 
 @pytest.mark.parametrize("name", STREAMED)
-@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("moe", [None, EXPERTS, IN_ONE_LAYER], ids=["dense", "experts", "one layer"])
 def test_a_layer_at_a_time_is_the_same_model(name, moe, backend):
     config = small_model(name, moe=moe)
     weights, tokens = rough_weights(config, 0), random_probes(config, 2)[:, :-1]

@@ -10,6 +10,7 @@ from parity.compare import rough_weights, small_model
 
 BACKENDS = ("mlx", "torch")
 EXPERTS = MoEConfig(n_experts=4, top_k=2)
+MIXED = MoEConfig(n_experts=6, top_k=4, d_ff=32, shared_d_ff=48, layers=(1,))  # narrow, beside a shared one, in a layer
 LIMIT_LOGITS = 1e-5  # of logits with a standard deviation near 0.4; rounding alone stays under 1e-6
 
 
@@ -19,7 +20,7 @@ def every_model(**fields):
         pytest.param(small_model(name, moe=moe, **fields), id=f"{name}-{'experts' if moe else 'dense'}")
         for name in preset_names("architectures")
         for moe in (None, EXPERTS)
-    ]
+    ] + [pytest.param(small_model("smollm", moe=MIXED, **fields), id="smollm-mixed")]
 
 
 def build(backend, config, weights=None, optimizer=None, engine=None):
