@@ -5,10 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mlx_moe.config import UpcyclePhaseConfig
+from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.growth import plan_growth
+from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_upcycling
-from parity.boundaries import execution_claim, forced_claim, growth_claims, upcycling_claims
+from parity.boundaries import execution_claim, forced_claim, growth_claims, random_experts, upcycling_claims
 from parity.compare import EXPERTS, Pair, boundary_tokens, larger_model, probe_model
+from parity.oracle import Oracle
 
 FORCED, SUMMED = "any experts compute the dense model", "the experts' first gradients sum to the dense model's"
 REPEATED, PREDICTED = "the grown residual stream is the old one repeated", "first gradients are as the plan predicts"
@@ -23,6 +27,29 @@ def test_every_claim_holds(name):
     claims += growth_claims(plan, weights, boundary_tokens(config, 1))
     assert [claim.name for claim in claims] == [FORCED, SUMMED, REPEATED, PREDICTED]
     assert max(claim.error for claim in claims) < 1e-13
+
+
+@pytest.mark.parametrize("how", [{"every": 2}, {"granularity": 4}, {"shared": True}], ids=str)
+@pytest.mark.parametrize("name", ["gpt2-post", "smollm"])
+def test_every_claim_holds_for_every_way_to_upcycle(name, how):
+    config, weights = probe_model(name, 1)
+    moe = experts_of(config, UpcyclePhaseConfig(n_experts=4, **how))
+    claims = upcycling_claims(plan_upcycling(config, moe, seed=1), weights, boundary_tokens(config, 1), 1)
+    config, weights = probe_model(name, 1, moe)
+    claims += growth_claims(plan_growth(config, larger_model(config), seed=1), weights, boundary_tokens(config, 1))
+    assert [claim.name for claim in claims] == [FORCED, SUMMED, REPEATED, PREDICTED]
+    assert max(claim.error for claim in claims) < 1e-13
+
+
+def test_parts_of_copies_that_do_not_go_together_are_another_model():
+    config, weights = probe_model("llama", 0)
+    moe = experts_of(config, UpcyclePhaseConfig(n_experts=4, granularity=2))
+    plan, tokens = plan_upcycling(config, moe), boundary_tokens(config, 0)[:, :-1]
+    dense, upcycled = Oracle(config, weights)(tokens), Oracle(plan.target_config, apply(plan, weights))
+    for parts, same in ((2, True), (1, False)):
+        experts_LNK = random_experts(plan.target_config, tokens, np.random.default_rng(0), parts)
+        largest = np.abs(upcycled(tokens, experts_LNK).logits_BTV - dense.logits_BTV).max()
+        assert largest < 1e-12 if same else largest > 1e-3
 
 
 def changed(plan, name, change):

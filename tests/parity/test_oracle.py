@@ -113,9 +113,10 @@ OPTIONS = [
     {"rope_scaling": {"factor": 4.0}},
     {"rope_scaling": LLAMA3},
 ]
+MIXED = MoEConfig(n_experts=5, top_k=2, d_ff=33, shared_d_ff=17, layers=(1,))
 
 
-@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("moe", [None, EXPERTS, MIXED], ids=["dense", "experts", "mixed"])
 @pytest.mark.parametrize("fields", OPTIONS, ids=str)
 def test_every_option(fields, moe, in_float64):
     """Against PyTorch's side. Its grouped products know no float64, so the width is one that goes without."""
