@@ -245,9 +245,9 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
     if plan.draw is not None:
         return torch.from_numpy(plan.draw.experts(source[plan.source].cpu().numpy()))
     tensor = source[plan.source][None] if plan.new_axis else source[plan.source]
-    if plan.pad is not None:
-        rows = torch.tensor(plan.pad.rows(tensor.cpu().numpy()), device=tensor.device)
-        tensor = torch.cat([tensor, rows], dim=plan.pad.axis)
+    for pad in plan.pads:
+        rows = torch.tensor(pad.rows(tensor.cpu().numpy()), device=tensor.device)
+        tensor = torch.cat([tensor, rows], dim=pad.axis)
     for axis_map in plan.maps:
         tensor = tensor.index_select(axis_map.axis, torch.from_numpy(axis_map.index).to(tensor.device))
         if axis_map.scale is not None:

@@ -201,8 +201,8 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
     if plan.draw is not None:
         return mx.array(plan.draw.experts(np.array(source[plan.source])))
     array = source[plan.source][None] if plan.new_axis else source[plan.source]
-    if plan.pad is not None:
-        array = mx.concatenate([array, mx.array(plan.pad.rows(np.array(array)))], axis=plan.pad.axis)
+    for pad in plan.pads:
+        array = mx.concatenate([array, mx.array(pad.rows(np.array(array)))], axis=pad.axis)
     for axis_map in plan.maps:
         array = mx.take(array, mx.array(axis_map.index), axis=axis_map.axis)
         if axis_map.scale is not None:

@@ -55,9 +55,13 @@ class Pad:
     name: str = ""
     seed: int = 0
 
-    def rows(self, source: NDArray[Any]) -> NDArray[Any]:
-        """The source's shape but `count` along `axis`, in the source's dtype; not to be written to."""
-        shape = (*source.shape[: self.axis], self.count, *source.shape[self.axis + 1 :])
+    def rows(self, source: NDArray[Any], shape: Sequence[int] | None = None) -> NDArray[Any]:
+        """`count` along `axis`, else of `shape`, the source's or what earlier pads made of it; in the source's dtype.
+
+        Not to be written to.
+        """
+        before = source.shape if shape is None else shape
+        shape = (*before[: self.axis], self.count, *before[self.axis + 1 :])
         if self.kind == "constant":
             return np.broadcast_to(source.dtype.type(self.value), shape)
         if self.kind == "mean":
@@ -72,8 +76,8 @@ class Pad:
 class TensorPlan:
     """How one target tensor comes about.
 
-    Take the source, view it as `source[None]` if `new_axis`, append the pad's rows, then apply the maps, one for an
-    axis at most, in order.
+    Take the source, view it as `source[None]` if `new_axis`, append the rows of the pads, then apply the maps; of both
+    one for an axis at most, in the order of the axes.
     A tensor without a source is `fresh()`: nothing but pad. `is_new`: it copies weights, but its gradient is its own.
     With a `draw`, the weights are its experts of the source instead.
     """
@@ -82,7 +86,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     source: str | None
     new_axis: bool = False
-    pad: Pad | None = None
+    pads: tuple[Pad, ...] = ()
     maps: tuple[AxisMap, ...] = ()
     is_new: bool = False
     draw: Draw | None = None
@@ -91,14 +95,14 @@ class TensorPlan:
         """How the mean of the gradient (power 1) or of its square (2) comes about; 0 in pads and in what is new."""
         if self.source is None or self.is_new or (self.draw and self.draw.dropped_EN.size):
             return fresh_tensor(self.target, self.shape, "constant")
-        pad = Pad(self.pad.axis, self.pad.count, "constant") if self.pad else None
+        pads = tuple(Pad(pad.axis, pad.count, "constant") for pad in self.pads)
         maps = (AxisMap(old.axis, old.index, old.gradient and old.gradient[power - 1]) for old in self.maps)
-        return replace(self, pad=pad, maps=tuple(maps), draw=None)
+        return replace(self, pads=pads, maps=tuple(maps), draw=None)
 
     def fresh(self) -> NDArray[np.float32]:
         """The tensor that has no source, of shape `shape`."""
-        assert self.pad is not None
-        return np.array(self.pad.rows(np.empty((0, *self.shape[1:]), np.float32)))
+        (pad,) = self.pads
+        return np.array(pad.rows(np.empty((0, *self.shape[1:]), np.float32)))
 
 
 @dataclass(frozen=True)
@@ -170,23 +174,24 @@ def fresh_tensor(
     name: str, shape: tuple[int, ...], kind: Literal["constant", "normal"], value: float = 0.0, seed: int = 0
 ) -> TensorPlan:
     """A tensor that starts anew: constant, or normal with a standard deviation of `value`."""
-    return TensorPlan(name, shape, source=None, pad=Pad(0, shape[0], kind, value, name, seed))
+    return TensorPlan(name, shape, source=None, pads=(Pad(0, shape[0], kind, value, name, seed),))
 
 
 def blocks(plan: TensorPlan, source: NDArray[Any] | None, size: int = BLOCK) -> Iterator[NDArray[Any]]:
     """The target's values in the order in which they lie, in pieces of about `size`; views where the source has them.
 
-    All rows of the pad are computed first, so that no sum depends on the pieces.
+    All rows of the pads are computed first, so that no sum depends on the pieces.
     """
     if plan.draw is not None and source is not None:
         yield from (plan.draw.expert(expert, source) for expert in range(plan.shape[0]))
         return
     array = np.empty((0, *plan.shape[1:]), np.float32) if source is None else source
     array = array[None] if plan.new_axis else array
-    rows = plan.pad.rows(array) if plan.pad else None
-    index = [np.arange(length) for length in array.shape]
-    if plan.pad is not None:
-        index[plan.pad.axis] = np.arange(array.shape[plan.pad.axis] + plan.pad.count)
+    shape, rows = list(array.shape), dict[int, NDArray[Any]]()
+    for pad in plan.pads:
+        rows[pad.axis] = pad.rows(array, shape)
+        shape[pad.axis] += pad.count
+    index = [np.arange(length) for length in shape]
     for axis_map in plan.maps:
         index[axis_map.axis] = axis_map.index
     for box in _boxes([len(along_axis) for along_axis in index], size):
@@ -209,16 +214,14 @@ def _boxes(shape: Sequence[int], size: int) -> Iterator[tuple[slice, ...]]:
 def _block(
     plan: TensorPlan,
     array: NDArray[Any],
-    rows: NDArray[Any] | None,
+    rows: Mapping[int, NDArray[Any]],
     index: Sequence[NDArray[np.int64]],
     box: tuple[slice, ...],
 ) -> NDArray[Any]:
     for axis, (along_axis, part) in enumerate(zip(index, box, strict=True)):
         wanted = along_axis[part]
-        if rows is not None and plan.pad is not None and axis == plan.pad.axis:
-            array, rows = _take_padded(array, rows, wanted, axis), None
-        else:
-            array, rows = _take(array, wanted, axis), None if rows is None else _take(rows, wanted, axis)
+        array = _take_padded(array, rows[axis], wanted, axis) if axis in rows else _take(array, wanted, axis)
+        rows = {later: _take(pad, wanted, axis) for later, pad in rows.items() if later > axis}
     for axis_map in plan.maps:
         if axis_map.scale is not None:
             scale = axis_map.scale[box[axis_map.axis]].astype(array.dtype)
