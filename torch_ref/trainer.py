@@ -61,8 +61,7 @@ class Trainer:
         self._model.load_state_dict(tensors, assign=True)
         self._model.activation_checkpointing = engine.activation_checkpointing
         if engine.compile:
-            for layer in self._model.layers:
-                layer.compile()  # each block by itself: the second one finds the first one's code
+            self._model.compile_blocks()
         self._trained = distribute(self._model, self.world, engine.strategy)
         named = self._model.named_parameters()
         self._optimizers = build_optimizers(named, config, optimizer, self.world, engine.strategy)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlx_moe.config import ModelConfig
-from torch_ref.attention import Attention, KVCache
+from torch_ref.attention import Attention, KVCache, rotations
 from torch_ref.layers import FFN, Linear, Norm
-from torch_ref.moe import MoE, Routing
+from torch_ref.moe import ExpertLinear, MoE, Routing
 
 
 class Block(nn.Module):
@@ -91,3 +91,13 @@ class Transformer(nn.Module):
     def head(self) -> Tensor:
         """(V, D): the embeddings where they are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def compile_blocks(self) -> None:
+        """From now on by torch.compile, each block by itself: the second one finds the first one's code."""
+        # Marked here and not where they are defined, since it takes two seconds to load the compiler.
+        torch.compiler.assume_constant_result(rotations)
+        for module in self.modules():
+            if isinstance(module, ExpertLinear):
+                module.stay_out_of_graphs()
+        for layer in self.layers:
+            layer.compile()
