@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mlx_moe.config import ModelConfig, MoEConfig
 from mlx_moe.parameters import FFN_INPUTS
-from torch_ref.layers import ACTIVATIONS, FFN_TYPES
+from torch_ref.layers import ACTIVATIONS, FFN_TYPES, Linear
 
 
 class Routing(NamedTuple):
@@ -172,7 +172,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
-        self.router = nn.Linear(config.d_model, moe.n_experts, bias=False)
+        self.router = Linear(config.d_model, moe.n_experts, bias=False)
         self.experts = Experts(config, moe)
         self._top_k = moe.top_k
 
