@@ -61,11 +61,6 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        """As in Linear."""
-
-
 class Norm(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mlx_moe.config import ModelConfig
 from torch_ref.attention import Attention, KVCache, rotations
-from torch_ref.layers import FFN, Embedding, Linear, Norm
+from torch_ref.layers import FFN, Linear, Norm
 from torch_ref.moe import ExpertLinear, MoE, Routing
 
 
@@ -45,9 +45,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.d_model)
+        self.embed_tokens = _embedding(config.vocab_size, config.d_model)
         learned = config.position_encoding == "learned_absolute"
-        self.embed_positions = Embedding(config.context_length, config.d_model) if learned else None
+        self.embed_positions = _embedding(config.context_length, config.d_model) if learned else None
         self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
         self.norm = Norm(config)
         self.lm_head = None if config.weight_tying else Linear(config.d_model, config.vocab_size, bias=False)
@@ -101,3 +101,8 @@ class Transformer(nn.Module):
                 module.stay_out_of_graphs()
         for layer in self.layers:
             layer.compile()
+
+
+def _embedding(n: int, d_model: int) -> nn.Embedding:
+    """Without initial weights of its own, as Linear."""
+    return nn.Embedding.from_pretrained(torch.empty(n, d_model), freeze=False)
