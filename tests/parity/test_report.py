@@ -40,7 +40,7 @@ def test_json_says_how_to_get_it_again(mlxmoe):
     assert logits["mlx"]["rmse"] > logits["floor"]["rmse"] > 0
     assert dense["propagated"]["norm"]["torch"]["rmse"] > 0
     assert report["comparisons"][1]["boundary_mlx"]["passed"]
-    assert {tensor["scope"] for tensor in dense["tensors"]} == {"own", "whole", "way", "step", "bf16"}
+    assert {tensor["scope"] for tensor in dense["tensors"]} == {"own", "whole", "way", "step", "half"}
     for comparison, n_claims in zip(report["comparisons"], (0, 5, 3), strict=True):
         assert len(comparison["weights_sha256"]) == 64
         assert [claim["passed"] for claim in comparison["claims"]] == [True] * n_claims
