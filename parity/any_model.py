@@ -41,7 +41,6 @@ class Report:
     weights_sha256: dict[str, str]
     problem: str = ""  # why nothing was judged
     measured: Measured | None = None
-    judged: int = 0  # positions; those that follow a tie of experts are not
     margins: tuple[float, ...] = ()
     findings: tuple[Finding, ...] = ()
     parameters: tuple[str, ...] = ()  # tensors that one library drops, or makes up
@@ -75,7 +74,7 @@ def compare_model(folder: Path, seed: int = 0) -> Report:
     except Exception as error:  # whatever a library cannot do
         return replace(report, problem=f"transformers fails with {said(error)}")
     made_up = tuple(f"{name}: in no file, so transformers draws it at random" for name in torch.missing)
-    report = replace(report, parameters=made_up, margins=bench.margins, judged=int(bench.judged_BT.sum()))
+    report = replace(report, parameters=made_up, margins=bench.margins)
     return _Comparison(folder, config, torch, bench).report(report)
 
 
@@ -95,6 +94,8 @@ class _Comparison:
         try:
             mlx = self._library.LibraryModel(self._folder)
             measured = self._bench.measure(mlx)
+        except InputError:
+            raise
         except Exception as error:
             missing = [name for name, default in fields.items() if default is REQUIRED and name not in self._config]
             lacks = f"; it needs {', '.join(missing)}, which config.json does not have" if missing else ""
