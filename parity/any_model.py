@@ -19,8 +19,9 @@ from safetensors import safe_open
 
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import BackendName, Tokens, is_installed
+from mlx_moe.validation import read_mapping
 from parity.library_bench import Bench, Measured, said
-from parity.lint import Config, Finding, lint_config, read_config, repairs, with_value
+from parity.lint import Config, Finding, lint_config, repairs, with_value
 
 SEQUENCES, TOKENS = 2, 128  # one sequence for more parameters than SMALL
 SMALL = 2_000_000
@@ -171,10 +172,7 @@ def _look_at(folder: Path) -> tuple[Config, int]:
             raise InputError(f"--model needs transformers with torch and mlx-lm with mlx: no {name} or {library} here")
     if not (folder / "config.json").is_file():
         raise InputError(f"no config.json in {folder}; name the folder of a model, as Hugging Face's hub has it")
-    try:
-        config = read_config(folder)
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
+    config = read_mapping(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"no .safetensors in {folder}; pickled weights are not opened")

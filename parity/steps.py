@@ -44,21 +44,23 @@ OPTIMIZER = OptimizerConfig(betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1
 Step = dict[tuple[str, str], Array]  # by GRADIENT or WEIGHT, and a parameter's name
 
 
-def judge_step(config: ModelConfig, weights: Weights, tokens_BT1: Tokens, slack: float = 1.0) -> list[Judged]:
-    """Every gradient and every weight after a step; and the gradients in half precision, with the truth's routes.
+def judge_step(
+    config: ModelConfig, weights: Weights, tokens_BT1: Tokens, slack: float = 1.0, in_half: bool = True
+) -> list[Judged]:
+    """Every gradient and every weight after a step; and `in_half` precision the gradients, with the truth's routes.
 
-    `slack` widens the limits in float32.
+    `slack` widens all limits.
     """
     truth = StepTruth(config, weights, tokens_BT1)
     mlx, torch = (truth.measure(backend, "fp32") for backend in ("mlx", "torch"))
     judged = [
         judge_tensor(name, "step", mlx[name], torch[name], expected, slack) for name, expected in truth.expected.items()
     ]
-    halves: tuple[PrecisionName, ...] = ("bf16", "fp16")
+    halves: tuple[PrecisionName, ...] = ("bf16", "fp16") if in_half else ()
     for precision in halves:
         mlx, torch = (truth.measure(backend, precision) for backend in ("mlx", "torch"))
         judged += [
-            judge_tensor(f"{name} in {precision}", "half", mlx[name], torch[name], expected)
+            judge_tensor(f"{name} in {precision}", "half", mlx[name], torch[name], expected, slack)
             for name, expected in truth.expected.items()
             if name.startswith("gradient")
         ]

@@ -1,8 +1,10 @@
 """What `mlxmoe parity` prints, its JSON and its exit codes."""
 
+import errno
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +100,17 @@ def test_files(mlxmoe, tmp_path):
     assert text.count("<svg") == 3 + 2  # error growth of three models, margins of the two with experts
     assert not re.search(r"(src|href)=|url\(|@import|<script", text)
     well_formed(text)
+
+
+def test_a_disk_that_is_full_is_said(mlxmoe, tmp_path, monkeypatch):
+    def full(path, text, encoding):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    result = mlxmoe("parity", "--preset", "nano", "--out", tmp_path / "parity.json")
+    assert result.code == 2
+    assert "No space left on device" in result.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_page_of_what_differs(mlxmoe, monkeypatch, tmp_path):
