@@ -65,6 +65,7 @@ CASES = {
     "experts, Llama": Case("activations", 8, size(256, 4, 2048, **EXPERTS, **LLAMA)),
     "experts, 50k words": Case("vocabulary", 4, size(256, 2, 50257, **EXPERTS)),
     "experts, large": Case("weights", 1, size(384, 6, 4096, **EXPERTS)),
+    "experts, updated in parts": Case("weights", 1, size(768, 8, 8192, **EXPERTS)),
     "dense, large, Muon": Case("weights", 1, size(512, 20, 8192), optimizer={"name": "muon"}),
     "experts, large, Muon": Case("weights", 1, size(384, 6, 4096, **EXPERTS), optimizer={"name": "muon"}),
     "dense, in 4 parts": Case("activations", 32, size(256, 6, 2048), {"accumulation_steps": 4}),

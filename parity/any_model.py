@@ -19,8 +19,9 @@ from safetensors import safe_open
 
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import BackendName, Tokens, is_installed
+from mlx_moe.validation import read_mapping
 from parity.library_bench import Bench, Measured, said
-from parity.lint import Config, Finding, lint_config, read_config, repairs, with_value
+from parity.lint import Config, Finding, lint_config, repairs, with_value
 
 SEQUENCES, TOKENS = 2, 128  # one sequence for more parameters than SMALL
 SMALL = 2_000_000
@@ -41,7 +42,6 @@ class Report:
     weights_sha256: dict[str, str]
     problem: str = ""  # why nothing was judged
     measured: Measured | None = None
-    judged: int = 0  # positions; those that follow a tie of experts are not
     margins: tuple[float, ...] = ()
     findings: tuple[Finding, ...] = ()
     parameters: tuple[str, ...] = ()  # tensors that one library drops, or makes up
@@ -75,7 +75,7 @@ def compare_model(folder: Path, seed: int = 0) -> Report:
     except Exception as error:  # whatever a library cannot do
         return replace(report, problem=f"transformers fails with {said(error)}")
     made_up = tuple(f"{name}: in no file, so transformers draws it at random" for name in torch.missing)
-    report = replace(report, parameters=made_up, margins=bench.margins, judged=int(bench.judged_BT.sum()))
+    report = replace(report, parameters=made_up, margins=bench.margins)
     return _Comparison(folder, config, torch, bench).report(report)
 
 
@@ -95,6 +95,8 @@ class _Comparison:
         try:
             mlx = self._library.LibraryModel(self._folder)
             measured = self._bench.measure(mlx)
+        except InputError:
+            raise
         except Exception as error:
             missing = [name for name, default in fields.items() if default is REQUIRED and name not in self._config]
             lacks = f"; it needs {', '.join(missing)}, which config.json does not have" if missing else ""
@@ -170,10 +172,7 @@ def _look_at(folder: Path) -> tuple[Config, int]:
             raise InputError(f"--model needs transformers with torch and mlx-lm with mlx: no {name} or {library} here")
     if not (folder / "config.json").is_file():
         raise InputError(f"no config.json in {folder}; name the folder of a model, as Hugging Face's hub has it")
-    try:
-        config = read_config(folder)
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
+    config = read_mapping(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"no .safetensors in {folder}; pickled weights are not opened")

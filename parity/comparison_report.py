@@ -54,7 +54,7 @@ def comparisons_json(results: Sequence[Comparison]) -> Json:
     limits = {
         "ratio": [RATIO_RMSE, RATIO_LARGEST],
         "float32": [FLOAT32_RMSE, FLOAT32_LARGEST],
-        "bf16": [HALF_RMSE, HALF_LARGEST],
+        "half": [HALF_RMSE, HALF_LARGEST],
     }
     return {"limits_rmse_and_largest": limits, "comparisons": [_to_json(result) for result in results]}
 
@@ -159,7 +159,7 @@ def _show_totals(console: Console, results: Sequence[Comparison]) -> None:
     for scope, what in (
         ("way", "with a cache"),
         ("step", "gradients and steps"),
-        ("bf16", "gradients in bf16"),
+        ("half", "in bf16, fp16"),
     ):
         found = [tensor for tensor in tensors if tensor.scope == scope]
         if found:

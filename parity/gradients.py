@@ -1,6 +1,7 @@
 """The oracle's gradients, derived by hand: what a training step should find, sharing no code with either backend.
 
-B batch, T time, N tokens (B·T), D model, H query heads, G key-value heads, d head, E experts, K experts per token.
+B batch, T time, N tokens (B·T), D model, H query heads, G key-value heads, d head, E experts, K experts per token,
+L layers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.parameters import optimizer_groups, table
@@ -41,9 +43,14 @@ SLOPES: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def loss_and_gradients(oracle: Oracle, tokens_BT1: Tokens) -> tuple[float, Gradients]:
-    """Of the mean cross entropy (nats per token) plus the auxiliary terms, by every parameter."""
-    trace = oracle(tokens_BT1[:, :-1])
+def loss_and_gradients(
+    oracle: Oracle, tokens_BT1: Tokens, experts_LNK: NDArray[np.int64] | None = None
+) -> tuple[float, Gradients]:
+    """Of the mean cross entropy (nats per token) plus the auxiliary terms, by every parameter.
+
+    `experts_LNK` takes the place of the routers' choices.
+    """
+    trace = oracle(tokens_BT1[:, :-1], experts_LNK)
     return _Backward(oracle, trace).run(tokens_BT1)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,11 +98,6 @@ def repairs(config: Config, fields: Mapping[str, Any], nothing: Any, other: Call
         if value is not None and value != default:
             found[name] = value
     return found
-
-
-def read_config(folder: Path) -> Config:
-    config: Config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
 
 
 def _differs(run: Run, config: Config, before: Array) -> bool:

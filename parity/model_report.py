@@ -49,7 +49,6 @@ def model_json(report: Report) -> dict[str, Any]:
         "repair": report.repair,
         "keys_that_one_library_uses": [asdict(finding) for finding in report.findings],
         "tensors_dropped_or_made_up": report.parameters,
-        "positions_judged": report.judged,
         "smallest_routing_margins": report.margins,
         "config_sha256": report.config_sha256,
         "weights_sha256": report.weights_sha256,
@@ -61,6 +60,9 @@ def model_json(report: Report) -> dict[str, Any]:
             "top1_agreement": measured.top1_agreement,
             "wrong_tokens": measured.wrong_tokens,
             "remarks": measured.remarks,
+            "positions_judged": measured.judged,
+            "flips": measured.flips,
+            "misrouted": measured.misrouted,
             "first_module": first.name if first else None,
             "ways": [_judged(way) for way in measured.ways],
             "modules": [_judged(module) for module in measured.modules],
@@ -78,10 +80,14 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         return
     yield (
         "judged",
-        f"{report.judged} positions; RMSE at most {RATIO_RMSE:g} times transformers', {RATIO_LARGEST:g} anywhere",
+        f"{measured.judged} positions; RMSE at most {RATIO_RMSE:g} times transformers', {RATIO_LARGEST:g} anywhere",
     )
     if report.margins:
-        yield "routing", f"margins down to {min(report.margins):.1e}; what follows a tie is not judged"
+        yield (
+            "routing",
+            f"margins down to {min(report.margins):.1e}; {measured.flips} choices of other experts at ties, then "
+            "judged with the truth's",
+        )
     yield "impact", f"KL {measured.kl:.0e} nats, same likeliest token {100 * measured.top1_agreement:.2f} %"
     yield "modules", f"{len(measured.modules)} by the same name, {sum(not m.passed for m in measured.modules)} differ"
 
@@ -92,6 +98,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield report.problem
     if measured:
         yield from measured.remarks
+        if measured.misrouted:
+            yield f"routing: {measured.misrouted} choices of experts are not the truth's, beyond rounding"
         if measured.wrong_tokens:
             yield f"greedy generation: {measured.wrong_tokens} tokens are not the truth's, beyond rounding"
         if measured.first_module and not measured.passed:

@@ -8,12 +8,20 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mlx_moe.config import ModelConfig, RopeScaling
 from mlx_moe.parameters import Arrays
-from parity.compare import EXPERTS
+from parity.compare import EXPERTS, probe_model
 
 Tensor = Any  # of PyTorch, which this package does not import
 Edit = Callable[[Arrays], Mapping[str, Any]]
 Patch = tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]]]  # module, name or name[key], new from old
+
+
+# Presets with what no preset has.
+SCALING = RopeScaling(factor=8.0, original_context_length=32)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, more": ("llama", {"qk_norm": True, "attention_bias": "qkvo", "rope_scaling": SCALING.model_dump()})
+}
 
 
 @dataclass(frozen=True)
@@ -21,11 +29,18 @@ class Mutation:
     """A fault in PyTorch's copy of a model: in its config, its weights, or a function of the backend."""
 
     name: str
-    architecture: str  # a preset; + for experts
+    architecture: str  # a preset, or a key of VARIANTS; + for experts
     fields: Mapping[str, Any] = field(default_factory=dict)
     weights: Edit | None = None
     patch: Patch | None = None
     shows_in: Literal["modules", "cache", "step"] = "modules"
+
+
+def faultless(architecture: str, seed: int) -> tuple[ModelConfig, Arrays]:
+    """The small model that a mutation's `architecture` names."""
+    name = architecture.rstrip("+")
+    preset, fields = VARIANTS.get(name, (name, {}))
+    return probe_model(preset, seed, EXPERTS if architecture.endswith("+") else None, **fields)
 
 
 def _through(dtype: str) -> Callable[[Any], Any]:
@@ -66,6 +81,15 @@ def _sees_the_next(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return out_BHTd
 
     return leaking
+
+
+def _with_ε(ε: float) -> Callable[[Any], Callable[..., Tensor]]:
+    """RMSNorm of queries and keys."""
+    return lambda _: lambda norm, x: x * (x.square().mean(-1, keepdim=True) + ε).rsqrt() * norm.weight
+
+
+def _scaling(**fields: Any) -> RopeScaling:
+    return SCALING.model_copy(update=fields)
 
 
 def _attention_scale(size: float) -> Mutation:
@@ -158,6 +182,23 @@ MUTATIONS: Sequence[Mutation] = (
     ),
     Mutation("a dropped bias", "gpt2", weights=_edit("layers.1.self_attn.o_proj.bias", lambda b: b * 0)),
     Mutation("a dropped key bias", "gpt2", weights=_edit("layers.1.self_attn.k_proj.bias", lambda b: b * 0)),
+    Mutation(
+        "queries and keys not normalized", "llama, more", patch=(_ATTENTION, "_normalized", lambda _: lambda _, x: x)
+    ),
+    Mutation(
+        "ε of queries' and keys' norms 1e-6 -> 1e-5", "llama, more", patch=(_ATTENTION, "_normalized", _with_ε(1e-5))
+    ),
+    Mutation("RoPE not scaled", "llama, more", {"rope_scaling": None}),
+    Mutation("RoPE slowed 8.001 times, not 8", "llama, more", {"rope_scaling": _scaling(factor=8.001)}),
+    Mutation("RoPE scaled from another context", "llama, more", {"rope_scaling": _scaling(original_context_length=33)}),
+    Mutation(
+        "an output bias of attention dropped",
+        "llama, more",
+        weights=_edit("layers.1.self_attn.o_proj.bias", lambda b: b * 0),
+    ),
+    Mutation(
+        "a query bias through bf16", "llama, more", weights=_edit("layers.0.self_attn.q_proj.bias", _through("bf16"))
+    ),
     Mutation("GELU by tanh, not erf", "simple", {"activation": "gelu_tanh"}),
     Mutation("GELU by erf, not tanh", "gpt2", {"activation": "gelu"}),
     Mutation("GELU in place of SiLU", "llama", {"activation": "gelu"}),

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_moe.analysis.writing import writing
 from mlx_moe.errors import InputError
-from mlx_moe.training.files import replacing
 from mlx_moe.training.log import library_versions
 from parity import self_test
 from parity.any_model import compare_model
@@ -103,7 +103,7 @@ def _check(request: Request, files: list[Path]) -> None:
 
 def _keep(file: Path | None, text: str) -> None:
     if file:
-        with replacing(file) as partial_file:
+        with writing(file, "name another file") as partial_file:
             partial_file.write_text(text, encoding="utf-8")
 
 

@@ -12,9 +12,9 @@ from mlx_moe.config import OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Trainer, choose_backend
-from parity.compare import EXPERTS, Pair, probe_model, truth_tokens
+from parity.compare import Pair, truth_tokens
 from parity.decoding import judge_decoding
-from parity.mutations import MUTATIONS, SIZED, Mutation, Patch
+from parity.mutations import MUTATIONS, SIZED, Mutation, Patch, faultless
 from parity.steps import judge_step, step_tokens
 from parity.truth import Measurement, Truth
 from parity.yardstick import Judged, Verdict, judge
@@ -63,8 +63,7 @@ class Laboratory:
 
     def _prepared(self, architecture: str) -> tuple[Truth, Measurement, Arrays, Trainer]:
         if architecture not in self._ready:
-            moe = EXPERTS if architecture.endswith("+") else None
-            config, weights = probe_model(architecture.rstrip("+"), self._seed, moe)
+            config, weights = faultless(architecture, self._seed)
             pair, truth = Pair.build(config, weights), Truth(config, weights, truth_tokens(config, self._seed))
             mlx = truth.measure(pair.mlx)
             verdict = judge(truth, mlx, truth.measure(pair.torch))

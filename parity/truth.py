@@ -5,6 +5,7 @@ B batch, T time, N tokens (B·T), E experts, K experts per token, L layers, V vo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,11 @@ class Error:
         place = tuple(int(i) for i in np.unravel_index(distance.argmax(), distance.shape))
         rmse, largest = float(np.sqrt(np.square(distance).mean())), float(distance[place])
         return Error(rmse, largest, place, float(found[place]), float(expected[place]))
+
+    @staticmethod
+    def worst(errors: Sequence[Error]) -> Error:
+        """The largest RMSE and the largest error of several."""
+        return Error(max(error.rmse for error in errors), max(error.largest for error in errors))
 
     def times(self, other: Error, least: Error) -> tuple[float, float]:
         """RMSE and largest error, as multiples of the other's; what is less than `least` counts as that."""

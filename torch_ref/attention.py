@@ -41,14 +41,14 @@ class KVCache:
 
 def rope(x_BHTd: Tensor, offset: int, frequencies_h: Frequencies) -> Tensor:
     """Rotary positions (Su et al. 2021), the halves of a head paired as in Llama."""
-    cos_Th, sin_Th = _rotations(offset, x_BHTd.shape[-2], frequencies_h, x_BHTd.device)
+    cos_Th, sin_Th = rotations(offset, x_BHTd.shape[-2], frequencies_h, x_BHTd.device)
     first_BHTh, second_BHTh = x_BHTd.float().chunk(2, dim=-1)
     rotated = (first_BHTh * cos_Th - second_BHTh * sin_Th, second_BHTh * cos_Th + first_BHTh * sin_Th)
     return torch.cat(rotated, dim=-1).to(x_BHTd.dtype)
 
 
-@torch.compiler.assume_constant_result
-def _rotations(offset: int, n_tokens: int, frequencies_h: Frequencies, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotations(offset: int, n_tokens: int, frequencies_h: Frequencies, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (T, h) float32 each; graphs of torch.compile hold them as constants."""
     return _rotation_table(offset, n_tokens, frequencies_h, device)
 
 

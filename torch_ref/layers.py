@@ -54,6 +54,9 @@ FFN_TYPES: dict[str, Callable[[Projection, Activation], Tensor]] = {
 class Linear(nn.Linear):
     """Float32 weights, multiplied in the dtype of the input."""
 
+    def reset_parameters(self) -> None:
+        """Leave them: all weights are loaded, and PyTorch's own initial ones would load its compiler (two seconds)."""
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 

@@ -5,7 +5,7 @@ B batch, T time, V vocabulary, N tokens (B·T), E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from transformers.utils import logging
 from mlx_moe.training.backend import Logits, Tokens
 
 Array = NDArray[Any]
+Choice = tuple[Array, NDArray[np.int64]]  # of a router: the scores (N, E) by which it chose, experts (N, K)
+
+# What configs call the number of experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def logits(folder: Path, tokens_BT: Tokens) -> Logits:
@@ -48,7 +52,9 @@ class LibraryModel:
         self.missing = tuple(sorted(info["missing_keys"]))  # in the model, not in the files: drawn at random
         self.unread = tuple(sorted(info["unexpected_keys"]))  # in the files, not in the model
         self.n_parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.n_experts = next((n for name in EXPERTS if (n := self.config_value(name))), 0)
+        # Arguments of modules that were traced, and the experts that routers in them chose.
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[NDArray[np.int64]]]] = {}
 
     def config_value(self, name: str) -> Any:
         """What transformers' config calls by this name, which its file may call otherwise; None if nothing."""
@@ -56,6 +62,11 @@ class LibraryModel:
 
     def logits(self, tokens_BT: Tokens) -> Array:
         return self._logits_of(self._model, tokens_BT)
+
+    def routed_logits(self, tokens_BT: Tokens, routes: Sequence[NDArray[np.int64]] = ()) -> tuple[Array, list[Choice]]:
+        """Logits and what every router would choose, in turn; experts `routes` (B, T, K) take the place of that."""
+        with _Choices(self.n_experts, routes) as choices:
+            return self.logits(tokens_BT), choices.made
 
     def logits_with(self, config: Mapping[str, Any], tokens_BT: Tokens) -> Array:
         """Of the same weights under another config; raises whatever transformers does where they do not fit it."""
@@ -78,25 +89,34 @@ class LibraryModel:
     def module_names(self) -> set[str]:
         return {name for name, _ in self._model.named_modules()}
 
-    def trace(self, tokens_BT: Tokens, names: Collection[str]) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+    def trace(
+        self, tokens_BT: Tokens, names: Collection[str], routes: Sequence[NDArray[np.int64]] = ()
+    ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
         """Logits; and of each of these modules the first array that goes in and the first that comes out, in the order
         in which they finish. Modules that run more than once are left out.
         """
         found: dict[str, list[tuple[Array, Array]]] = {}
+        routers_before: dict[str, int] = {}
+        choices = _Choices(self.n_experts, routes)
+
+        def begin(name: str) -> Callable[..., None]:
+            return lambda module, args: routers_before.update({name: len(choices.taken)})
 
         def watch(name: str) -> Callable[..., None]:
             def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
                 went_in, came_out = _first([*args, *kwargs.values()]), _first([output])
                 if went_in is not None and came_out is not None:
-                    self._calls[name] = (args, kwargs)
+                    self._calls[name] = (args, kwargs, choices.taken[routers_before[name] :])
                     found.setdefault(name, []).append((_array(went_in), _array(came_out)))
 
             return note
 
         modules = dict(self._model.named_modules())
         hooks = [modules[name].register_forward_hook(watch(name), with_kwargs=True) for name in names]
+        hooks += [modules[name].register_forward_pre_hook(begin(name)) for name in names]
         try:
-            logits_BTV = self.logits(tokens_BT)
+            with choices:
+                logits_BTV = self.logits(tokens_BT)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -104,37 +124,17 @@ class LibraryModel:
 
     @torch.no_grad()
     def again(self, name: str, x: Array) -> Array:
-        """What a module that was traced makes of another first input, all else as it was."""
-        args, kwargs = self._calls[name]
+        """What a module that was traced makes of another first input, all else as it was, with the same experts."""
+        args, kwargs, experts = self._calls[name]
         first = _first([*args, *kwargs.values()])
         replacement = torch.from_numpy(x.astype(np.float64 if self._exact and x.dtype.kind == "f" else x.dtype))
 
         def put(value: Any) -> Any:
             return replacement if value is first else value
 
-        with self._precision():
+        with _Choices(self.n_experts, experts), self._precision():
             output = self._model.get_submodule(name)(*map(put, args), **{key: put(v) for key, v in kwargs.items()})
         return _array(_first([output]))
-
-    def routers(self, tokens_BT: Tokens) -> dict[str, tuple[Array, NDArray[np.int64]]]:
-        """Router logits (N, E) and choices (N, K) of every module that transformers calls a router."""
-        found = {}
-
-        def watch(name: str) -> Callable[..., None]:
-            def note(module: nn.Module, args: Any, output: Any) -> None:
-                parts = output if isinstance(output, tuple) else ()
-                choices = [part for part in parts if isinstance(part, Tensor) and not part.is_floating_point()]
-                if choices:
-                    found[name] = (_array(parts[0]), _array(choices[0]))
-
-            return note
-
-        routers = {n: m for n, m in self._model.named_modules() if "Router" in type(m).__name__}
-        hooks = [module.register_forward_hook(watch(name)) for name, module in routers.items()]
-        self.logits(tokens_BT)
-        for hook in hooks:
-            hook.remove()
-        return found
 
     @torch.no_grad()
     def _logits_of(self, model: Any, tokens_BT: Tokens) -> Array:
@@ -154,6 +154,34 @@ class LibraryModel:
                 yield
         finally:
             torch.set_default_dtype(default)
+
+
+class _Choices(TorchFunctionMode):
+    """Notes every choice of experts, and puts `routes` in its place as far as there are any.
+
+    A router is what takes the `topk` of rows of scores, one for each expert.
+    """
+
+    def __init__(self, n_experts: int, routes: Sequence[NDArray[np.int64]]):
+        super().__init__()
+        self._n_experts, self._routes = n_experts, iter(routes)
+        self.made: list[Choice] = []
+        self.taken: list[NDArray[np.int64]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, Tensor.topk) or args[0].ndim != 2 or args[0].shape[-1] != self._n_experts:
+            return found
+        scores_NE, experts_NK = args[0], found.indices
+        self.made.append((_array(scores_NE), _array(experts_NK)))
+        route = next(self._routes, None)
+        if route is not None:
+            experts_NK = torch.from_numpy(route.reshape(experts_NK.shape))
+            found = torch.return_types.topk((scores_NE.gather(-1, experts_NK), experts_NK))
+        self.taken.append(_array(experts_NK))
+        return found
 
 
 def _in_float64() -> TorchFunctionMode:

@@ -5,6 +5,7 @@ B batch, T time, N tokens (B·T), D model, F ffn, E experts, K experts per token
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mlx_moe.config import ModelConfig, MoEConfig
 from mlx_moe.parameters import FFN_INPUTS
-from torch_ref.layers import ACTIVATIONS, FFN, FFN_TYPES
+from torch_ref.layers import ACTIVATIONS, FFN, FFN_TYPES, Linear
 
 
 class Routing(NamedTuple):
@@ -57,9 +58,6 @@ def auxiliary_loss(routing: Routing, load_E: Tensor, config: MoEConfig) -> Tenso
     return config.load_balance_coefficient * balance + config.z_loss_coefficient * z_loss
 
 
-_grouped_mm_uncompiled = torch.compiler.disable(F.grouped_mm)  # PyTorch 2.13 can trace bfloat16 only
-
-
 class ExpertLinear(nn.Module):
     """E linear maps side by side: weight (E, out, in), bias (E, out)."""
 
@@ -67,6 +65,11 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(n_experts, n_out, n_in))
         self.bias = nn.Parameter(torch.zeros(n_experts, n_out)) if bias else None
+        self._one_by_one, self._grouped_mm = _one_by_one, F.grouped_mm
+
+    def stay_out_of_graphs(self) -> None:
+        """Before torch.compile: of all these products PyTorch 2.13 can trace `grouped_mm` in bfloat16 only."""
+        self._one_by_one, self._grouped_mm = _uncompiled(_one_by_one), _uncompiled(F.grouped_mm)
 
     def forward(self, x_AC: Tensor, expert_A: Tensor, end_E: Tensor) -> Tensor:
         """Rows sorted by expert; the rows of expert e end before `end_E[e]`."""
@@ -75,14 +78,16 @@ class ExpertLinear(nn.Module):
         # grouped_mm takes rows of whole 16 bytes only; without it, a GPU has to wait for the host to read the ends.
         is_whole = not any(n * x_AC.itemsize % 16 for n in weight.shape[1:])
         if x_AC.device.type == "cpu" or not is_whole:
-            return _one_by_one(x_AC, weight, bias, end_E)
-        grouped_mm = F.grouped_mm if x_AC.dtype is torch.bfloat16 else _grouped_mm_uncompiled
+            return self._one_by_one(x_AC, weight, bias, end_E)
+        grouped_mm = F.grouped_mm if x_AC.dtype is torch.bfloat16 else self._grouped_mm
         y_AC = grouped_mm(x_AC, weight.transpose(-1, -2), offs=end_E)
         # A product, and not an index, because its gradient is summed in the same order every time.
         return y_AC if bias is None else y_AC + F.one_hot(expert_A, len(bias)).to(x_AC.dtype) @ bias
 
 
-@torch.compiler.disable
+_uncompiled = cache(torch.compiler.disable)  # the same function for all layers, so that they share their code
+
+
 def _one_by_one(x_AC: Tensor, weight: Tensor, bias: Tensor | None, end_E: Tensor) -> Tensor:
     y_AC: Tensor = _ExpertProducts.apply(x_AC, weight, bias, end_E[:-1].tolist())
     return y_AC
@@ -167,7 +172,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
-        self.router = nn.Linear(config.d_model, moe.n_experts, bias=False)
+        self.router = Linear(config.d_model, moe.n_experts, bias=False)
         self.experts = Experts(config, moe)
         self.shared_expert = FFN(config, moe.shared_d_ff) if moe.shared_d_ff else None
         self._top_k = moe.top_k

@@ -61,8 +61,7 @@ class Trainer:
         self._model.load_state_dict(tensors, assign=True)
         self._model.activation_checkpointing = engine.activation_checkpointing
         if engine.compile:
-            for layer in self._model.layers:
-                layer.compile()  # each block by itself: the second one finds the first one's code
+            self._model.compile_blocks()
         self._trained = distribute(self._model, self.world, engine.strategy)
         named = self._model.named_parameters()
         self._optimizers = build_optimizers(named, config, optimizer, self.world, engine.strategy)
@@ -250,9 +249,9 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
     tensor = source[plan.source]
     if plan.new_axis:
         tensor = tensor.unflatten(plan.cut_axis, (plan.n_parts, -1)).movedim(plan.cut_axis, 0)
-    if plan.pad is not None:
-        rows = torch.tensor(plan.pad.rows(tensor.cpu().numpy()), device=tensor.device)
-        tensor = torch.cat([tensor, rows], dim=plan.pad.axis)
+    for pad in plan.pads:
+        rows = torch.tensor(pad.rows(tensor.cpu().numpy()), device=tensor.device)
+        tensor = torch.cat([tensor, rows], dim=pad.axis)
     for axis_map in plan.maps:
         tensor = tensor.index_select(axis_map.axis, torch.from_numpy(axis_map.index).to(tensor.device))
         if axis_map.scale is not None:

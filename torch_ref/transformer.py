@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlx_moe.config import ModelConfig
-from torch_ref.attention import Attention, KVCache
+from torch_ref.attention import Attention, KVCache, rotations
 from torch_ref.layers import FFN, Linear, Norm
-from torch_ref.moe import MoE, Routing
+from torch_ref.moe import ExpertLinear, MoE, Routing
 
 
 class Block(nn.Module):
@@ -61,9 +61,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_tokens = _embedding(config.vocab_size, config.d_model)
         learned = config.position_encoding == "learned_absolute"
-        self.embed_positions = nn.Embedding(config.context_length, config.d_model) if learned else None
+        self.embed_positions = _embedding(config.context_length, config.d_model) if learned else None
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layers)])
         self.norm = Norm(config)
         self.lm_head = None if config.weight_tying else Linear(config.d_model, config.vocab_size, bias=False)
@@ -108,3 +108,18 @@ class Transformer(nn.Module):
     def head(self) -> Tensor:
         """(V, D): the embeddings where they are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def compile_blocks(self) -> None:
+        """From now on by torch.compile, each block by itself: the second one finds the first one's code."""
+        # Marked here and not where they are defined, since it takes two seconds to load the compiler.
+        torch.compiler.assume_constant_result(rotations)
+        for module in self.modules():
+            if isinstance(module, ExpertLinear):
+                module.stay_out_of_graphs()
+        for layer in self.layers:
+            layer.compile()
+
+
+def _embedding(n: int, d_model: int) -> nn.Embedding:
+    """Without initial weights of its own, as Linear."""
+    return nn.Embedding.from_pretrained(torch.empty(n, d_model), freeze=False)

@@ -40,6 +40,8 @@ MLX_WAITING_NEURONS = {"gelu": 4, "gelu_tanh": 4, "silu": 3, "relu": 1, "leaky_r
 # GPUs. These many arrays of that size stand at a time, of one chunk alone and of one after the other.
 MLX_LOGITS = {"cpu": 1 << 24, "gpu": 1 << 25}
 MLX_LOGITS_ARRAYS = {"cpu": (7, 19), "gpu": (3, 5)}
+# The weights of a model above the first of these, in bytes, are updated in parts of the second or of one tensor.
+MLX_UPDATED_AT_ONCE, MLX_UPDATE_PART = 1 << 30, 1 << 28
 MLX_UPDATES_AHEAD = 140  # tensors whose old and new weights and moments are there at once, on CPU
 METAL_COMMAND_BUFFERS, METAL_COMMAND_BUFFER_BYTES = 10, 50 << 20  # mlx/backend/metal/device.cpp, scheduler.h
 
@@ -225,6 +227,8 @@ class _Block:
 def _mlx_updates(sizes: _Sizes, device: Device) -> int:
     """Bytes of new weights and moments that are there before the old ones are freed."""
     total = sum(sizes.all)
+    if FLOAT * total > MLX_UPDATED_AT_ONCE:
+        return 3 * max(MLX_UPDATE_PART, FLOAT * max(sizes.all))
     # One of the three takes the place of the gradient where that is contiguous: with experts, not with projections.
     arrays = 3 - sizes.experts / total
     if device == "cpu":

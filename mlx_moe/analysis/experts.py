@@ -29,7 +29,7 @@ from mlx_moe.training.boundary import phase_model
 from mlx_moe.training.checkpoint import Checkpoint
 from mlx_moe.training.console import Console
 from mlx_moe.training.run_folder import RunFolder
-from mlx_moe.transfer.growth import layer_sources
+from mlx_moe.transfer.growth import Split, layer_sources
 
 Figures = NDArray[np.float64]
 Experts = NDArray[np.int64]
@@ -179,20 +179,25 @@ def taken_tokens(tokens_N: NDArray[np.int32], chosen_NE: Figures, texts: list[st
 
 
 def clone_figures(
-    layer: int, before: ModelConfig, after: ModelConfig, weights: Weights, routes: Routes
+    layer: int, before: ModelConfig, after: ModelConfig, split: Split, weights: Weights, routes: Routes
 ) -> dict[str, Any]:
     """How far the copies that growth made in a layer have parted.
 
     `neuron_distance` (E,), the median over copied neurons, relative, between the incoming weights of a copy and its
-    original: as long as it is 0 both compute the same. `twin_neurons`: the copies nearer than TWIN_DISTANCE. In a new
-    block `copy_of`, the layer that it copies, and `same_experts`, the share of choices that both make alike.
+    original: as long as it is 0 both compute the same. `twin_neurons`: the copies nearer than TWIN_DISTANCE, of the
+    `neurons`. An uneven growth puts no copies of neurons in new blocks. In a new block `copy_of`, the layer that it
+    copies, and `same_experts`, the share of choices that both make alike.
     """
+    sources = layer_sources(before.n_layers, after.n_layers)
+    original = sources.index(sources[layer])
+    has_copies = original == layer or split == "even"
     incoming_EFX = np.concatenate(
         [array.reshape(*array.shape[:2], -1) for name, array in _experts(weights, layer).items() if "down" not in name],
         axis=2,
     )
-    copies = np.arange(before.expert_d_ff, after.expert_d_ff)
-    originals_EFX, copies_EFX = incoming_EFX[:, copies % before.expert_d_ff], incoming_EFX[:, copies]
+    width, wider = before.expert_d_ff, after.expert_d_ff
+    copies = np.arange(width, wider if has_copies else width)
+    originals_EFX, copies_EFX = incoming_EFX[:, copies % width], incoming_EFX[:, copies]
     norms_EF = np.linalg.norm(originals_EFX, axis=2) + np.linalg.norm(copies_EFX, axis=2)
     distances_EF = 2 * np.linalg.norm(copies_EFX - originals_EFX, axis=2) / np.maximum(norms_EF, 1e-30)
     figures: dict[str, Any] = {"neurons": copies.size * len(incoming_EFX)}
@@ -201,8 +206,6 @@ def clone_figures(
             "neuron_distance": np.median(distances_EF, axis=1),
             "twin_neurons": int((distances_EF < TWIN_DISTANCE).sum()),
         }
-    sources = layer_sources(before.n_layers, after.n_layers)
-    original = sources.index(sources[layer])
     if original != layer:
         place, copied = (after.expert_layers.index(each) for each in (layer, original))
         pairs_NKK = routes.experts_LNK[place][:, :, None] == routes.experts_LNK[copied][:, None, :]
@@ -229,8 +232,8 @@ def _layers(run: RunConfig, loaded: Checkpoint, routes: Routes, texts: list[str]
             ],
         }
         if loaded.state.phase == 3:
-            before = phase_model(run, 2)
-            figures["clones"] = clone_figures(layer, before, loaded.config, loaded.weights, routes)
+            before, split = phase_model(run, 2), run.phases.large_moe.split
+            figures["clones"] = clone_figures(layer, before, loaded.config, split, loaded.weights, routes)
         yield _plain(figures)
 
 

@@ -18,8 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from mlx_moe.analysis.fitting import FITS
+from mlx_moe.analysis.one_run import SWEEP
 from mlx_moe.analysis.record import PhaseRecord, Record, read_record
 from mlx_moe.analysis.scaling_plot import read_fits, scaling
+from mlx_moe.analysis.sweep_plot import choices
 from mlx_moe.analysis.writing import writing
 
 # Okabe and Ito's colours: distinct to all kinds of colour vision, and of different lightness.
@@ -49,18 +51,20 @@ HIGHEST_LOAD = 2.0  # of the fair share, where the colours end
 
 
 def plot(path: Path, out: Path | None) -> list[Path]:
-    """Draw a run, or the fits of a sweep, into a folder; the files written. Raises InputError where it is neither."""
-    fits = path / FITS if path.is_dir() else path
+    """Draw a run, or a sweep and its fits, into a folder; the files written. Raises InputError where it is neither."""
+    fits, folder = (path / FITS, path) if path.is_dir() else (path, path.parent)
+    figures: dict[str, Figure | None] = {}
     with mpl.rc_context(STYLE):
+        if (path / SWEEP).is_file():
+            figures["choices"] = choices(path)
         if fits.is_file():
             counted, fitted = read_fits(fits)
-            figures = {f"scaling-{one.law}": scaling(one, counted) for one in fitted}
-            folder = fits.parent
-        else:
-            record, folder = read_record(path), path
-            drawn = {name: draw(record) for name, draw in FIGURES.items()}
-            figures = {name: figure for name, figure in drawn.items() if figure is not None}
-        return [file for name, figure in figures.items() for file in save(figure, out or folder / "plots", name)]
+            figures |= {f"scaling-{one.law}": scaling(one, counted) for one in fitted}
+        if not figures:
+            record = read_record(path)
+            figures |= {name: draw(record) for name, draw in FIGURES.items()}
+        drawn = {name: figure for name, figure in figures.items() if figure is not None}
+        return [file for name, figure in drawn.items() for file in save(figure, out or folder / "plots", name)]
 
 
 def save(figure: Figure, out: Path, name: str) -> list[Path]:

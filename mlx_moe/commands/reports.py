@@ -28,10 +28,10 @@ def experts(
 
 
 def plot(
-    path: Annotated[Path, typer.Argument(help="A run's folder, or a sweep's with its fits.json.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="A run's folder, or a sweep's.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH/plots")] = None,
 ) -> None:
-    """Draw a run's curves and its experts' load, or a scaling law, as SVG and PNG."""
+    """Draw a run's curves and its experts' load, or a sweep and its scaling law, as SVG and PNG."""
     from mlx_moe.analysis.plots import plot as draw
 
     for file in draw(path, out):

@@ -1,6 +1,6 @@
 """A model as mlx-lm opens it: its logits, its modules one by one, with a cache, and what it leaves out.
 
-B batch, T time, V vocabulary.
+B batch, T time, V vocabulary, N tokens (B·T), E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors import safe_open
 from mlx_moe.training.backend import Logits, Tokens
 
 Array = NDArray[Any]
+Routes = Sequence[NDArray[np.int64]]  # of every router in turn, experts (B, T, K)
 
 
 def logits(folder: Path, tokens_BT: Tokens) -> Logits:
@@ -37,26 +38,46 @@ class LibraryModel:
             self._model, self._config = load_model(folder, lazy=True, model_config=dict(changes or {}))
             self._model.set_dtype(mx.float32)
         self._folder = folder
-        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Routes]] = {}
 
     def logits(self, tokens_BT: Tokens) -> Array:
         with mx.stream(mx.cpu):
             return np.array(self._model(mx.array(tokens_BT)))
 
-    def logits_in_chunks(self, tokens_BT: Tokens, lengths: Sequence[int]) -> Array:
+    def routed_logits(self, tokens_BT: Tokens, routes: Routes = ()) -> tuple[Array, Routes]:
+        """Logits, and the experts (N, K) that every router would choose, in turn; `routes` take the place of that.
+
+        Where mlx-lm chooses in a way that is not known here, and without routes, there are other than as many.
+        """
+        with _choosing(routes) as choices:
+            logits_BTV = self.logits(tokens_BT)
+        return logits_BTV, [np.array(chosen, np.int64) for chosen, _ in choices]
+
+    def logits_in_chunks(self, tokens_BT: Tokens, lengths: Sequence[int], routes: Routes = ()) -> Array:
         """The same with a cache, so many tokens at a time."""
+        places, parts = np.cumsum(lengths)[:-1].tolist(), []
+        routes_of_parts = zip(*(np.split(route, places, axis=1) for route in routes), strict=True)
         with mx.stream(mx.cpu):
-            cache, places = make_prompt_cache(self._model), np.cumsum(lengths)[:-1].tolist()
-            parts = [self._model(mx.array(part), cache) for part in np.split(tokens_BT, places, axis=1)]
+            cache = make_prompt_cache(self._model)
+            for part in np.split(tokens_BT, places, axis=1):
+                with _choosing(next(routes_of_parts, ())):
+                    parts.append(self._model(mx.array(part), cache))
             return np.array(mx.concatenate(parts, axis=1))
 
-    def logits_after_padding(self, tokens_BT: Tokens, padding: Sequence[int]) -> Array | None:
+    def logits_after_padding(self, tokens_BT: Tokens, padding: Sequence[int], routes: Routes = ()) -> Array | None:
         """The same with so many tokens of padding before each row; None where mlx-lm's cache knows no padding."""
         if any(type(cache) is not KVCache for cache in make_prompt_cache(self._model)):
             return None
         longest = max(padding) + tokens_BT.shape[1]
         rows = [np.pad(row, (n, longest - n - len(row))) for row, n in zip(tokens_BT, padding, strict=True)]
-        with mx.stream(mx.cpu):
+        padded_routes = [
+            np.array([
+                np.pad(row, ((n, longest - n - len(row)), (0, 0)), mode="edge")
+                for row, n in zip(route, padding, strict=True)
+            ])
+            for route in routes
+        ]  # fmt: skip
+        with mx.stream(mx.cpu), _choosing(padded_routes):
             cache = [BatchKVCache(list(padding)) for _ in self._model.layers]
             padded_BTV = np.array(self._model(mx.array(np.array(rows)), cache))
         return np.stack([row[n : n + tokens_BT.shape[1]] for row, n in zip(padded_BTV, padding, strict=True)])
@@ -72,29 +93,35 @@ class LibraryModel:
     def module_names(self) -> set[str]:
         return {name for name, _ in self._model.named_modules()}
 
-    def trace(self, tokens_BT: Tokens, names: Collection[str]) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+    def trace(
+        self, tokens_BT: Tokens, names: Collection[str], routes: Routes = ()
+    ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
         """Logits; and of each of these modules the first array that goes in and the first that comes out, in the order
         in which they finish.
         """
         found: dict[str, tuple[mx.array, mx.array]] = {}
         modules = {id(module): name for name, module in self._model.named_modules() if name in names}
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def begin() -> int:
+            return len(choices)
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, first: int) -> None:
             name, came_out = modules.get(id(module)), output[0] if isinstance(output, tuple) else output
             if name is not None and args and isinstance(args[0], mx.array) and isinstance(came_out, mx.array):
-                self._calls[name] = (args, kwargs)
+                self._calls[name] = (args, kwargs, [np.array(taken, np.int64) for _, taken in choices[first:]])
                 found[name] = (args[0], came_out)
 
-        with _watched({type(module) for module in self._model.modules()}, note):
+        kinds = {type(module) for module in self._model.modules()}
+        with _choosing(routes) as choices, _watched(kinds, begin, note):
             logits_BTV = self.logits(tokens_BT)
         with mx.stream(mx.cpu):
             return logits_BTV, {name: (np.array(x), np.array(y)) for name, (x, y) in found.items()}
 
     def again(self, name: str, x: Array) -> Array:
-        """What a module that was traced makes of another first input, all else as it was."""
-        args, kwargs = self._calls[name]
+        """What a module that was traced makes of another first input, all else as it was, with the same experts."""
+        args, kwargs, experts = self._calls[name]
         module = dict(self._model.named_modules())[name]
-        with mx.stream(mx.cpu):
+        with mx.stream(mx.cpu), _choosing(experts):
             output = module(mx.array(x), *args[1:], **kwargs)
             return np.array(output[0] if isinstance(output, tuple) else output)
 
@@ -124,13 +151,51 @@ def fields(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _watched(classes: Iterable[type], note: Callable[..., None]) -> Iterator[None]:
-    """Tell `note` of every call of an instance of these classes."""
+def _choosing(routes: Routes) -> Iterator[list[tuple[mx.array, mx.array]]]:
+    """Every choice of experts, a router's own and the one taken, which is that of `routes`; nothing without routes.
+
+    A router is what calls `argpartition` along the last axis, and reads the first k (kth = k − 1) or the last (−k).
+    """
+    choices: list[tuple[mx.array, mx.array]] = []
+    if not routes:
+        yield choices
+        return
+    argpartition, waiting = mx.argpartition, iter(routes)
+
+    def choose(scores: mx.array, /, kth: int, axis: int | None = -1, **kwargs: Any) -> mx.array:
+        order = argpartition(scores, kth=kth, axis=axis, **kwargs)
+        if axis not in (-1, scores.ndim - 1):
+            return order
+        k, is_first = (kth + 1, True) if kth >= 0 else (-kth, False)
+        chosen = order[..., :k] if is_first else order[..., -k:]
+        route = next(waiting, None)
+        if route is not None:
+            taken = np.zeros((len(route.reshape(-1, k)), scores.shape[-1]), bool)
+            np.put_along_axis(taken, route.reshape(-1, k), True, axis=-1)
+            order = mx.array(np.argsort(~taken if is_first else taken, axis=-1, kind="stable").astype(np.uint32))
+            order = order.reshape(scores.shape)
+        taken_ones = order[..., :k] if is_first else order[..., -k:]
+        choices.append((chosen.reshape(-1, k), taken_ones.reshape(-1, k)))
+        return order
+
+    mx.argpartition = choose
+    mx.disable_compile()  # a compiled router would choose again what it chose when it was compiled
+    try:
+        yield choices
+    finally:
+        mx.argpartition = argpartition
+        mx.enable_compile()
+
+
+@contextmanager
+def _watched(classes: Iterable[type], begin: Callable[[], int], note: Callable[..., None]) -> Iterator[None]:
+    """Tell `note` of every call of an instance of these classes, with what `begin` gave before it."""
 
     def watching(call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            first = begin()
             output = call(module, *args, **kwargs)
-            note(module, args, kwargs, output)
+            note(module, args, kwargs, output, first)
             return output
 
         return watched

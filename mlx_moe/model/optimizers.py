@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlx_moe.accounting.memory import FLOAT, MLX_UPDATE_PART, MLX_UPDATED_AT_ONCE
 from mlx_moe.config import ModelConfig, OptimizerConfig
-from mlx_moe.parameters import Arrays, OptimizerGroup, check_optimizer_state, optimizer_groups
+from mlx_moe.parameters import Arrays, OptimizerGroup, check_optimizer_state, optimizer_groups, table
 
 # The quintic of Jordan et al. 2024: steep at 0 rather than exact at 1. After 5 steps, singular values that were 0.15 %
 # or more of the matrix's Frobenius norm lie between 0.68 and 1.21.
@@ -71,9 +75,30 @@ def build_optimizer(config: ModelConfig, optimizer: OptimizerConfig) -> optim.Mu
             return Muon(momentum=optimizer.momentum, weight_decay=group.weight_decay)
         return optim.AdamW(0.0, list(optimizer.betas), optimizer.eps, group.weight_decay, bias_correction=True)
 
-    groups = optimizer_groups(config, optimizer)
+    groups = update_groups(config, optimizer)
     filters = [lambda name, _, names=frozenset(group.names): name in names for group in groups[:-1]]
     return optim.MultiOptimizer([build(group) for group in groups], filters)
+
+
+def update_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[OptimizerGroup]:
+    """What is updated in one go: a rule's parameters; of a large model parts of them, one after the other.
+
+    An update puts new weights and moments beside the old ones. Of parts, only one at a time has both.
+    """
+    groups, sizes = optimizer_groups(config, optimizer), {p.name: FLOAT * math.prod(p.shape) for p in table(config)}
+    if sum(sizes.values()) <= MLX_UPDATED_AT_ONCE:
+        return groups
+    parts = []
+    for group in groups:
+        names, size = list[str](), 0
+        for name in group.names:
+            if names and size + sizes[name] > MLX_UPDATE_PART:
+                parts.append(replace(group, names=names))
+                names, size = [], 0
+            names.append(name)
+            size += sizes[name]
+        parts.append(replace(group, names=names))
+    return parts
 
 
 def optimizer_state(optimizer: optim.MultiOptimizer) -> Arrays:

@@ -64,7 +64,7 @@ class Trainer:
         n_parts = self._engine.accumulation_steps
         parts = [mx.array(part) for part in np.split(own_rows(self.world, tokens_BT1), n_parts)]
         seeds = [dropout_seed + self.world.rank * n_parts + part for part in range(n_parts)]
-        if n_parts == 1 and self._loss_scale is None:
+        if n_parts == 1 and self._loss_scale is None and self._step.whole:
             self._seed_dropout(seeds[0])
             losses, load_LE, grad_norm = self._step.whole(parts[0])
         else:
@@ -86,7 +86,7 @@ class Trainer:
     def _step_in_parts(self, parts: list[mx.array], seeds: list[int]) -> tuple[mx.array, mx.array, mx.array]:
         """One part's gradients at a time; no update where a scaled gradient overflowed."""
         load_LE = mx.zeros((0, 0))
-        if self.config.moe:
+        if self.config.moe and len(parts) > 1:
             # Balance is asked of the batch, not of each part.
             loads = []
             for part, seed in zip(parts, seeds, strict=True):
@@ -98,7 +98,7 @@ class Trainer:
         summed, losses = None, []
         for part, seed in zip(parts, seeds, strict=True):
             self._seed_dropout(seed)
-            part_losses, gradients = self._step.gradients(part, load_LE, scale)
+            part_losses, load_LE, gradients = self._step.gradients(part, load_LE, scale)
             summed = gradients if summed is None else tree_map(mx.add, summed, gradients)
             losses.append(part_losses)
             mx.eval(summed, losses)
@@ -176,8 +176,8 @@ class Trainer:
         return mx.get_peak_memory()
 
     def _compile_step(self) -> CompiledStep:
-        dtype, max_grad_norm = DTYPES[self.precision.name], self._optimizer_config.max_grad_norm
-        return compile_step(self._model, self._optimizer, self.config, self.world, dtype, max_grad_norm)
+        dtype = DTYPES[self.precision.name]
+        return compile_step(self._model, self._optimizer, self.config, self._optimizer_config, self.world, dtype)
 
 
 class Decoder:
@@ -205,8 +205,8 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
     array = source[plan.source]
     if plan.new_axis:
         array = mx.moveaxis(mx.unflatten(array, plan.cut_axis, (plan.n_parts, -1)), plan.cut_axis, 0)
-    if plan.pad is not None:
-        array = mx.concatenate([array, mx.array(plan.pad.rows(np.array(array)))], axis=plan.pad.axis)
+    for pad in plan.pads:
+        array = mx.concatenate([array, mx.array(pad.rows(np.array(array)))], axis=pad.axis)
     for axis_map in plan.maps:
         array = mx.take(array, mx.array(axis_map.index), axis=axis_map.axis)
         if axis_map.scale is not None:

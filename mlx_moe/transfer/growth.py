@@ -36,6 +36,7 @@ Split = Literal["uneven", "even"]
 
 RESIDUAL = {Axis.RESIDUAL_READ, Axis.RESIDUAL_WRITE, Axis.NORM}
 HEADS_WRITE = {Axis.Q_HEADS_WRITE, Axis.KV_HEADS_WRITE}
+UNITS_WRITE = {*HEADS_WRITE, Axis.FFN_WRITE}
 READ = {Axis.RESIDUAL_READ, Axis.Q_HEADS_READ, Axis.FFN_READ}
 
 GROWN = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
@@ -93,7 +94,7 @@ def plan_growth(config: ModelConfig, target: ModelConfig, split: Split = "uneven
 
     The copies of a unit share their reading side: evenly, or unevenly, each with a coefficient of its own. Even copies
     have the same gradients and stay equal for ever. New blocks are copies too, spread evenly over the depth, each
-    right after the block it copies, and write zeros to the residual stream.
+    right after the block it copies, and write zeros to the residual stream; their further units are drawn.
 
     Raises InputError where growth is not exact.
     """
@@ -125,21 +126,14 @@ class _Growth:
         source, is_new = self.source_of(parameter.name)
         if is_new and Axis.RESIDUAL_WRITE in parameter.axes:
             return fresh_tensor(parameter.name, parameter.shape, "constant")
-        source_shape = self.source_shapes[source]
-        pads = [
-            self.pad(parameter, axis, after % size)
-            for axis, (size, after) in enumerate(zip(source_shape, parameter.shape, strict=True))
-            if parameter.axes[axis] in RESIDUAL and after % size
-        ]
-        maps = [self.axis_map(parameter, axis, size) for axis, size in enumerate(source_shape)]
-        return TensorPlan(
-            parameter.name,
-            parameter.shape,
-            source,
-            pad=pads[0] if pads else None,
-            maps=tuple(axis_map for axis_map in maps if axis_map is not None),
-            is_new=is_new,
-        )
+        maps, pads = [], []
+        for axis, (kind, size) in enumerate(zip(parameter.axes, self.source_shapes[source], strict=True)):
+            index = self.index(kind, size, parameter.shape[axis], is_new)
+            maps.append(self.axis_map(parameter, axis, size, index))
+            if index.max() >= size:
+                pads.append(self.pad(parameter, axis, int(index.max()) + 1 - size))
+        changed = tuple(axis_map for axis_map in maps if axis_map is not None)
+        return TensorPlan(parameter.name, parameter.shape, source, pads=tuple(pads), maps=changed, is_new=is_new)
 
     def source_of(self, name: str) -> tuple[str, bool]:
         """The tensor that a target's tensor copies, and whether its block is new."""
@@ -150,24 +144,37 @@ class _Growth:
         sources = layer_sources(self.config.n_layers, self.target.n_layers)
         return f"layers.{sources[layer]}.{name[match.end() :]}", sources.index(sources[layer]) != layer
 
-    def pad(self, parameter: Parameter, axis: int, count: int) -> Pad:
-        if parameter.axes[axis] is Axis.NORM:
-            return Pad(axis, count, "constant", float(parameter.start == "ones"))
-        if parameter.axes[axis] is Axis.RESIDUAL_WRITE:
-            return Pad(axis, count, "constant" if self.target.normalization == "rmsnorm" else "mean")
-        if parameter.axes == (Axis.EXPERT, Axis.RESIDUAL_READ):
-            # A normalised pad is 0 only up to rounding, and a router whose experts tie would follow the rounding.
-            return Pad(axis, count, "constant")
-        # Where nothing writes a pad and nothing reads it, no gradient ever flows: reading must start.
-        return Pad(axis, count, "normal", self.target.init_std, f"{parameter.name} pad", self.seed)
+    def index(self, kind: Axis, size: int, size_target: int, is_new: bool) -> NDArray[np.int64]:
+        """The source coordinate of every target coordinate of an axis; from `size` on, a pad's.
 
-    def axis_map(self, parameter: Parameter, axis: int, size: int) -> AxisMap | None:
-        kind, size_target = parameter.axes[axis], parameter.shape[axis]
+        What a new block writes starts at zero, so that copies of its neurons and heads would get the same gradients,
+        however they are shared out: only the first one is a copy there, unless they are to be even.
+        """
         # Head groups are contiguous, so cycling through the rows duplicates whole groups.
         index = np.arange(size_target) % size
+        whole = size_target
         if kind in RESIDUAL:
             whole = size_target // size * size
-            index[whole:] = size + np.arange(size_target - whole)
+        elif kind in UNITS_WRITE and is_new and self.split == "uneven":
+            whole = size
+        index[whole:] = size + np.arange(size_target - whole)
+        return index
+
+    def pad(self, parameter: Parameter, axis: int, count: int) -> Pad:
+        kind = parameter.axes[axis]
+        if kind is Axis.NORM:
+            return Pad(axis, count, "constant", float(parameter.start == "ones"))
+        if kind is Axis.RESIDUAL_WRITE:
+            return Pad(axis, count, "constant" if self.target.normalization == "rmsnorm" else "mean")
+        # A normalised pad is 0 only up to rounding, and a router whose experts tie would follow the rounding.
+        if parameter.axes == (Axis.EXPERT, Axis.RESIDUAL_READ) or parameter.start == "zeros":
+            return Pad(axis, count, "constant")
+        # Where nothing writes a pad and nothing reads it, no gradient ever flows: reading must start.
+        name = f"{parameter.name} {'pad' if kind is Axis.RESIDUAL_READ else 'units'}"
+        return Pad(axis, count, "normal", self.target.init_std, name, self.seed)
+
+    def axis_map(self, parameter: Parameter, axis: int, size: int, index: NDArray[np.int64]) -> AxisMap | None:
+        kind, size_target = parameter.axes[axis], parameter.shape[axis]
         shares = self.shares(parameter, kind, index)
         scale = shares.copy() if self.shares_out(parameter, kind) else np.ones(size_target)
         if kind is Axis.NORM and parameter.start == "ones":

@@ -57,9 +57,13 @@ class Pad:
     seed: int = 0
     values: NDArray[np.float32] | None = None
 
-    def rows(self, source: NDArray[Any]) -> NDArray[Any]:
-        """The source's shape but `count` along `axis`, in the source's dtype; not to be written to."""
-        shape = (*source.shape[: self.axis], self.count, *source.shape[self.axis + 1 :])
+    def rows(self, source: NDArray[Any], shape: Sequence[int] | None = None) -> NDArray[Any]:
+        """`count` along `axis`, else of `shape`, the source's or what earlier pads made of it; in the source's dtype.
+
+        Not to be written to.
+        """
+        before = source.shape if shape is None else shape
+        shape = (*before[: self.axis], self.count, *before[self.axis + 1 :])
         if self.kind == "constant":
             return np.broadcast_to(source.dtype.type(self.value), shape)
         if self.kind == "mean":
@@ -77,7 +81,7 @@ class TensorPlan:
     """How one target tensor comes about.
 
     Take the source; if `new_axis`, cut it along `cut_axis` into `n_parts` equal parts, and view these as a first axis;
-    append the pad's rows, then apply the maps, one for an axis at most, in order.
+    append the rows of the pads, then apply the maps; of both one for an axis at most, in the order of the axes.
     A tensor without a source is `fresh()`: nothing but pad. `is_new`: it copies weights, but its gradient is its own.
     With a `draw`, the weights of each expert are then changed by it.
     """
@@ -88,7 +92,7 @@ class TensorPlan:
     new_axis: bool = False
     cut_axis: int = 0
     n_parts: int = 1
-    pad: Pad | None = None
+    pads: tuple[Pad, ...] = ()
     maps: tuple[AxisMap, ...] = ()
     is_new: bool = False
     draw: Draw | None = None
@@ -97,9 +101,9 @@ class TensorPlan:
         """How the mean of the gradient (power 1) or of its square (2) comes about; 0 in pads and in what is new."""
         if self.source is None or self.is_new or (self.draw and self.draw.dropped_EN.size):
             return fresh_tensor(self.target, self.shape, "constant")
-        pad = Pad(self.pad.axis, self.pad.count, "constant") if self.pad else None
+        pads = tuple(Pad(pad.axis, pad.count, "constant") for pad in self.pads)
         maps = (AxisMap(old.axis, old.index, old.gradient and old.gradient[power - 1]) for old in self.maps)
-        return replace(self, pad=pad, maps=tuple(maps), draw=None)
+        return replace(self, pads=pads, maps=tuple(maps), draw=None)
 
     def fresh(self) -> NDArray[np.float32]:
         """The tensor that has no source, of shape `shape`."""
@@ -180,13 +184,13 @@ def fresh_tensor(
     name: str, shape: tuple[int, ...], kind: Literal["constant", "normal"], value: float = 0.0, seed: int = 0
 ) -> TensorPlan:
     """A tensor that starts anew: constant, or normal with a standard deviation of `value`."""
-    return TensorPlan(name, shape, source=None, pad=Pad(0, shape[0], kind, value, name, seed))
+    return TensorPlan(name, shape, source=None, pads=(Pad(0, shape[0], kind, value, name, seed),))
 
 
 def blocks(plan: TensorPlan, source: NDArray[Any] | None, size: int = BLOCK) -> Iterator[NDArray[Any]]:
     """The target's values in the order in which they lie, in pieces of about `size`; views where the source has them.
 
-    All rows of the pad are computed first, so that no sum depends on the pieces.
+    All rows of the pads are computed first, so that no sum depends on the pieces.
     """
     if plan.draw is not None and source is not None:
         copies = blocks(replace(plan, draw=None), source, math.prod(plan.shape[1:]))
@@ -194,13 +198,14 @@ def blocks(plan: TensorPlan, source: NDArray[Any] | None, size: int = BLOCK) -> 
         return
     array = np.empty((0, *plan.shape[1:]), np.float32) if source is None else source
     if plan.new_axis:
-        shape = list(array.shape)
-        shape[plan.cut_axis : plan.cut_axis + 1] = [plan.n_parts, -1]
-        array = np.moveaxis(array.reshape(shape), plan.cut_axis, 0)
-    rows = plan.pad.rows(array) if plan.pad else None
-    index = [np.arange(length) for length in array.shape]
-    if plan.pad is not None:
-        index[plan.pad.axis] = np.arange(array.shape[plan.pad.axis] + plan.pad.count)
+        cut = list(array.shape)
+        cut[plan.cut_axis : plan.cut_axis + 1] = [plan.n_parts, -1]
+        array = np.moveaxis(array.reshape(cut), plan.cut_axis, 0)
+    shape, rows = list(array.shape), dict[int, NDArray[Any]]()
+    for pad in plan.pads:
+        rows[pad.axis] = pad.rows(array, shape)
+        shape[pad.axis] += pad.count
+    index = [np.arange(length) for length in shape]
     for axis_map in plan.maps:
         index[axis_map.axis] = axis_map.index
     for box in _boxes([len(along_axis) for along_axis in index], size):
@@ -223,16 +228,14 @@ def _boxes(shape: Sequence[int], size: int) -> Iterator[tuple[slice, ...]]:
 def _block(
     plan: TensorPlan,
     array: NDArray[Any],
-    rows: NDArray[Any] | None,
+    rows: Mapping[int, NDArray[Any]],
     index: Sequence[NDArray[np.int64]],
     box: tuple[slice, ...],
 ) -> NDArray[Any]:
     for axis, (along_axis, part) in enumerate(zip(index, box, strict=True)):
         wanted = along_axis[part]
-        if rows is not None and plan.pad is not None and axis == plan.pad.axis:
-            array, rows = _take_padded(array, rows, wanted, axis), None
-        else:
-            array, rows = _take(array, wanted, axis), None if rows is None else _take(rows, wanted, axis)
+        array = _take_padded(array, rows[axis], wanted, axis) if axis in rows else _take(array, wanted, axis)
+        rows = {later: _take(pad, wanted, axis) for later, pad in rows.items() if later > axis}
     for axis_map in plan.maps:
         if axis_map.scale is not None:
             scale = axis_map.scale[box[axis_map.axis]].astype(array.dtype)

@@ -115,7 +115,7 @@ class _Upcycling:
         rows = fresh_tensor(parameter.name, (n_copies, d_model), kind, self.router_std, self.seed)
         given = self.routers.get(int(parameter.name.split(".")[1]))
         if given is not None:
-            rows = replace(rows, pad=Pad(0, n_copies, "given", values=given))
+            rows = replace(rows, pads=(Pad(0, n_copies, "given", values=given),))
         if self.n_parts == 1:
             return rows
         repeated = AxisMap(axis=0, index=np.arange(n_experts) // self.n_parts)

@@ -62,13 +62,14 @@ def test_clones_part_only_where_their_weights_do():
     experts = np.zeros((3, 10, 2), np.int64)
     experts[0], experts[1] = [0, 2], [1, 0]
     routes = Routes(np.zeros(10, np.int32), np.zeros((3, 10, 8), np.float32), experts)
-    born = clone_figures(0, before, after, weights, routes)
+    born = clone_figures(0, before, after, "uneven", weights, routes)
     assert (born["neurons"], born["twin_neurons"]) == (8 * 6, 8 * 6)
     assert "copy_of" not in born
-    copy = clone_figures(1, before, after, weights, routes)
-    assert (copy["copy_of"], copy["same_experts"]) == (0, 0.5)
+    copy = clone_figures(1, before, after, "uneven", weights, routes)
+    assert (copy["copy_of"], copy["same_experts"], copy["neurons"]) == (0, 0.5, 0)
+    assert clone_figures(1, before, after, "even", weights, routes)["neurons"] == 8 * 6
     weights["layers.0.mlp.experts.up_proj.weight"][3, 13] += 0.1
-    assert clone_figures(0, before, after, weights, routes)["twin_neurons"] == 8 * 6 - 1
+    assert clone_figures(0, before, after, "uneven", weights, routes)["twin_neurons"] == 8 * 6 - 1
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,9 @@ def test_every_checkpoint_with_experts(found):
     assert [len(layer["twins"]) for layer in birth] == [6, 6]
     assert [layer["twins"] for layer in end] == [[], []]
     grown = next(one for one in checkpoints if (one["phase"], one["step"]) == (3, 0))
-    assert all(layer["clones"]["twin_neurons"] == layer["clones"]["neurons"] > 0 for layer in grown["layers"])
+    clones = [layer["clones"] for layer in grown["layers"]]
+    assert [one["neurons"] > 0 for one in clones] == ["copy_of" not in one for one in clones]
+    assert all(one.get("twin_neurons", 0) == one["neurons"] for one in clones)
 
 
 def test_both_backends_find_the_same(found):

@@ -9,6 +9,7 @@ from mlx_moe.analysis.plots import expert_load, loss
 from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.scaling import Point, fit
 from mlx_moe.analysis.scaling_plot import read_fits, scaling
+from mlx_moe.analysis.sweep_plot import choices
 from mlx_moe.training import log
 
 FIGURES = ["loss", "learning-rate", "gradient-norm", "tokens-per-s", "expert-load"]
@@ -104,6 +105,31 @@ def test_scaling_laws_with_their_bands(mlxmoe, tmp_path):
     result = mlxmoe("plot", file)
     assert result.code == 2
     assert "mlxmoe fit" in result.err
+
+
+def test_what_each_choice_of_a_sweep_learnt(mlxmoe, tmp_path, finished, dense):
+    runs = {"long": finished, "short,0": dense, "short,1": dense}
+    for name, run in runs.items():
+        shutil.copytree(run, tmp_path / name)
+    (tmp_path / "short,1" / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps(row | {key: row[key] + 1 for key in ("validation_loss",) if key in row}) + "\n"
+            for row in log.read(dense / "metrics.jsonl")
+        )
+    )
+    planned = {name: {"choices": {"arm": name.partition(",")[0], "seed": name[-1:]}} for name in [*runs, "not begun"]}
+    (tmp_path / "sweep.json").write_text(json.dumps(planned))
+    over_tokens, over_flops = choices(tmp_path).axes
+    assert [text.get_text() for text in over_tokens.get_legend().texts] == ["long", "short"]
+    measured = [row["validation_loss"] for row in log.read(dense / "metrics.jsonl") if "validation_loss" in row]
+    for axes in (over_tokens, over_flops):
+        assert axes.lines[1].get_ydata() == pytest.approx(np.array(measured) + 0.5)
+        assert axes.lines[0].get_ydata()[: len(measured)] == pytest.approx(measured)
+    result = mlxmoe("plot", tmp_path)
+    assert result.code == 0, result.err
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"choices.svg", "choices.png"}
+    (tmp_path / "sweep.json").write_text(json.dumps({"not begun": planned["not begun"]}))
+    assert "no run in" in mlxmoe("plot", tmp_path).err
 
 
 def test_what_is_no_run_is_said(mlxmoe, tmp_path, finished):

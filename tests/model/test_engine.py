@@ -6,6 +6,8 @@ from small_models import BACKENDS, EXPERTS, build, random_tokens
 
 from mlx_moe.config import EngineConfig, OptimizerConfig
 from mlx_moe.errors import InputError
+from mlx_moe.model.optimizers import update_groups
+from mlx_moe.parameters import shapes
 from mlx_moe.precision import GROWTH_INTERVAL, LossScale, choose_precision
 from parity.compare import small_model
 
@@ -13,9 +15,11 @@ LEARNING_RATE = 1e-3
 MODELS = {"dense": small_model("simple"), "experts": small_model("smollm", moe=EXPERTS)}
 
 
-def trained(backend, config, steps=4, engine=None, learning_rate=LEARNING_RATE):
+def trained(backend, config, steps=4, engine=None, learning_rate=LEARNING_RATE, optimizer="adamw"):
     """The trainer and its metrics after some steps on batches of 4."""
-    trainer = build(backend, config, optimizer=OptimizerConfig(eps=1e-5), engine=engine or EngineConfig())
+    trainer = build(
+        backend, config, optimizer=OptimizerConfig(name=optimizer, eps=1e-5), engine=engine or EngineConfig()
+    )
     batches = (random_tokens(config, 4, config.context_length + 1, seed) for seed in range(steps))
     return trainer, [trainer.step(batch, learning_rate, dropout_seed=seed)() for seed, batch in enumerate(batches)]
 
@@ -57,6 +61,27 @@ class TestSameNumbers:
             assert metrics[0].expert_load_LE.sum(axis=1) == pytest.approx(1)
         again = trained(backend, config, steps=1, engine=engine)[1]
         assert again[0].loss == metrics[0].loss
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_mlx_updates_a_large_model_in_parts(config, optimizer, monkeypatch):
+    at_once = trained("mlx", config, optimizer=optimizer)
+    monkeypatch.setattr("mlx_moe.model.optimizers.MLX_UPDATED_AT_ONCE", 0)
+    monkeypatch.setattr("mlx_moe.model.optimizers.MLX_UPDATE_PART", 30_000)
+    groups = update_groups(config, OptimizerConfig(name=optimizer))
+    assert len(groups) > 4
+    assert sorted(name for group in groups for name in group.names) == sorted(shapes(config))
+    in_parts = trained("mlx", config, optimizer=optimizer)
+    assert_same(at_once, in_parts, limit=1e-6)
+    state = in_parts[0].optimizer_state()
+    assert state["step"] == 4
+    monkeypatch.undo()
+    at_once[0].load_optimizer_state(state)  # and is none of the checkpoint's business
+    batch = random_tokens(config, 4, config.context_length + 1, 9)
+    assert at_once[0].step(batch, LEARNING_RATE, 0)().loss == pytest.approx(
+        in_parts[0].step(batch, LEARNING_RATE, 0)().loss
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

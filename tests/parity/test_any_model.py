@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def test_what_agrees_passes(name, folder):
         "left padding",
         "one row at a time",
     ]
-    assert report.judged == 2 * 64
+    assert report.measured.judged == 2 * 64
     assert len(report.measured.modules) > 15
     assert max(way.floor.rmse for way in report.measured.ways) < 1e-7
     assert all(finding.ignored_by == "mlx-lm" for finding in report.findings)
@@ -115,6 +116,49 @@ def test_a_weight_that_is_off_is_found_in_its_module(folder, tmp_path):
     assert not measured.passed
     assert measured.first_module.name == name
     assert "std" in str(measured.first_module)
+
+
+@pytest.fixture(scope="module")
+def tied(folder, tmp_path_factory):
+    """Routers of which all experts tie, but for the last bit of some weights."""
+    tied = shutil.copytree(folder("mixtral"), tmp_path_factory.mktemp("tied") / "mixtral")
+    rng = np.random.default_rng(0)
+
+    def nearly_equal(gate_ED):
+        gate_ED[:] = gate_ED[0]
+        gate_ED[rng.random(gate_ED.shape) < 0.3] *= np.float32(1 + 1e-7)
+
+    edit(tied, "gate.weight", nearly_equal)
+    return tied
+
+
+def test_at_ties_all_is_judged_with_the_truths_experts(tied):
+    report = compare_model(tied)
+    assert report.passed, report
+    assert report.measured.judged == 2 * 64
+    assert report.measured.flips
+    assert any("greedy generation" in remark for remark in report.measured.remarks)
+
+
+def test_a_library_that_cannot_be_told_is_judged_up_to_a_tie(tied, folder, monkeypatch):
+    monkeypatch.setattr(mlx_moe.model.library, "_choosing", lambda routes: nullcontext([]))
+    report = compare_model(folder("mixtral"))
+    assert report.passed, report
+    assert "0 of 128 positions" in report.measured.remarks[0]
+    with pytest.raises(InputError, match="tie up to rounding from the first token"):
+        compare_model(tied)
+
+
+def test_other_experts_without_a_tie_are_counted(folder, tmp_path):
+    """Of mlx-lm's side alone, whose routers know two experts by each other's names."""
+    broken = shutil.copytree(folder("mixtral"), tmp_path / "broken")
+    edit(broken, "gate.weight", lambda gate_ED: gate_ED.__setitem__([0, 1], gate_ED[[1, 0]]))
+    library = torch_ref.library.LibraryModel
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 64)).astype(np.int32)
+    bench = Bench(library(folder("mixtral")), library(folder("mixtral"), exact=True), tokens)
+    measured = bench.measure(mlx_moe.model.library.LibraryModel(broken))
+    assert not measured.passed
+    assert measured.misrouted > 50
 
 
 def test_a_tensor_in_no_file_is_said(folder, tmp_path):
@@ -216,3 +260,12 @@ def test_smollm2(repaired, tmp_path):
     if not repaired:
         assert report.causes == ("rope_parameters.rope_theta = 100000.0: mlx-lm does not read it, and takes 10000",)
         assert report.repair == 'with "rope_theta": 100000.0 in config.json, it passes'
+
+
+def edit(folder, ending, change):
+    """The tensors of a folder whose names end so."""
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    for name in weights:
+        if name.endswith(ending):
+            change(weights[name])
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", {"format": "pt"})

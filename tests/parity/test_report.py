@@ -1,8 +1,10 @@
 """What `mlxmoe parity` prints, its JSON and its exit codes."""
 
+import errno
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -40,7 +42,7 @@ def test_json_says_how_to_get_it_again(mlxmoe):
     assert logits["mlx"]["rmse"] > logits["floor"]["rmse"] > 0
     assert dense["propagated"]["norm"]["torch"]["rmse"] > 0
     assert report["comparisons"][1]["boundary_mlx"]["passed"]
-    assert {tensor["scope"] for tensor in dense["tensors"]} == {"own", "whole", "way", "step", "bf16"}
+    assert {tensor["scope"] for tensor in dense["tensors"]} == {"own", "whole", "way", "step", "half"}
     for comparison, n_claims in zip(report["comparisons"], (0, 5, 3), strict=True):
         assert len(comparison["weights_sha256"]) == 64
         assert [claim["passed"] for claim in comparison["claims"]] == [True] * n_claims
@@ -98,6 +100,17 @@ def test_files(mlxmoe, tmp_path):
     assert text.count("<svg") == 3 + 2  # error growth of three models, margins of the two with experts
     assert not re.search(r"(src|href)=|url\(|@import|<script", text)
     well_formed(text)
+
+
+def test_a_disk_that_is_full_is_said(mlxmoe, tmp_path, monkeypatch):
+    def full(path, text, encoding):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    result = mlxmoe("parity", "--preset", "nano", "--out", tmp_path / "parity.json")
+    assert result.code == 2
+    assert "No space left on device" in result.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_page_of_what_differs(mlxmoe, monkeypatch, tmp_path):

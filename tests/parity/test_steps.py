@@ -24,8 +24,8 @@ def test_no_false_alarm(name, moe):
     config, weights, truth, tokens = prepared(name, moe, seed=3)
     steps = judge_step(config, weights, tokens)
     assert failed(steps) == []
-    scopes = {tensor.scope for tensor in steps}
-    assert scopes == ({"step"} if moe else {"step", "bf16"})
+    names = {tensor.name for tensor in steps if tensor.scope == "half"}
+    assert {f"gradient of {name} in {half}" for name in ("norm.weight",) for half in ("bf16", "fp16")} <= names
     pair = Pair.build(config, weights)
     ways, wrong_words = judge_decoding(truth, pair.mlx, pair.torch)
     assert (failed(ways), wrong_words) == ([], [])
@@ -57,6 +57,42 @@ def test_a_wrong_gradient_is_named(module, attribute, change, first, monkeypatch
     monkeypatch.setattr(owner, attribute, change(getattr(owner, attribute)))
     names = failed(judge_step(config, weights, tokens))
     assert any(name.startswith(first) for name in names)
+
+
+def test_what_is_wrong_in_half_precision_only_is_named(monkeypatch):
+    import torch
+
+    import torch_ref.layers
+
+    config, weights, _, tokens = prepared("llama")
+    own = torch.nn.functional.linear
+
+    def coarse(x, weight, bias):
+        return own(x, weight.bfloat16().to(x.dtype) if x.dtype is torch.float16 else weight, bias)
+
+    monkeypatch.setattr(torch_ref.layers.F, "linear", coarse)
+    names = failed(judge_step(config, weights, tokens))
+    assert names
+    assert all(name.endswith("in fp16") for name in names)
+
+
+def test_a_step_that_overflows_is_taken_again_with_a_smaller_scale(monkeypatch):
+    import mlx_moe.precision
+
+    monkeypatch.setattr(mlx_moe.precision.LossScale, "scale", 2.0**24)
+    config, weights, _, tokens = prepared("nano")
+    assert failed(judge_step(config, weights, tokens)) == []
+
+
+def test_routes_in_half_precision_are_the_truths(monkeypatch):
+    """Even where the truth is wrong, and takes the worst experts."""
+    import parity.oracle
+
+    best_experts = parity.oracle.best_experts
+    monkeypatch.setattr(parity.oracle, "best_experts", lambda logits, k: best_experts(-logits, k))
+    config, weights, _, tokens = prepared("llama", EXPERTS)
+    scopes = {tensor.scope for tensor in judge_step(config, weights, tokens) if not tensor.passed}
+    assert scopes == {"step"}
 
 
 def test_a_wrong_step_is_named(monkeypatch):

@@ -164,6 +164,21 @@ def test_new_blocks_are_of_the_kind_that_they_copy():
     assert (target.d_ff, target.moe.d_ff, target.moe.shared_d_ff) == (10, 4, 6)
 
 
+@pytest.mark.parametrize("split", ["even", "uneven"])
+def test_only_even_growth_copies_units_within_new_blocks(split):
+    config = small(normalization="layernorm", bias=True, moe=MoEConfig(n_experts=2, top_k=1).model_dump())
+    target = grow_config(config, d_model=6, n_layers=3, n_heads=2 * config.n_heads, d_ff=2 * config.d_ff)
+    grown = apply(plan_growth(config, target, split), weights(config))
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.experts.up_proj"):
+        new = grown[f"layers.1.{name}.weight"]
+        original, second = np.split(new, 2, axis=-2)
+        np.testing.assert_array_equal(original, np.split(grown[f"layers.0.{name}.weight"], 2, axis=-2)[0])
+        same = np.all(original == second, axis=-1)
+        assert same.all() if split == "even" else not same.any()
+        bias = np.split(grown[f"layers.1.{name}.bias"], 2, axis=-1)[1]
+        assert np.any(bias) == (split == "even")
+
+
 def test_a_plan_is_a_function_of_its_seed():
     config = small()
     target = grow_config(config, d_model=14, n_layers=2)

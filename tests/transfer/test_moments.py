@@ -144,11 +144,11 @@ def test_what_is_new_starts_without_moments():
 
 def test_a_gradient_scale_takes_the_place_of_the_weights():
     maps = (AxisMap(0, np.array([0, 0, 1]), np.array([1, 2, 3.0]), (np.array([0.5, 0.25, 1]), np.array([2, 3, 4.0]))),)
-    tensor = TensorPlan("out", (3,), source="in", pad=Pad(0, 1, "constant", 7), maps=maps)
+    tensor = TensorPlan("out", (3,), source="in", pads=(Pad(0, 1, "constant", 7),), maps=maps)
     (first,), (second,) = tensor.moments(1).maps, tensor.moments(2).maps
     np.testing.assert_array_equal(first.scale, [0.5, 0.25, 1])
     np.testing.assert_array_equal(second.scale, [2, 3, 4])
-    assert tensor.moments(1).pad.value == 0
+    assert tensor.moments(1).pads[0].value == 0
 
 
 def test_a_state_is_carried_as_far_as_the_optimizer_keeps_it():

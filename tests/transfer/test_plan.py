@@ -13,7 +13,8 @@ PLANS = {
     "twice as wide": plan_growth(small(), grow_config(small(), d_model=12, n_layers=2)),
     "wider": plan_growth(EXPERTS, grow_config(EXPERTS, d_model=10, n_layers=2)),
     "deeper": plan_growth(EXPERTS, grow_config(EXPERTS, d_model=6, n_layers=5)),
-    "all of it": plan_growth(EXPERTS, grow_config(EXPERTS, d_model=15, n_layers=3, n_heads=5, d_ff=11), "even"),
+    "all of it": plan_growth(EXPERTS, grow_config(EXPERTS, d_model=15, n_layers=3, n_heads=5, d_ff=11)),
+    "all of it, even": plan_growth(EXPERTS, grow_config(EXPERTS, d_model=15, n_layers=3, n_heads=5, d_ff=11), "even"),
 }
 
 
@@ -25,13 +26,13 @@ def run(array, **tensor):
 def test_maps_point_into_the_source_and_then_into_the_pad():
     array = np.array([[1, 2], [3, 4]], np.float32)
     maps = (AxisMap(1, np.array([2, 0, 1]), np.array([1, 10, 1.0])), AxisMap(0, np.array([1, 0, 1])))
-    out = run(array, pad=Pad(1, 1, "constant", 7), maps=maps)
+    out = run(array, pads=(Pad(1, 1, "constant", 7),), maps=maps)
     np.testing.assert_array_equal(out, [[7, 30, 4], [7, 10, 2], [7, 30, 4]])
 
 
 def test_the_mean_is_taken_in_float64_and_rounded_once():
     array = np.array([[2.0**24, 1, 1, 2]], np.float32)
-    out = run(array, pad=Pad(1, 2, "mean"))
+    out = run(array, pads=(Pad(1, 2, "mean"),))
     np.testing.assert_array_equal(out[:, 4:], [[2.0**22 + 1, 2.0**22 + 1]])
     assert out.dtype == np.float32
 

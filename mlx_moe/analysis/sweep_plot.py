@@ -1,0 +1,72 @@
+"""The figure of a sweep: what each choice had learnt after so many tokens, and for so many FLOPs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from mlx_moe.analysis.comparison import CurvePoint, curve
+from mlx_moe.analysis.one_run import SWEEP
+from mlx_moe.analysis.record import read_record
+from mlx_moe.errors import InputError
+from mlx_moe.training import log
+from mlx_moe.training.run_folder import METRICS
+from mlx_moe.validation import read_mapping
+
+AXES = {"tokens": "tokens", "flops": "training FLOPs"}
+SHOWN_FROM = 0.25  # of the way; the steep beginning would flatten what tells the choices apart
+DASHES = ["-", "--", "-.", ":"]
+
+
+def choices(folder: Path) -> Figure:
+    """Validation loss over tokens and over FLOPs, a line for each choice: the mean of its seeds, and their range.
+
+    Raises InputError where no run has begun.
+    """
+    curves = _curves(folder)
+    figure = Figure(figsize=(7.2, 3.4))
+    for axes, (budget, label) in zip(figure.subplots(1, 2, sharey=True), AXES.items(), strict=True):
+        for number, (choice, seeds) in enumerate(curves.items()):
+            spent = [getattr(point, budget) for point in seeds[0]]
+            losses = np.array([[point.validation_loss for point in seed] for seed in seeds])
+            colour = mpl.colormaps["cividis"](0.85 * number / max(len(curves) - 1, 1))
+            axes.fill_between(spent, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.22, linewidth=0)
+            dashes = DASHES[number % len(DASHES)]
+            axes.plot(spent, losses.mean(axis=0), dashes, color=colour, linewidth=1.3, label=choice)
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    longest = max(seeds[0][-1].tokens for seeds in curves.values())
+    shown = [
+        point.validation_loss
+        for seeds in curves.values()
+        for seed in seeds
+        for point in seed
+        if point.tokens >= SHOWN_FROM * longest
+    ]
+    room = 0.05 * (max(shown) - min(shown))
+    figure.axes[0].set_ylim(min(shown) - room, max(shown) + room)
+    figure.axes[0].set_ylabel("validation loss (nats per token)")
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def _curves(folder: Path) -> dict[str, list[list[CurvePoint]]]:
+    """Of each choice that has begun the curves of its seeds, as far as all of them got."""
+    found: dict[str, list[list[CurvePoint]]] = {}
+    for name, run in read_mapping(folder / SWEEP).items():
+        choice = ", ".join(
+            value if isinstance(value, str) else f"{axis.rpartition('.')[2]} {json.dumps(value)}"
+            for axis, value in run["choices"].items()
+            if axis != "seed"
+        )
+        if log.read(folder / name / METRICS) and (points := curve(read_record(folder / name))):
+            found.setdefault(choice or "all", []).append(points)
+    if not found:
+        raise InputError(f"no run in {folder} has a validation loss yet; train them: mlxmoe sweep FILE --out {folder}")
+    return {choice: [seed[: min(map(len, seeds))] for seed in seeds] for choice, seeds in found.items()}
