@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, Field, model_validator
 
-from mlx_moe.architecture import COMPONENTS, ExpertsConfig, Frozen, ModelConfig, MoEConfig, RopeScaling
-
-__all__ = ["COMPONENTS", "MoEConfig", "ModelConfig", "RopeScaling"]  # and what is defined here
+from mlx_moe.architecture import COMPONENTS as COMPONENTS
+from mlx_moe.architecture import ExpertsConfig, Frozen, ModelConfig
+from mlx_moe.architecture import MoEConfig as MoEConfig
+from mlx_moe.architecture import RopeScaling as RopeScaling
 
 
 class DataConfig(Frozen):
