@@ -252,9 +252,18 @@ class VerificationConfig(_Frozen):
     max_loss_jump: float = Field(1e-3, gt=0)
 
 
+class StartConfig(_Frozen):
+    """The model that a run starts from, where that is one there already (`mlxmoe train --from`)."""
+
+    model: str  # a checkpoint, or a Hugging Face folder
+    phases: tuple[int, ...]  # of 1, 2 and 3, those to run
+    lineage: tuple[str, ...] = ()  # what the model is, and what became of it so far
+
+
 class RunConfig(_Frozen):
     name: str = "three-phase"
     seed: int = Field(0, ge=0, lt=2**63)
+    start: StartConfig | None = None  # None: weights drawn anew
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -262,6 +271,10 @@ class RunConfig(_Frozen):
     phases: PhasesConfig = PhasesConfig()
     training: TrainingConfig = TrainingConfig()
     verification: VerificationConfig = VerificationConfig()
+
+    @property
+    def first_phase(self) -> int:
+        return self.start.phases[0] if self.start else 1
 
     @model_validator(mode="after")
     def _batches_come_in_equal_parts(self) -> RunConfig:

@@ -44,7 +44,11 @@ class TrainerState:
     step: Annotated[int, Field(ge=0)]
     backend: str
     validation_loss: float | None = None
-    lineage: tuple[str, ...] = ()  # the model of others that it comes from, and what became of that outside a run
+    lineage: tuple[str, ...] = ()  # the model that it comes from, and what became of that before this phase
+
+    @property
+    def lineage_so_far(self) -> tuple[str, ...]:
+        return (*self.lineage, f"trained for {self.step:,} steps") if self.step else self.lineage
 
 
 @dataclass(frozen=True)

@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.flops import flops_per_token
+from mlx_moe.accounting.memory import step_memory
 from mlx_moe.config import ModelConfig, OptimizerConfig, RunConfig
 from mlx_moe.data.sources import BUILTIN
 from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, initialize
+from mlx_moe.parameters import Weights, initialize
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Alone, Backend, Trainer, World, peak_flops_per_s
-from mlx_moe.training.boundary import certify, phase_config, phase_model, plan_boundary
-from mlx_moe.training.checkpoint import TrainerState
+from mlx_moe.training.boundary import (
+    PROBE_TOKENS,
+    certify,
+    lineage,
+    phase_config,
+    phase_model,
+    plan_boundary,
+    start_phase,
+)
+from mlx_moe.training.checkpoint import Checkpoint, TrainerState
 from mlx_moe.training.console import Console
 from mlx_moe.training.log import environment
 from mlx_moe.training.loop import Phase, train_phase
 from mlx_moe.training.results import report_phase, summarize
-from mlx_moe.training.run_folder import RunFolder
+from mlx_moe.training.run_folder import CONFIG, RunFolder
+from mlx_moe.training.start import check_model
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
 from mlx_moe.training.trackers import check_installed
 from mlx_moe.transfer.upcycling import LOSSY_METHOD, ZERO_ROUTER_WARNING
 
 
-def train(run: RunConfig, directory: Path, backend: Backend, n_phases: int, options: Options, console: Console) -> None:
-    """Run phases 1 to `n_phases` in a run's directory, or go on where its latest whole checkpoint stands.
+def train(
+    run: RunConfig, directory: Path, backend: Backend, last_phase: int, options: Options, console: Console
+) -> None:
+    """Run the phases from the run's first to `last_phase` in its directory, or go on where its latest whole checkpoint
+    stands.
 
     Raises InputError on what a user can mend, TrainingStopped on an interruption, a loss that is not finite, or a
     boundary that failed.
@@ -36,16 +51,18 @@ def train(run: RunConfig, directory: Path, backend: Backend, n_phases: int, opti
     folder = RunFolder(directory, backend.connect())
     try:
         with stopping_at_once():
-            experiment = begin(run, folder, backend, n_phases, options, console)
+            experiment = begin(run, folder, backend, last_phase, options, console)
             folder.hold()
             rows = folder.metrics()
             phase, trainer, step = experiment.where_it_stands()
             experiment.introduce(trainer)
+            experiment.warn_of_memory(trainer, range(max(phase, run.first_phase), last_phase + 1))
             folder.open_tracker(experiment.run, rows, console.warn)
         with interruptions() as interruption:
             while True:
-                experiment.train(phase, trainer, step, interruption)
-                if phase >= n_phases:
+                if phase >= run.first_phase:
+                    experiment.train(phase, trainer, step, interruption)
+                if phase >= last_phase:
                     break
                 trainer = experiment.cross_boundary(phase, trainer)
                 phase, step = phase + 1, 0
@@ -60,6 +77,7 @@ class Options:
 
     device: str = "auto"
     allow_lossy: bool = False
+    open_model: Callable[[Path], Checkpoint] = checkpoint.load  # of what a run starts from
 
 
 @dataclass(frozen=True)
@@ -72,11 +90,10 @@ class Experiment:
     data: TokenData
 
     def where_it_stands(self) -> tuple[int, Trainer, int]:
-        """(phase, trainer, steps done in it): the latest whole checkpoint, or a new dense model."""
+        """(phase, trainer, steps done in it): the latest whole checkpoint, or the model that the run starts from."""
         saved = self.folder.load_latest(self.console.warn)
         if saved is None:
-            trainer = self._trainer(self.run.model, initialize(self.run.model, self.run.seed))
-            return 1, trainer, 0
+            return start_phase(self.run), self._trainer(self.run.model, self._first_weights()), 0
         trainer = self._trainer(saved.config, saved.weights)
         if saved.optimizer_state is not None:
             trainer.load_optimizer_state(saved.optimizer_state)
@@ -91,9 +108,11 @@ class Experiment:
         tokens = {name: self.data.provenance[name]["tokens"] for name in ("train", "validation")}
         world = self.folder.world
         processes = f"; {world.size} processes, {self.run.engine.strategy}" if world.size > 1 else ""
+        start = self.run.start
         self.console.facts(
             [
                 ("run", f"{self.run.name}, seed {self.run.seed}, in {self.folder.path}"),
+                *([("start", f"{', '.join(start.lineage)}, from {start.model}")] if start else []),
                 ("backend", f"{self.backend.reason}; device {trainer.device}{processes}"),
                 ("hardware", _hardware(self.backend, trainer)),
                 ("precision", trainer.precision.reason),
@@ -104,8 +123,23 @@ class Experiment:
             ]
         )
 
+    def warn_of_memory(self, trainer: Trainer, phases: Iterable[int]) -> None:
+        """Say at the start which phases will hardly fit; for several processes there is no estimate."""
+        place: Literal["cpu", "gpu"] = "cpu" if trainer.device == "CPU" else "gpu"
+        usable = self.backend.speed.usable_bytes(place)
+        engine = self.run.engine.model_copy(update={"precision": trainer.precision.name})
+        for phase in phases if trainer.world.size == 1 else ():
+            work = phase_model(self.run, phase), self.run.optimizer, engine, self.run.training.batch_size
+            needed = step_memory(*work, self.backend.name, place).peak
+            if needed > usable:
+                self.console.warn(
+                    f"phase {phase} will need about {needed / 1e9:.1f} GB, and {usable / 1e9:.1f} GB are usable; what "
+                    f"helps: mlxmoe plan --config {self.folder.path / CONFIG}"
+                )
+
     def train(self, number: int, trainer: Trainer, step: int, interruption: Interruption) -> None:
-        phase = Phase(number, phase_config(self.run, number), from_scratch=self.run.model.moe is not None)
+        from_scratch = number == 1 and self.run.model.moe is not None
+        phase = Phase(number, phase_config(self.run, number), from_scratch)
         if step < phase.config.steps:
             self.console.title(phase.title)
             model = trainer.config
@@ -125,11 +159,12 @@ class Experiment:
     def cross_boundary(self, phase: int, trainer: Trainer) -> Trainer:
         """Upcycle after phase 1, grow after phase 2; go on only if nothing changed."""
         plan = plan_boundary(self.run, phase, trainer.config)
-        carry = self.run.optimizer.transfer == "carry"
+        carry = self.run.optimizer.transfer == "carry" and phase >= self.run.first_phase
         grown = trainer.transferred(plan, carry)
-        limits = self.run.verification
-        probes = fixed_windows(self.data.validation, limits.probe_sequences, trainer.config.context_length)
-        certificate = certify(limits, trainer, grown, probes)
+        limits, width, is_published = self.run.verification, trainer.config.context_length, self.run.start is not None
+        width = min(width, PROBE_TOKENS) if is_published else width
+        probes = fixed_windows(self.data.validation, limits.probe_sequences, width)
+        certificate = certify(limits, trainer, grown, probes, widened=is_published)
         verb = "upcycling" if phase == 1 else "growth"
         self.console.boundary(f"Boundary {phase}-{phase + 1}: {verb}", certificate)
         if phase == 1 and self.run.phases.moe.router_init == "zero":
@@ -147,12 +182,19 @@ class Experiment:
             )
         # Before the birth is saved: resuming without it drops this row and crosses again; after it, both are there.
         self.folder.log_event({"event": "boundary", "phase": phase + 1, **record})
-        state = TrainerState(phase + 1, 0, self.backend.name)
+        state = TrainerState(phase + 1, 0, self.backend.name, lineage=lineage(self.run, phase + 1))
         optimizer_state = grown.optimizer_state() if carry else None
         self.folder.save(grown.config, state, grown.weights(), optimizer_state, self.run.training.keep_checkpoints)
         return grown
 
-    def _trainer(self, model: ModelConfig, weights: Arrays) -> Trainer:
+    def _first_weights(self) -> Weights:
+        if self.run.start is None:
+            return initialize(self.run.model, self.run.seed)
+        source = self.options.open_model(Path(self.run.start.model))
+        check_model(self.run, source)
+        return source.weights
+
+    def _trainer(self, model: ModelConfig, weights: Weights) -> Trainer:
         return self.backend.trainer(model, self.run.optimizer, weights, self.options.device, self.run.engine)
 
 
@@ -177,11 +219,11 @@ def open_run(directory: Path, world: World = Alone()) -> RunConfig:
 
 
 def begin(
-    run: RunConfig, folder: RunFolder, backend: Backend, n_phases: int, options: Options, console: Console
+    run: RunConfig, folder: RunFolder, backend: Backend, last_phase: int, options: Options, console: Console
 ) -> Experiment:
     """Prepare the data and fit the vocabulary to it. Writes nothing, so that bad input leaves nothing behind."""
     check_installed(run.training.tracker)
-    for phase in range(2, n_phases + 1):
+    for phase in range(2, last_phase + 1):
         phase_model(run, phase)  # refuses growth that is not exact, before hours of training
     _check_batch(run, folder.world)
     data = prepare(run.data, progress=console.line)

@@ -74,7 +74,7 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
             batch_size=run.training.batch_size,
             steps=phase_config(run, phase).steps,
         )
-        for phase in (1, 2, 3)
+        for phase in range(run.first_phase, 4)
     ]
     examples = [site_of(*machines.choose(example), run.engine) for example in EXAMPLES]
     sites = [first, *(site for site in examples if site.label != first.label)]
@@ -109,7 +109,7 @@ def with_its_vocabulary(run: RunConfig) -> RunConfig:
 def show_parameters(run: RunConfig, as_json: bool) -> None:
     """Print the parameters of every phase."""
     run = with_its_vocabulary(run)
-    models = {PHASE_FOLDERS[phase]: phase_model(run, phase) for phase in (1, 2, 3)}
+    models = {PHASE_FOLDERS[phase]: phase_model(run, phase) for phase in range(run.first_phase, 4)}
     counts = {name: count_parameters(model) for name, model in models.items()}
     if as_json:
         rows = {name: {"architecture": models[name].display_name, **counts[name].to_json()} for name in models}
