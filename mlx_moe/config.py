@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from mlx_moe.display_name import display_name
 
 # The names that the registries of both backends know. A new component is one function in each backend's `layers`
 # or `attention`, and its name here.
@@ -74,6 +76,22 @@ class RopeScaling(_Frozen):
         return self
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoRAConfig(_Frozen):
+    """Low-rank adapters beside frozen weights, W·x + alpha/rank · B·A·x (Hu et al. 2021); every expert has its own.
+
+    On all projections, which it takes to reach full training (QLoRA, Dettmers et al. 2023); those of attention alone
+    would leave upcycled experts the same for ever.
+    """
+
+    rank: int = Field(0, ge=0)  # 0: no adapters, all weights are trained
+    alpha: float = Field(16.0, gt=0)
+    targets: tuple[Projection, ...] = get_args(Projection)
+    router: bool = True  # trained in full
+
+
 def _default_d_ff(data: dict[str, Any]) -> int:
     """4 × d_model, or 8/3 × d_model in steps of 32 for the three matrices of SwiGLU (Shazeer 2020)."""
     d_model = data.get("d_model", 1)
@@ -110,6 +128,10 @@ class ModelConfig(_Frozen):
     dropout: float = Field(0.0, ge=0, lt=1)
     init_std: float = Field(0.02, gt=0)
     moe: MoEConfig | None = None
+    lora: LoRAConfig | None = None  # while it is trained with adapters; a run says so in its own section
+
+    def adapter(self, projection: str) -> LoRAConfig | None:
+        return self.lora if self.lora and projection in self.lora.targets else None
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
@@ -130,29 +152,7 @@ class ModelConfig(_Frozen):
 
     @property
     def display_name(self) -> str:
-        """The architecture in one word, e.g. `12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm`."""
-        heads = f"{self.n_heads}H" + (f"{self.n_kv_heads}KV" if self.n_kv_heads != self.n_heads else "")
-        scaling = f"-{self.rope_scaling.rope_type}" if self.rope_scaling else ""
-        position = {"rope": f"RoPE{scaling}", "learned_absolute": "Learned", "none": "NoPE"}
-        norm = {"rmsnorm": "RMS", "layernorm": "LN", "layernorm_nobias": "LNnb"}
-        activation = {
-            "gelu": "GELU",
-            "gelu_tanh": "GELUtanh",
-            "silu": "SiLU",
-            "relu": "ReLU",
-            "leaky_relu": "LReLU",
-        }
-        ffn = (
-            "SwiGLU"
-            if (self.ffn_type, self.activation) == ("swiglu", "silu")
-            else (activation.get(self.activation, self.activation) + ("-GLU" if self.ffn_type == "swiglu" else ""))
-        )
-        experts = f"-{self.moe.n_experts}E{self.moe.top_k}" if self.moe else ""
-        return (
-            f"{self.n_layers}L-{heads}-{self.d_model}D-{position.get(self.position_encoding, self.position_encoding)}"
-            f"-{norm.get(self.normalization, self.normalization)}-{ffn}-{self.norm_position.title()}Norm"
-            f"{'-QKNorm' if self.qk_norm else ''}{experts}"
-        )
+        return display_name(self)
 
 
 class DataConfig(_Frozen):
@@ -266,6 +266,7 @@ class RunConfig(_Frozen):
     start: StartConfig | None = None  # None: weights drawn anew
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    lora: LoRAConfig = LoRAConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     phases: PhasesConfig = PhasesConfig()
@@ -277,7 +278,11 @@ class RunConfig(_Frozen):
         return self.start.phases[0] if self.start else 1
 
     @model_validator(mode="after")
-    def _batches_come_in_equal_parts(self) -> RunConfig:
+    def _sections_fit_together(self) -> RunConfig:
+        if self.model.lora is not None:
+            raise ValueError("model.lora: set lora.rank and the rest beside model, not in it")
+        if self.lora.rank and self.start is None:
+            raise ValueError(f"lora.rank {self.lora.rank}: adapters need a model to adapt; name one with --from")
         batch_size, parts = self.training.batch_size, self.engine.accumulation_steps
         if batch_size % parts:
             raise ValueError(

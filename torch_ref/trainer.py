@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, Weights, optimizer_table
+from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
@@ -59,6 +59,9 @@ class Trainer:
             for name, array in weights.items()
         }
         self._model.load_state_dict(tensors, assign=True)
+        is_trained = {parameter.name: parameter.is_trained for parameter in table(config)}
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(is_trained[name])
         self._model.activation_checkpointing = engine.activation_checkpointing
         if engine.compile:
             for layer in self._model.layers:
@@ -122,7 +125,7 @@ class Trainer:
 
     def _update(self) -> Tensor:
         """Clip the gradients and let the optimizers step, unless a scaled gradient overflowed; returns their norm."""
-        parameters = list(self._model.parameters())
+        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         if self._loss_scale:
             for parameter in parameters:
                 assert parameter.grad is not None

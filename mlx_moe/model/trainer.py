@@ -19,7 +19,7 @@ from mlx_moe.model.loss import cross_entropy
 from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from mlx_moe.model.step import CompiledStep, compile_step, loads_of, norm_of
 from mlx_moe.model.transformer import Transformer
-from mlx_moe.parameters import Arrays, Weights, optimizer_table
+from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
@@ -51,12 +51,23 @@ class Trainer:
         self._model.load_weights([(name, mx.array(array)) for name, array in weights.items()])
         self._model.activation_checkpointing = engine.activation_checkpointing
         mx.eval(self._model.parameters())
+        if config.lora:
+            self._freeze()
         self._optimizer = build_optimizer(config, optimizer)
         self._optimizer.init(self._model.trainable_parameters())
         self._step = self._compile_step()
         self._loss = mx.compile(self._loss_of, inputs=[self._model.state])
         self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
         self._in_flight: mx.array | None = None
+
+    def _freeze(self) -> None:
+        """All that is not trained: no gradients, no moments."""
+        self._model.freeze()
+        modules = dict(self._model.named_modules())
+        for parameter in table(self.config):
+            if parameter.is_trained:
+                module, _, name = parameter.name.rpartition(".")
+                modules[module].unfreeze(recurse=False, keys=name)
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         self._model.train()

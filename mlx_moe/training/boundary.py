@@ -47,6 +47,11 @@ def phase_model(run: RunConfig, phase: int) -> ModelConfig:
     return experts if phase == 2 else _large(run, experts)
 
 
+def trained_model(run: RunConfig, phase: int) -> ModelConfig:
+    """`phase_model`, with the adapters that the run trains it by."""
+    return phase_model(run, phase).model_copy(update={"lora": run.lora if run.lora.rank else None})
+
+
 def lineage(run: RunConfig, phase: int) -> tuple[str, ...]:
     """What a model in a phase comes from; nothing where the run's weights were drawn anew."""
     if run.start is None:
@@ -57,6 +62,11 @@ def lineage(run: RunConfig, phase: int) -> tuple[str, ...]:
             done.append(f"trained for {phase_config(run, earlier).steps:,} steps")
         done.append(_became(earlier + 1, phase_model(run, earlier + 1)))
     return tuple(done)
+
+
+def lineage_so_far(state: TrainerState) -> tuple[str, ...]:
+    """With the training of a checkpoint's own phase."""
+    return (*state.lineage, f"trained for {state.step:,} steps") if state.step else state.lineage
 
 
 def start_phase(run: RunConfig) -> int:
@@ -188,7 +198,7 @@ def transfer_checkpoint(
 
     phase = 2 if source.config.moe is None and plan.target_config.moe else 3
     done = _became(phase, plan.target_config)
-    state = TrainerState(phase, 0, backend.name, lineage=(*source.state.lineage_so_far, done))
+    state = TrainerState(phase, 0, backend.name, lineage=(*lineage_so_far(source.state), done))
     blocks = made_in_blocks(plan, source.weights)
     with suppress(_ChangedModel):
         checkpoint.save_blocks(out, plan.target_config, state, blocks, source.tokenizer_folder, check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from mlx_moe.config import ModelConfig, OptimizerConfig, RunConfig
 from mlx_moe.data.sources import BUILTIN
 from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Weights, initialize
+from mlx_moe.parameters import Weights, initialize, merged, start_adapters, table
 from mlx_moe.training import checkpoint
 from mlx_moe.training.backend import Alone, Backend, Trainer, World, peak_flops_per_s
 from mlx_moe.training.boundary import (
@@ -26,9 +27,10 @@ from mlx_moe.training.boundary import (
     phase_model,
     plan_boundary,
     start_phase,
+    trained_model,
 )
 from mlx_moe.training.checkpoint import Checkpoint, TrainerState
-from mlx_moe.training.console import Console
+from mlx_moe.training.console import Console, millions
 from mlx_moe.training.log import environment
 from mlx_moe.training.loop import Phase, train_phase
 from mlx_moe.training.results import report_phase, summarize
@@ -93,7 +95,9 @@ class Experiment:
         """(phase, trainer, steps done in it): the latest whole checkpoint, or the model that the run starts from."""
         saved = self.folder.load_latest(self.console.warn)
         if saved is None:
-            return start_phase(self.run), self._trainer(self.run.model, self._first_weights()), 0
+            phase = start_phase(self.run)
+            trainer = self._trainer(self.run.model, self._first_weights())
+            return phase, self._adapted(trainer, phase) if phase >= self.run.first_phase else trainer, 0
         trainer = self._trainer(saved.config, saved.weights)
         if saved.optimizer_state is not None:
             trainer.load_optimizer_state(saved.optimizer_state)
@@ -129,7 +133,7 @@ class Experiment:
         usable = self.backend.speed.usable_bytes(place)
         engine = self.run.engine.model_copy(update={"precision": trainer.precision.name})
         for phase in phases if trainer.world.size == 1 else ():
-            work = phase_model(self.run, phase), self.run.optimizer, engine, self.run.training.batch_size
+            work = trained_model(self.run, phase), self.run.optimizer, engine, self.run.training.batch_size
             needed = step_memory(*work, self.backend.name, place).peak
             if needed > usable:
                 self.console.warn(
@@ -144,6 +148,11 @@ class Experiment:
             self.console.title(phase.title)
             model = trainer.config
             self.console.parameters(count_parameters(model), model.display_name, flops_per_token(model))
+            if model.lora:
+                trained = sum(math.prod(parameter.shape) for parameter in table(model) if parameter.is_trained)
+                self.console.facts(
+                    [("trained", f"{millions(trained)} in adapters of rank {model.lora.rank} and routers")]
+                )
             self.console.line()
             train_phase(
                 self.run, phase, trainer, self.data, self.folder, step, self.console, self.backend, interruption
@@ -158,9 +167,11 @@ class Experiment:
 
     def cross_boundary(self, phase: int, trainer: Trainer) -> Trainer:
         """Upcycle after phase 1, grow after phase 2; go on only if nothing changed."""
-        plan = plan_boundary(self.run, phase, trainer.config)
-        carry = self.run.optimizer.transfer == "carry" and phase >= self.run.first_phase
-        grown = trainer.transferred(plan, carry)
+        plain = self._trainer(*merged(trainer.config, trainer.weights())) if trainer.config.lora else trainer
+        plan = plan_boundary(self.run, phase, plain.config)
+        # What starts the run has no moments yet, and the adapters that have some end here.
+        carry = self.run.optimizer.transfer == "carry" and phase >= self.run.first_phase and not self.run.lora.rank
+        grown = plain.transferred(plan, carry)
         limits, width, is_published = self.run.verification, trainer.config.context_length, self.run.start is not None
         width = min(width, PROBE_TOKENS) if is_published else width
         probes = fixed_windows(self.data.validation, limits.probe_sequences, width)
@@ -183,9 +194,17 @@ class Experiment:
         # Before the birth is saved: resuming without it drops this row and crosses again; after it, both are there.
         self.folder.log_event({"event": "boundary", "phase": phase + 1, **record})
         state = TrainerState(phase + 1, 0, self.backend.name, lineage=lineage(self.run, phase + 1))
+        grown = self._adapted(grown, phase + 1)
         optimizer_state = grown.optimizer_state() if carry else None
         self.folder.save(grown.config, state, grown.weights(), optimizer_state, self.run.training.keep_checkpoints)
         return grown
+
+    def _adapted(self, trainer: Trainer, phase: int) -> Trainer:
+        """The same with fresh adapters, where the run trains by those."""
+        model = trained_model(self.run, phase)
+        if model.lora is None:
+            return trainer
+        return self._trainer(model, trainer.weights() | start_adapters(model, self.run.seed))
 
     def _first_weights(self) -> Weights:
         if self.run.start is None:

@@ -12,7 +12,7 @@ from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.precision import choose_precision
 from mlx_moe.training.backend import Backend, choose_backend
-from mlx_moe.training.boundary import phase_config, phase_model
+from mlx_moe.training.boundary import phase_config, phase_model, trained_model
 from mlx_moe.training.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import Console, millions
 
@@ -68,7 +68,7 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
     works = [
         Work(
             name=PHASE_FOLDERS[phase],
-            model=phase_model(run, phase),
+            model=trained_model(run, phase),
             optimizer=run.optimizer,
             engine=run.engine,
             batch_size=run.training.batch_size,

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.presets import load_run
+from mlx_moe.training.boundary import lineage_so_far
 from mlx_moe.training.checkpoint import Checkpoint
 
 # How a model is trained, and not what it is. Its balance has no part in what it computes.
@@ -32,7 +33,7 @@ def start_from(
     if source.config.moe is None and phases[0] == 3:
         raise InputError(f"--phases 3 grows experts, and {source.path} is dense; --phases 2,3 upcycles it first")
     tokenizer = str(source.tokenizer_folder.resolve())
-    lineage = source.state.lineage_so_far or (source.config.display_name,)
+    lineage = lineage_so_far(source.state) or (source.config.display_name,)
     settled = {
         "name": lineage[0].rpartition("/")[2],
         "start": {"model": str(source.path.resolve()), "phases": phases, "lineage": lineage},

@@ -77,12 +77,41 @@ def test_upcycled_at_once_and_grown(backend, published, text, mlxmoe, tmp_path):
     assert f"| lineage | {', '.join(checkpoint.load(run).state.lineage)} |" in card
     assert "as its lineage says, then trained for 8 steps" in card
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
-    for command in ("experts", "report", "plot", "eval"):
-        result = mlxmoe(command, run)
+    if backend == "mlx":
+        return
+    for command in (["experts", run], ["report", run], ["plot", run], ["plan", "--config", run / "config.yaml"]):
+        result = mlxmoe(*command)
         assert result.code == 0, result.err
+    assert "1-dense" not in result.out
     page = (run / "report.html").read_text()
     assert "Llama-tied, upcycled to 2L-4H2KV-32D" in page
     assert "was not begun" not in page
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_adapters_learn_and_end_in_a_model_like_any_other(backend, published, text, mlxmoe, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--from", published / "llama-tied", "--phases", "2,3", "--data", text, "--backend", backend]
+    result = mlxmoe("train", *arguments, *OPTIONS, "-o", "lora.rank=4", "--out", run)
+    assert result.code == 0, result.err
+    assert "in adapters of rank 4 and routers" in result.out
+    assert all(last < first for first, last in losses(run).values())
+    raw = {step: load_file(checkpoint.folder(run, 2, step) / checkpoint.MODEL) for step in (0, STEPS[2])}
+    for name, array in raw[0].items():
+        assert np.array_equal(raw[STEPS[2]][name], array) == ("lora_" not in name and "router" not in name), name
+    trained = checkpoint.load(checkpoint.folder(run, 2, STEPS[2]))
+    assert trained.config.lora is None
+    change = trained.weights["layers.0.mlp.experts.up_proj.weight"] - raw[0]["layers.0.mlp.experts.up_proj.weight"]
+    assert (np.linalg.matrix_rank(change, tol=1e-4 * np.abs(change).max()) <= 4).all()
+    state = trained.optimizer_state
+    assert {name.rpartition(".")[2] for name in state} == {"step", "lora_a", "lora_b", "weight"}
+    assert {name for name in state if name.endswith(".weight")} == {
+        f"{moment}.layers.{layer}.mlp.router.weight" for moment in "mv" for layer in range(2)
+    }
+    assert mlxmoe("generate", run, "--prompt", "w1 w2", "-n", 4, "--backend", backend).code == 0
+    assert mlxmoe("export", run, tmp_path / "out").code == 0  # transformers and mlx-lm give the merged model's logits
+    assert mlxmoe("parity", checkpoint.folder(run, 2, STEPS[2])).code == 0
+    assert mlxmoe("experts", run).code == 0
 
 
 class StopsAtTheBoundary(Console):
@@ -90,11 +119,11 @@ class StopsAtTheBoundary(Console):
         raise RuntimeError
 
 
-@pytest.mark.parametrize("backend", ["torch", "mlx"])
-def test_interruptions_change_nothing_and_the_source_may_go(backend, published, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("backend", "rank"), [("torch", 0), ("mlx", 0), ("torch", 2), ("mlx", 2)])
+def test_interruptions_change_nothing_and_the_source_may_go(backend, rank, published, text, tmp_path, monkeypatch):
     monkeypatch.setenv("MLXMOE_CACHE", str(tmp_path / "cache"))
     source = shutil.copytree(published / "llama-tied", tmp_path / "source")
-    overrides = [*SHORT, f"data.source={text}", "model.context_length=16", "model.dropout=0.1"]
+    overrides = [*SHORT, f"data.source={text}", "model.context_length=16", "model.dropout=0.1", f"lora.rank={rank}"]
     run = start_from(open_model(source), [2, 3], "demo", None, overrides)
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     start(run, whole, backend)
@@ -176,6 +205,9 @@ REFUSED = {
     "another tokenizer": ("llama-tied", ["--phases", "2", "--tokenizer", "char"], "tokenizer char: .* leave it out"),
     "longer": ("llama-tied", ["--phases", "2", "-o", "model.context_length=64"], "has 32; leave it out, or take less"),
     "fewer positions": ("gpt2", ["--phases", "2", "-o", "model.context_length=16"], "each position was learned"),
+    "adapters of nothing": (None, ["-o", "lora.rank=4"], "lora.rank 4: adapters need a model to adapt"),
+    "adapters in the model": ("llama-tied", ["--phases", "2", "-o", "model.lora.rank=4"], "model.lora: set lora.rank"),
+    "no such target": ("mixtral", ["--phases", "2", "-o", "lora.targets=[router]"], "lora.targets.0 = 'router'"),
     "resumed": ("llama-tied", ["--phases", "2", "--resume", "run"], "--resume goes on with the run as it is"),
 }
 
