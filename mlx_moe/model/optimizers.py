@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_moe.config import ModelConfig, OptimizerConfig
@@ -76,17 +75,17 @@ def build_optimizer(config: ModelConfig, optimizer: OptimizerConfig) -> optim.Mu
     return optim.MultiOptimizer([build(group) for group in groups], filters)
 
 
-def optimizer_state(optimizer: optim.MultiOptimizer) -> Arrays:
-    """The tensors of `parameters.optimizer_table`; zeros before the first step."""
-    arrays: Arrays = {}
+def state_tensors(optimizer: optim.MultiOptimizer) -> dict[str, mx.array]:
+    """Those of `parameters.optimizer_table`, as they are; zeros before the first step."""
+    tensors: dict[str, mx.array] = {}
     for state in optimizer.state["states"]:
         for path, array in tree_flatten(state):
             name, _, moment = path.rpartition(".")
             if moment in ("m", "v"):
-                arrays[f"{moment}.{name}"] = np.array(array)
+                tensors[f"{moment}.{name}"] = array
             elif path == "step":
-                arrays["step"] = np.array(array, dtype=np.float32)
-    return arrays
+                tensors["step"] = array.astype(mx.float32)
+    return tensors
 
 
 def load_optimizer_state(

@@ -77,7 +77,7 @@ def save(
     config: ModelConfig,
     state: TrainerState,
     weights: Weights,
-    optimizer_state: Arrays | None,
+    optimizer_state: Weights | None,
     tokenizer: Path | None = None,
 ) -> None:
     """Write a checkpoint, so that no half of it is ever seen.
@@ -94,7 +94,7 @@ def save_blocks(
     blocks: Blocks,
     tokenizer: Path | None = None,
     check: Callable[[Weights], None] | None = None,
-    optimizer_state: Arrays | None = None,
+    optimizer_state: Weights | None = None,
 ) -> None:
     """`save`, where the weights come piece by piece; `check` may look at what was written, and raise."""
     try:

@@ -195,8 +195,9 @@ class Experiment:
         self.folder.log_event({"event": "boundary", "phase": phase + 1, **record})
         state = TrainerState(phase + 1, 0, self.backend.name, lineage=lineage(self.run, phase + 1))
         grown = self._adapted(grown, phase + 1)
-        optimizer_state = grown.optimizer_state() if carry else None
-        self.folder.save(grown.config, state, grown.weights(), optimizer_state, self.run.training.keep_checkpoints)
+        weights, optimizer_state = grown.stored()
+        moments = optimizer_state if carry else None
+        self.folder.save(grown.config, state, weights, moments, self.run.training.keep_checkpoints)
         return grown
 
     def _adapted(self, trainer: Trainer, phase: int) -> Trainer:

@@ -191,7 +191,7 @@ class RunFolder:
 
     @_by_the_first
     def save(
-        self, config: ModelConfig, state: TrainerState, weights: Arrays, optimizer_state: Arrays | None, keep: int
+        self, config: ModelConfig, state: TrainerState, weights: Weights, optimizer_state: Weights | None, keep: int
     ) -> None:
         """Save a checkpoint, and of its phase keep the last few, the best and the birth."""
         path = checkpoint.folder(self.path, state.phase, state.step)
