@@ -49,7 +49,8 @@ class Trainer:
         self._loss_scale = LossScale() if self.precision.name == "fp16" else None
         self._optimizer_config, self._engine = optimizer, engine
         self._model = Transformer(config)
-        self._model.load_weights([(name, mx.array(array)) for name, array in weights.items()])
+        # A transfer leaves arrays with their axes in another order, and products round by how these lie in memory.
+        self._model.load_weights([(name, mx.contiguous(mx.array(array))) for name, array in weights.items()])
         self._model.activation_checkpointing = engine.activation_checkpointing
         mx.eval(self._model.parameters())
         if config.lora:

@@ -95,7 +95,7 @@ def test_adapters_learn_and_end_in_a_model_like_any_other(backend, published, te
     result = mlxmoe("train", *arguments, *OPTIONS, "-o", "lora.rank=4", "--out", run)
     assert result.code == 0, result.err
     assert "in adapters of rank 4 and routers" in result.out
-    assert all(last < first for first, last in losses(run).values())
+    assert losses(run)[2][1] < losses(run)[2][0]
     raw = {step: load_file(checkpoint.folder(run, 2, step) / checkpoint.MODEL) for step in (0, STEPS[2])}
     for name, array in raw[0].items():
         assert np.array_equal(raw[STEPS[2]][name], array) == ("lora_" not in name and "router" not in name), name
