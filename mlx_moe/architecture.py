@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -79,6 +79,22 @@ class RopeScaling(Frozen):
         return self
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoRAConfig(Frozen):
+    """Low-rank adapters beside frozen weights, W·x + alpha/rank · B·A·x (Hu et al. 2021); every expert has its own.
+
+    On all projections, which it takes to reach full training (QLoRA, Dettmers et al. 2023); those of attention alone
+    would leave upcycled experts the same for ever.
+    """
+
+    rank: int = Field(0, ge=0)  # 0: no adapters, all weights are trained
+    alpha: float = Field(16.0, gt=0)
+    targets: tuple[Projection, ...] = get_args(Projection)
+    router: bool = True  # trained in full
+
+
 def _default_d_ff(data: dict[str, Any]) -> int:
     """4 × d_model, or 8/3 × d_model in steps of 32 for the three matrices of SwiGLU (Shazeer 2020)."""
     d_model = data.get("d_model", 1)
@@ -115,6 +131,10 @@ class ModelConfig(Frozen):
     dropout: float = Field(0.0, ge=0, lt=1)
     init_std: float = Field(0.02, gt=0)
     moe: MoEConfig | None = None
+    lora: LoRAConfig | None = None  # while it is trained with adapters; a run says so in its own section
+
+    def adapter(self, projection: str) -> LoRAConfig | None:
+        return self.lora if self.lora and projection in self.lora.targets else None
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:

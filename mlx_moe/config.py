@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from mlx_moe.architecture import COMPONENTS as COMPONENTS
 from mlx_moe.architecture import ExpertsConfig, Frozen, ModelConfig
+from mlx_moe.architecture import LoRAConfig as LoRAConfig
 from mlx_moe.architecture import MoEConfig as MoEConfig
 from mlx_moe.architecture import RopeScaling as RopeScaling
 
@@ -111,19 +112,37 @@ class VerificationConfig(Frozen):
     max_loss_jump: float = Field(1e-3, gt=0)
 
 
+class StartConfig(Frozen):
+    """The model that a run starts from, where that is one there already (`mlxmoe train --from`)."""
+
+    model: str  # a checkpoint, or a Hugging Face folder
+    phases: tuple[int, ...]  # of 1, 2 and 3, those to run
+    lineage: tuple[str, ...] = ()  # what the model is, and what became of it so far
+
+
 class RunConfig(Frozen):
     name: str = "three-phase"
     seed: int = Field(0, ge=0, lt=2**63)
+    start: StartConfig | None = None  # None: weights drawn anew
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    lora: LoRAConfig = LoRAConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     phases: PhasesConfig = PhasesConfig()
     training: TrainingConfig = TrainingConfig()
     verification: VerificationConfig = VerificationConfig()
 
+    @property
+    def first_phase(self) -> int:
+        return self.start.phases[0] if self.start else 1
+
     @model_validator(mode="after")
-    def _batches_come_in_equal_parts(self) -> RunConfig:
+    def _sections_fit_together(self) -> RunConfig:
+        if self.model.lora is not None:
+            raise ValueError("model.lora: set lora.rank and the rest beside model, not in it")
+        if self.lora.rank and self.start is None:
+            raise ValueError(f"lora.rank {self.lora.rank}: adapters need a model to adapt; name one with --from")
         batch_size, parts = self.training.batch_size, self.engine.accumulation_steps
         if batch_size % parts:
             raise ValueError(

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_moe.config import ModelConfig, OptimizerConfig
+from mlx_moe.config import LoRAConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
+from mlx_moe.tensor_files import StoredWeights
 
 Arrays = dict[str, NDArray[np.float32]]
 Weights = Mapping[str, NDArray[np.float32]]  # in memory, or fetched from a file when asked for
@@ -38,6 +39,7 @@ class Axis(Enum):
     HEAD_NORM = "one head, normalised"
     FFN_WRITE = "FFN neurons, written"
     FFN_READ = "FFN neurons, read"
+    RANK = "rank of an adapter"
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,22 @@ class Parameter:
     shape: tuple[int, ...]
     axes: tuple[Axis, ...]
     start: Literal["normal", "residual", "ones", "zeros"]
+    is_trained: bool = True
 
     @property
     def is_matrix(self) -> bool:
         """Whether it multiplies activations or holds embeddings: what weight decay applies to."""
-        return self.start in ("normal", "residual")
+        return self.start in ("normal", "residual") or Axis.RANK in self.axes
 
     @property
     def is_hidden_matrix(self) -> bool:
         """Whether it takes activations to activations inside a block, or is a stack of such, one per expert.
 
         The router is none: like `lm_head` it is E probes side by side that a softmax reads. Orthogonalised, they would
-        all move equally far in every step, also those of experts that hardly any token chose.
+        all move equally far in every step, also those of experts that hardly any token chose. Nor is an adapter: B
+        starts at 0, and a direction that is orthogonal moves all of it at once.
         """
-        return self.is_matrix and not {Axis.VOCAB, Axis.POSITION, Axis.EXPERT} & set(self.axes[-2:])
+        return self.is_matrix and not {Axis.VOCAB, Axis.POSITION, Axis.EXPERT, Axis.RANK} & set(self.axes[-2:])
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,9 @@ MOMENTS = {"muon": ("m",), "adamw": ("m", "v")}
 
 def table(config: ModelConfig) -> list[Parameter]:
     """All parameters of a model, in the order of the forward pass."""
-    return list(_table(config))
+    if config.lora is None:
+        return list(_table(config))
+    return [row for parameter in _table(config) for row in _adapted(parameter, config.lora)]
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -93,17 +99,38 @@ def initialize(config: ModelConfig, seed: int) -> Arrays:
     o_proj, down_proj           normal, std `init_std` / √(2 · n_layers) (GPT-2)
     norm weights                1
     all biases                  0
+    adapters: A; B              normal, std `init_std`; 0
     ==========================  =============================================
     """
+    return {parameter.name: _start(parameter, config, seed) for parameter in table(config)}
+
+
+def start_adapters(config: ModelConfig, seed: int) -> Arrays:
+    """Those of `initialize` that adapters add: with them the model computes the same."""
+    return {p.name: _start(p, config, seed) for p in table(config) if Axis.RANK in p.axes}
+
+
+def merged(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """The model without adapters, W + alpha/rank · B·A, summed in float64 and rounded once when asked for."""
+    if config.lora is None:
+        return config, weights
+    plain, scale = config.model_copy(update={"lora": None}), config.lora.alpha / config.lora.rank
+
+    def read(name: str) -> NDArray[np.float32]:
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_a" not in weights:
+            return weights[name]
+        a, b = (weights[f"{module}.lora_{which}"].astype(np.float64) for which in "ab")
+        return (weights[name] + scale * (b @ a)).astype(np.float32)
+
+    return plain, StoredWeights(shapes(plain), read)
+
+
+def _start(parameter: Parameter, config: ModelConfig, seed: int) -> NDArray[np.float32]:
     std = {"normal": config.init_std, "residual": config.init_std / (2 * config.n_layers) ** 0.5}
-    arrays: Arrays = {}
-    for parameter in table(config):
-        if parameter.start in std:
-            draw = normal(parameter.name, seed, parameter.shape)
-            arrays[parameter.name] = draw * np.float32(std[parameter.start])
-        else:
-            arrays[parameter.name] = np.full(parameter.shape, parameter.start == "ones", dtype=np.float32)
-    return arrays
+    if parameter.start in std:
+        return normal(parameter.name, seed, parameter.shape) * np.float32(std[parameter.start])
+    return np.full(parameter.shape, parameter.start == "ones", dtype=np.float32)
 
 
 def normal(name: str, seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -113,20 +140,27 @@ def normal(name: str, seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def optimizer_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[OptimizerGroup]:
-    """Who updates what: Muon the hidden matrices where it is chosen, AdamW the rest; only matrices decay."""
-    chosen = {p.name for p in table(config) if p.is_hidden_matrix} if optimizer.name == "muon" else set()
-    matrices = [p.name for p in table(config) if p.is_matrix]
-    muon = [OptimizerGroup("muon", optimizer.weight_decay, [name for name in matrices if name in chosen])]
-    return (muon if chosen else []) + [
+    """Who updates what: Muon the hidden matrices where it is chosen, AdamW the rest; only matrices decay.
+
+    What is frozen is in no group.
+    """
+    trained = [p for p in table(config) if p.is_trained]
+    chosen = {p.name for p in trained if p.is_hidden_matrix} if optimizer.name == "muon" else set()
+    matrices = [p.name for p in trained if p.is_matrix]
+    groups = [
+        OptimizerGroup("muon", optimizer.weight_decay, [name for name in matrices if name in chosen]),
         OptimizerGroup("adamw", optimizer.weight_decay, [name for name in matrices if name not in chosen]),
-        OptimizerGroup("adamw", 0.0, [p.name for p in table(config) if not p.is_matrix]),
+        OptimizerGroup("adamw", 0.0, [p.name for p in trained if not p.is_matrix]),
     ]
+    return [group for group in groups if group.names]
 
 
 def optimizer_table(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of an optimizer's state and their shapes: `m.{name}`, `v.{name}`, and `step`, the steps taken."""
     rules = {name: group.rule for group in optimizer_groups(config, optimizer) for name in group.names}
-    moments = {f"{moment}.{p.name}": p.shape for p in table(config) for moment in MOMENTS[rules[p.name]]}
+    moments = {
+        f"{moment}.{p.name}": p.shape for p in table(config) for moment in MOMENTS.get(rules.get(p.name, ""), ())
+    }
     return {"step": ()} | moments
 
 
@@ -144,6 +178,17 @@ def check_optimizer_state(config: ModelConfig, optimizer: OptimizerConfig, state
             f"optimizer state: {extra[0]} ({len(extra)} such) is nothing that optimizer.name {optimizer.name} keeps; "
             f"{way_out}"
         )
+
+
+def _adapted(parameter: Parameter, lora: LoRAConfig) -> Iterator[Parameter]:
+    """The parameter, frozen unless it is a router; after a target's weight its adapters, A (r, in) and B (out, r)."""
+    module, _, kind = parameter.name.rpartition(".")
+    projection = module.rpartition(".")[2]
+    yield replace(parameter, is_trained=projection == "router" and lora.router)
+    if kind == "weight" and projection in lora.targets:
+        (*experts, n_out, n_in), (*leading, write, read) = parameter.shape, parameter.axes
+        yield Parameter(f"{module}.lora_a", (*experts, lora.rank, n_in), (*leading, Axis.RANK, read), "normal")
+        yield Parameter(f"{module}.lora_b", (*experts, n_out, lora.rank), (*leading, write, Axis.RANK), "zeros")
 
 
 def _table(config: ModelConfig) -> Iterator[Parameter]:

@@ -107,10 +107,10 @@ class Attention(nn.Module):
         super().__init__()
         q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         qkv_bias, o_bias = config.attention_bias != "none", config.attention_bias == "qkvo"
-        self.q_proj = Linear(config.d_model, q_width, qkv_bias)
-        self.k_proj = Linear(config.d_model, kv_width, qkv_bias)
-        self.v_proj = Linear(config.d_model, kv_width, qkv_bias)
-        self.o_proj = Linear(q_width, config.d_model, o_bias)
+        self.q_proj = Linear(config.d_model, q_width, qkv_bias, config.adapter("q_proj"))
+        self.k_proj = Linear(config.d_model, kv_width, qkv_bias, config.adapter("k_proj"))
+        self.v_proj = Linear(config.d_model, kv_width, qkv_bias, config.adapter("v_proj"))
+        self.o_proj = Linear(q_width, config.d_model, o_bias, config.adapter("o_proj"))
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self._head_dim = config.head_dim

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlx_moe.config import ModelConfig
+from mlx_moe.config import LoRAConfig, ModelConfig
 from mlx_moe.parameters import FFN_INPUTS, NORMS_WITH_BIAS
 
 
@@ -52,13 +52,23 @@ FFN_TYPES: dict[str, Callable[[Projection, Activation], Tensor]] = {
 
 
 class Linear(nn.Linear):
-    """Float32 weights, multiplied in the dtype of the input."""
+    """Float32 weights, multiplied in the dtype of the input; with an adapter, A (rank, in) and B (out, rank)."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool, adapter: LoRAConfig | None = None):
+        super().__init__(n_in, n_out, bias)
+        self._scale = adapter.alpha / adapter.rank if adapter else 0.0
+        if adapter:
+            self.lora_a = nn.Parameter(torch.zeros(adapter.rank, n_in))
+            self.lora_b = nn.Parameter(torch.zeros(n_out, adapter.rank))
 
     def reset_parameters(self) -> None:
         """Leave them: all weights are loaded, and PyTorch's own initial ones would load its compiler (two seconds)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if not self._scale:
+            return y
+        return y + self._scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
 
 
 class Norm(nn.Module):
@@ -78,8 +88,8 @@ class FFN(nn.Module):
     def __init__(self, config: ModelConfig, d_ff: int):
         super().__init__()
         for name in FFN_INPUTS[config.ffn_type]:
-            self.add_module(name, Linear(config.d_model, d_ff, config.bias))
-        self.down_proj = Linear(d_ff, config.d_model, config.bias)
+            self.add_module(name, Linear(config.d_model, d_ff, config.bias, config.adapter(name)))
+        self.down_proj = Linear(d_ff, config.d_model, config.bias, config.adapter("down_proj"))
         self._combine = FFN_TYPES[config.ffn_type]
         self._activate = ACTIVATIONS[config.activation]
 

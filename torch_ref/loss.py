@@ -37,14 +37,16 @@ class _CrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(x_ND.dtype)
         loss = torch.zeros((), device=x_ND.device)
         by_x_ND = torch.empty_like(x_ND) if needs_gradients else x_ND
-        by_weight_VD = torch.empty_like(weight_VD) if needs_gradients else weight_VD
+        trains_weight = needs_gradients and ctx.needs_input_grad[1]
+        by_weight_VD = torch.empty_like(weight_VD) if trains_weight else None
         chunks = zip(x_ND.chunk(n_chunks), targets_N.chunk(n_chunks), by_x_ND.chunk(n_chunks), strict=True)
         for i, (x, targets, by_x) in enumerate(chunks):
             chunk_loss, by_logits_NV = likelihood(x @ weight.mT, targets, needs_gradients)
             loss += chunk_loss
             if needs_gradients:
                 torch.mm(by_logits_NV, weight, out=by_x)
-                _add_product(by_weight_VD, by_logits_NV.mT, x, is_first=i == 0)
+                if by_weight_VD is not None:
+                    _add_product(by_weight_VD, by_logits_NV.mT, x, is_first=i == 0)
         ctx.gradients = (by_x_ND, by_weight_VD) if needs_gradients else None
         return loss.div_(len(x_ND))
 
@@ -53,7 +55,7 @@ class _CrossEntropy(torch.autograd.Function):
         by_x_ND, by_weight_VD = ctx.gradients
         del ctx.gradients  # so that the weight's can become its parameter's without a copy
         by_loss = by_loss / len(by_x_ND)
-        return by_x_ND.mul_(by_loss), by_weight_VD.mul_(by_loss), None, None, None
+        return by_x_ND.mul_(by_loss), None if by_weight_VD is None else by_weight_VD.mul_(by_loss), None, None, None
 
 
 def _likelihood(logits_NV: Tensor, targets_N: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:

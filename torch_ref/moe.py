@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlx_moe.config import ModelConfig, MoEConfig
+from mlx_moe.config import LoRAConfig, ModelConfig, MoEConfig
 from mlx_moe.parameters import FFN_INPUTS
 from torch_ref.layers import ACTIVATIONS, FFN, FFN_TYPES, Linear
 
@@ -59,12 +59,16 @@ def auxiliary_loss(routing: Routing, load_E: Tensor, config: MoEConfig) -> Tenso
 
 
 class ExpertLinear(nn.Module):
-    """E linear maps side by side: weight (E, out, in), bias (E, out)."""
+    """E linear maps side by side: weight (E, out, in), bias (E, out); adapters A (E, rank, in), B (E, out, rank)."""
 
-    def __init__(self, n_experts: int, n_in: int, n_out: int, bias: bool):
+    def __init__(self, n_experts: int, n_in: int, n_out: int, bias: bool, adapter: LoRAConfig | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(n_experts, n_out, n_in))
         self.bias = nn.Parameter(torch.zeros(n_experts, n_out)) if bias else None
+        self._scale = adapter.alpha / adapter.rank if adapter else 0.0
+        if adapter:
+            self.lora_a = nn.Parameter(torch.zeros(n_experts, adapter.rank, n_in))
+            self.lora_b = nn.Parameter(torch.zeros(n_experts, n_out, adapter.rank))
         self._one_by_one, self._grouped_mm = _one_by_one, F.grouped_mm
 
     def stay_out_of_graphs(self) -> None:
@@ -73,8 +77,15 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x_AC: Tensor, expert_A: Tensor, end_E: Tensor) -> Tensor:
         """Rows sorted by expert; the rows of expert e end before `end_E[e]`."""
-        weight = self.weight.to(x_AC.dtype)
-        bias = None if self.bias is None else self.bias.to(x_AC.dtype)
+        y_AC = self._products(x_AC, self.weight, self.bias, expert_A, end_E)
+        if not self._scale:
+            return y_AC
+        low_AR = self._products(x_AC, self.lora_a, None, expert_A, end_E)
+        return y_AC + self._scale * self._products(low_AR, self.lora_b, None, expert_A, end_E)
+
+    def _products(self, x_AC: Tensor, weight: Tensor, bias: Tensor | None, expert_A: Tensor, end_E: Tensor) -> Tensor:
+        weight = weight.to(x_AC.dtype)
+        bias = None if bias is None else bias.to(x_AC.dtype)
         # grouped_mm takes rows of whole 16 bytes only; without it, a GPU has to wait for the host to read the ends.
         is_whole = not any(n * x_AC.itemsize % 16 for n in weight.shape[1:])
         if x_AC.device.type == "cpu" or not is_whole:
@@ -112,12 +123,14 @@ class _ExpertProducts(torch.autograd.Function):
     def backward(ctx: Any, by_y_AC: Tensor) -> tuple[Tensor | None, ...]:
         x_AC, weight = ctx.saved_tensors
         by_y_AC = by_y_AC.contiguous()
-        by_x_AC, by_weight = torch.empty_like(x_AC), torch.empty_like(weight)
-        by_bias = weight.new_empty(weight.shape[:2]) if ctx.has_bias else None
+        by_x_AC = torch.empty_like(x_AC)
+        by_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # frozen ones need none
+        by_bias = weight.new_empty(weight.shape[:2]) if ctx.has_bias and ctx.needs_input_grad[2] else None
         rows = (tensor.tensor_split(ctx.ends) for tensor in (by_y_AC, x_AC, by_x_AC))
         for e, (by_y, x, by_x) in enumerate(zip(*rows, strict=True)):
             torch.mm(by_y, weight[e], out=by_x)
-            torch.mm(by_y.mT, x, out=by_weight[e])
+            if by_weight is not None:
+                torch.mm(by_y.mT, x, out=by_weight[e])
             if by_bias is not None:
                 torch.sum(by_y, dim=0, out=by_bias[e])
         return by_x_AC, by_weight, by_bias, None
@@ -128,8 +141,8 @@ class Experts(nn.Module):
         super().__init__()
         n_experts, d_model, d_ff = moe.n_experts, config.d_model, config.expert_d_ff
         for name in FFN_INPUTS[config.ffn_type]:
-            self.add_module(name, ExpertLinear(n_experts, d_model, d_ff, config.bias))
-        self.down_proj = ExpertLinear(n_experts, d_ff, d_model, config.bias)
+            self.add_module(name, ExpertLinear(n_experts, d_model, d_ff, config.bias, config.adapter(name)))
+        self.down_proj = ExpertLinear(n_experts, d_ff, d_model, config.bias, config.adapter("down_proj"))
         self._combine = FFN_TYPES[config.ffn_type]
         self._activate = ACTIVATIONS[config.activation]
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.parameters import Arrays, check_optimizer_state, optimizer_groups
-from torch_ref.distributed import World, like, own_part, share_out, whole
+from torch_ref.distributed import World, like, own_part, share_out
 
 # What PyTorch's optimizers call m and v.
 STATE_KEYS = {"muon": {"m": "momentum_buffer"}, "adamw": {"m": "exp_avg", "v": "exp_avg_sq"}}
@@ -88,25 +87,25 @@ def build_optimizers(
     return optimizers
 
 
-def optimizer_state(
+def state_tensors(
     optimizers: Sequence[torch.optim.Optimizer],
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: ModelConfig,
     optimizer: OptimizerConfig,
     world: World,
-) -> Arrays:
-    """The tensors of `parameters.optimizer_table`; zeros before the first step."""
+) -> dict[str, Tensor]:
+    """Those of `parameters.optimizer_table`, as they are; zeros before the first step."""
     states = {parameter: state for one in optimizers for parameter, state in own_part(one).state.items()}
     is_shared_out = any(own_part(one) is not one for one in optimizers)
-    arrays: Arrays = {"step": np.zeros((), np.float32)}
+    tensors = {"step": torch.zeros(())}
     for rule, name, parameter in _ruled(named_parameters, config, optimizer):
         state = states.get(parameter, {})  # PyTorch makes it in the first step
         for moment, key in STATE_KEYS[rule].items():
             tensor = state[key] if state else torch.zeros_like(parameter)
-            arrays[f"{moment}.{name}"] = whole(world.sum(tensor) if is_shared_out else tensor)
+            tensors[f"{moment}.{name}"] = world.sum(tensor) if is_shared_out else tensor
         if "step" in state:
-            arrays["step"] = whole(state["step"])
-    return arrays
+            tensors["step"] = state["step"]
+    return tensors
 
 
 def load_optimizer_state(

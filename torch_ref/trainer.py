@@ -17,15 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, Weights, optimizer_table
+from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
+from mlx_moe.tensor_files import StoredWeights
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 from torch_ref.attention import KVCache
 from torch_ref.distributed import connect, distribute, gathered, whole
 from torch_ref.loss import cross_entropy
 from torch_ref.moe import Routing, auxiliary_loss, entropy, load
-from torch_ref.optimizers import build_optimizers, load_optimizer_state, optimizer_state
+from torch_ref.optimizers import build_optimizers, load_optimizer_state, state_tensors
 from torch_ref.transformer import Transformer
 
 DEVICES = {"cuda": "CUDA", "mps": "Metal (MPS)"}
@@ -59,6 +60,9 @@ class Trainer:
             for name, array in weights.items()
         }
         self._model.load_state_dict(tensors, assign=True)
+        is_trained = {parameter.name: parameter.is_trained for parameter in table(config)}
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(is_trained[name])
         self._model.activation_checkpointing = engine.activation_checkpointing
         if engine.compile:
             self._model.compile_blocks()
@@ -71,7 +75,6 @@ class Trainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-        self._model.zero_grad(set_to_none=True)
         n_parts = self._engine.accumulation_steps
         parts = self._tensor(own_rows(self.world, tokens_BT1)).chunk(n_parts)
         seeds = [dropout_seed + self.world.rank * n_parts + part for part in range(n_parts)]
@@ -84,6 +87,7 @@ class Trainer:
                 (loss * scale).backward()
             losses.append(torch.cat([torch.stack([loss, tokens_loss]), entropy_L]).detach())
         grad_norm = self._update()
+        self._model.zero_grad(set_to_none=True)  # what evaluates or saves next has their room
 
         def fetch() -> StepMetrics:
             loss, tokens_loss, *entropy_L = self.world.mean(torch.stack(losses).mean(dim=0)).tolist()
@@ -121,7 +125,7 @@ class Trainer:
 
     def _update(self) -> Tensor:
         """Clip the gradients and let the optimizers step, unless a scaled gradient overflowed; returns their norm."""
-        parameters = list(self._model.parameters())
+        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         if self._loss_scale:
             for parameter in parameters:
                 assert parameter.grad is not None
@@ -192,9 +196,17 @@ class Trainer:
         return {name: whole(tensor) for name, tensor in self._model.state_dict().items()}
 
     def optimizer_state(self) -> Arrays:
-        named = self._model.named_parameters()
-        state = optimizer_state(self._optimizers, named, self.config, self._optimizer_config, self.world)
+        state = {name: whole(tensor) for name, tensor in self._state_tensors().items()}
         return state | (self._loss_scale.arrays() if self._loss_scale else {})
+
+    def stored(self) -> tuple[Weights, Weights]:
+        if self.world.size > 1 or self._loss_scale:
+            return self.weights(), self.optimizer_state()
+        return _as_asked_for(self._model.state_dict()), _as_asked_for(self._state_tensors())
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        named = self._model.named_parameters()
+        return state_tensors(self._optimizers, named, self.config, self._optimizer_config, self.world)
 
     def load_optimizer_state(self, state: Arrays) -> None:
         if self._loss_scale:
@@ -258,6 +270,10 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
             scale = torch.from_numpy(axis_map.scale.astype(np.float32)).to(tensor.device)
             tensor = tensor * scale.view([-1 if axis == axis_map.axis else 1 for axis in range(tensor.ndim)])
     return tensor.clone() if tensor is source[plan.source] else tensor
+
+
+def _as_asked_for(tensors: dict[str, Tensor]) -> Weights:
+    return StoredWeights(tensors, lambda name: whole(tensors[name]))
 
 
 def _loads(routings: list[Routing]) -> Tensor:

@@ -34,6 +34,7 @@ class Flops:
     ffn: int
     head: int
     elementwise: int
+    gradients: int = 2  # of every product: by its input and its weight; only the first where the weight is frozen
 
     @property
     def forward(self) -> int:
@@ -42,12 +43,12 @@ class Flops:
 
     @property
     def training(self) -> int:
-        """Matrix products forward and backward, where every product has two gradients of its own size.
+        """Matrix products forward and backward, where every product has its gradients, each of its own size.
 
         Products that a backward pass repeats (attention's scores in fused kernels, activation checkpointing) are left
-        out, as in the model FLOPs of PaLM (Chowdhery et al. 2022, appendix B).
+        out, as in the model FLOPs of PaLM (Chowdhery et al. 2022, appendix B); so are those of adapters.
         """
-        return 3 * self.forward
+        return (1 + self.gradients) * self.forward
 
     def to_json(self) -> dict[str, int]:
         return {
@@ -93,6 +94,7 @@ def flops_per_token(config: ModelConfig) -> Flops:
         + config.n_layers * (head_norms + rotations + biases)
         + (neurons + ffn_biases + softmaxes + residual)
         + SOFTMAX * config.vocab_size,
+        gradients=1 if config.lora else 2,
     )
 
 

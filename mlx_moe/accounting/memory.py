@@ -95,7 +95,8 @@ def step_memory(
     half = 2 if is_half and (backend, device) != ("mlx", "cpu") else FLOAT
     sizes = _sizes(config)
     weights = FLOAT * sum(sizes.all)
-    moments = FLOAT * (2 * sum(sizes.all) - (sizes.hidden_matrices if optimizer.name == "muon" else 0))
+    gradients = FLOAT * sum(sizes.trained)
+    moments = 2 * gradients - FLOAT * (sizes.hidden_matrices if optimizer.name == "muon" else 0)
     N = math.ceil(batch_size / engine.accumulation_steps) * config.context_length
     NV = N * config.vocab_size
 
@@ -112,18 +113,18 @@ def step_memory(
         kept += sum(kinds[kind] * block.kept for kind, block in blocks.items()) + casts
         recomputed = 0
     held = weights + moments + (TORCH_RUNTIME if (backend, device) == ("torch", "cpu") else 0)
-    summed = weights if engine.accumulation_steps > 1 else 0  # the gradients of the parts before this one
+    summed = gradients if engine.accumulation_steps > 1 else 0  # the gradients of the parts before this one
 
     if backend == "torch":
         # Of a chunk the logits and their gradient, in float32 and as products read them; the gradients they lead to.
         chunk = NV / max(1, math.ceil(NV / TORCH_LOGITS[device]))
-        head = config.vocab_size * config.d_model
+        head = 0 if config.lora else config.vocab_size * config.d_model
         rounded = 0 if half == FLOAT else chunk + head
         logits = int(chunk * (half + FLOAT) + rounded * half + head * FLOAT + N * config.d_model * half)
         loss = kept + logits
-        backward = kept + recomputed + working + FLOAT * (sizes.block + config.vocab_size * config.d_model)
+        backward = kept + recomputed + working + FLOAT * (sizes.block + head)
         # The embedding's gradient is as large as the embedding, also where only the head's is added to it.
-        update = weights + FLOAT * max(sizes.all) * (MUON_ARRAYS if optimizer.name == "muon" else 1)
+        update = gradients + FLOAT * max(sizes.trained) * (MUON_ARRAYS if optimizer.name == "muon" else 1)
     else:
         chunk = min(NV, MLX_LOGITS[device])
         logits = chunk * (MLX_LOGITS_ARRAYS[device][chunk < NV] * FLOAT + (half if half != FLOAT else 0))
@@ -131,10 +132,10 @@ def step_memory(
             logits += (2 * config.vocab_size * FLOAT + N * half) * config.d_model
         loss = kept + logits + working
         backward = kept + chunk * FLOAT + recomputed + working
-        update = weights + max(summed, _mlx_updates(sizes, device))
+        update = gradients + max(summed, _mlx_updates(sizes, device))
     return StepMemory(
         weights=weights,
-        gradients=weights,
+        gradients=gradients,
         optimizer=moments,
         activations=kept,
         logits=logits,
@@ -148,9 +149,11 @@ def step_memory(
 
 
 class _Sizes(NamedTuple):
-    """Numbers: of every parameter; of all matrices; of those that Muon trains; of all experts; of the largest block."""
+    """Numbers: of every parameter; of those trained; of all matrices; of those that Muon trains; and of those trained
+    of all experts, of the largest block."""
 
     all: tuple[int, ...]
+    trained: tuple[int, ...]
     matrices: int
     hidden_matrices: int
     experts: int
@@ -160,11 +163,15 @@ class _Sizes(NamedTuple):
 @lru_cache(maxsize=8)
 def _sizes(config: ModelConfig) -> _Sizes:
     sizes = {parameter: math.prod(parameter.shape) for parameter in table(config)}
-    inside = {parameter: size for parameter, size in sizes.items() if parameter.name.startswith("layers.")}
+    trained = {parameter: size for parameter, size in sizes.items() if parameter.is_trained}
+    inside = {parameter: size for parameter, size in trained.items() if parameter.name.startswith("layers.")}
     return _Sizes(
         all=tuple(sizes.values()),
+        trained=tuple(trained.values()),
         matrices=sum(size for parameter, size in sizes.items() if parameter.is_matrix),
-        hidden_matrices=sum(size for parameter, size in sizes.items() if parameter.is_hidden_matrix),
+        hidden_matrices=sum(
+            size for parameter, size in sizes.items() if parameter.is_hidden_matrix and parameter.is_trained
+        ),
         experts=sum(size for parameter, size in inside.items() if ".experts." in parameter.name),
         block=max(
             sum(size for parameter, size in inside.items() if parameter.name.startswith(f"layers.{layer}."))
@@ -226,12 +233,12 @@ class _Block:
 
 def _mlx_updates(sizes: _Sizes, device: Device) -> int:
     """Bytes of new weights and moments that are there before the old ones are freed."""
-    total = sum(sizes.all)
+    total = sum(sizes.trained)
     if FLOAT * total > MLX_UPDATED_AT_ONCE:
-        return 3 * max(MLX_UPDATE_PART, FLOAT * max(sizes.all))
+        return 3 * max(MLX_UPDATE_PART, FLOAT * max(sizes.trained))
     # One of the three takes the place of the gradient where that is contiguous: with experts, not with projections.
     arrays = 3 - sizes.experts / total
     if device == "cpu":
-        return int(arrays * FLOAT * total * min(1.0, MLX_UPDATES_AHEAD / len(sizes.all)))
-    largest = sorted((FLOAT * n for n in sizes.all), reverse=True)[:METAL_COMMAND_BUFFERS]
+        return int(arrays * FLOAT * total * min(1.0, MLX_UPDATES_AHEAD / len(sizes.trained)))
+    largest = sorted((FLOAT * n for n in sizes.trained), reverse=True)[:METAL_COMMAND_BUFFERS]
     return int(arrays * min(FLOAT * total, sum(max(size, METAL_COMMAND_BUFFER_BYTES) for size in largest)))

@@ -15,8 +15,8 @@ from mlx_moe.training import log
 from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.loop import TITLES
 from mlx_moe.training.results import PhaseResult, phase_result
-from mlx_moe.training.run_folder import CONFIG, DATA, ENVIRONMENT, HISTORY, METRICS
-from mlx_moe.validation import read_mapping, validate
+from mlx_moe.training.run_folder import CONFIG, DATA, ENVIRONMENT, HISTORY, METRICS, read_run
+from mlx_moe.validation import read_mapping
 
 Row = dict[str, Any]
 EXPERTS = "experts.json"
@@ -86,7 +86,7 @@ class Record:
             f"phase {number} was not begun"
             if number not in begun
             else f"phase {number} stopped at step {begun[number].steps} of {begun[number].planned_steps}"
-            for number in TITLES
+            for number in (self.run.start.phases if self.run.start else TITLES)
             if number not in begun or begun[number].event is None
         ]
         missing += [f"no {name}" for name, there in ((ENVIRONMENT, self.environment), (DATA, self.data)) if not there]
@@ -118,7 +118,7 @@ def read_config(path: Path) -> RunConfig:
     """The config of a run. Raises InputError where there is none."""
     if not (path / CONFIG).is_file():
         raise InputError(f"no run at {path}: there is no {CONFIG} in it; name a folder that mlxmoe train wrote")
-    return validate(RunConfig, read_mapping(path / CONFIG))
+    return read_run(path, read_mapping(path / CONFIG))
 
 
 def _in_the_run(rows: list[Row], before: Row) -> list[Row]:

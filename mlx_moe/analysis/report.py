@@ -14,6 +14,7 @@ from mlx_moe.analysis.comparison import nats_to_bits_per_byte
 from mlx_moe.analysis.expert_table import SUMMARY_COLUMNS, SUMMARY_LEGEND, summary
 from mlx_moe.analysis.record import PhaseRecord, Record, Row, read_record
 from mlx_moe.analysis.writing import writing
+from mlx_moe.training.boundary import lineage
 from mlx_moe.training.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import millions
 from mlx_moe.training.run_folder import CONFIG
@@ -65,7 +66,9 @@ def render(record: Record) -> str:
 def _lede(record: Record) -> str:
     last, environment = record.phases[-1].rows[-1], record.environment
     steps = [f"a dense model of {millions(phase.parameters.total)} parameters" for phase in record.phases[:1]]
-    for phase in record.phases:
+    if record.run.start:
+        steps = [", ".join(lineage(record.run, record.run.first_phase))]
+    for phase in record.phases[bool(record.run.start) :]:
         if phase.model.moe and phase.number < 3:
             experts = f"{phase.model.moe.n_experts} experts a layer ({millions(phase.parameters.total)})"
             steps = [f"a model of {experts}"] if phase.number == 1 else [*steps, f"upcycled to {experts}"]

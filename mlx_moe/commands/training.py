@@ -22,7 +22,16 @@ def train(
     ] = None,
     config: ConfigFile = None,
     override: Overrides = None,
-    phases: Annotated[int, typer.Option(help="1: dense, 2: then experts, 3: then larger experts.")] = 3,
+    phases: Annotated[
+        str | None,
+        typer.Option(
+            help="1: dense, 2: then experts, 3: then larger experts; with --from only those named, as 2,3.",
+            show_default="3",
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="A checkpoint, or a Hugging Face model by folder or name, to train on.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="stories, tinystories, or a path: .txt, .jsonl, .parquet, or a folder.")
     ] = None,
@@ -41,25 +50,36 @@ def train(
     allow_lossy: AllowLossy = False,
 ) -> None:
     """Train: dense, upcycled to experts, grown; both boundaries proven lossless."""
+    from mlx_moe.hub.models import open_model
+    from mlx_moe.hub.names import find_model
     from mlx_moe.presets import as_overrides
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.console import Console
     from mlx_moe.training.phases import Options, open_run
     from mlx_moe.training.phases import train as run_phases
+    from mlx_moe.training.start import start_from
     from mlx_moe.training.stopping import TrainingStopped
 
-    if phases not in (1, 2, 3):
-        raise InputError(f"--phases {phases}: must be 1 (dense), 2 (then experts) or 3 (then larger experts)")
+    named = None if phases is None else _phases(phases)
     shortcuts = {"data.source": data, "data.tokenizer": tokenizer, "seed": seed}
     shortcuts |= {"optimizer.transfer": optimizer_transfer}
     if steps is not None:
         shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
     overrides = as_overrides({key: value for key, value in shortcuts.items() if value is not None})
     chosen = choose_backend(backend)
-    if resume is not None and (preset or config or overrides or override or out):
+    if resume is not None and (preset or config or overrides or override or out or source):
         raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")
     if resume is None:
-        run = _load_run(preset or "three-phase", config, [*overrides, *(override or [])])
+        layers = preset or "three-phase", config, [*overrides, *(override or [])]
+        if source is None:
+            run = _load_run(*layers)
+        elif named is None:
+            raise InputError(
+                f"--from {source}: say what to do with it: --phases 1 trains a dense model on, 2 upcycles it or trains "
+                "a mixture of experts on, 3 grows one, 2,3 does both"
+            )
+        else:
+            run = start_from(open_model(find_model(source)), named, *layers)
         directory = out or Path("runs") / f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}"
         if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
             raise InputError(f"{directory} is not empty; name another folder, or go on with it: --resume {directory}")
@@ -68,8 +88,9 @@ def train(
         run, directory = open_run(resume, world), resume
     elif out is None and world.size > 1:
         raise InputError(f"{world.size} processes need one folder between them; name it with --out")
+    options = Options(device, allow_lossy, open_model)
     try:
-        run_phases(run, directory, chosen, phases, Options(device, allow_lossy), Console(quiet=world.rank > 0))
+        run_phases(run, directory, chosen, _last_phase(named, run), options, Console(quiet=world.rank > 0))
     except TrainingStopped as stopped:
         stop(str(stopped), stopped.exit_code)
 
@@ -102,6 +123,28 @@ def doctor() -> None:
     from mlx_moe.training.doctor import diagnose
 
     raise typer.Exit(diagnose())
+
+
+def _phases(text: str) -> list[int]:
+    """`3`, or a list such as `2,3`."""
+    phases = [int(number) for number in text.split(",") if number in ("1", "2", "3")]
+    if len(phases) != len(text.split(",")) or phases != list(range(phases[0], phases[-1] + 1)):
+        raise InputError(
+            f"--phases {text}: must be 1 (dense), 2 (then experts) or 3 (then larger experts), or some in a row, as 2,3"
+        )
+    return phases
+
+
+def _last_phase(named: list[int] | None, run: RunConfig) -> int:
+    """One number by itself stands for all phases up to it."""
+    if named is None:
+        return run.start.phases[-1] if run.start else 3
+    if named[-1] < run.first_phase or (len(named) > 1 and named[0] != run.first_phase):
+        raise InputError(
+            f"--phases {','.join(map(str, named))}: the run begins with phase {run.first_phase}; take --phases "
+            f"{max(named[-1], run.first_phase)}, or name a model to start from: --from MODEL"
+        )
+    return named[-1]
 
 
 def _load_run(preset: str, config: Path | None, overrides: list[str]) -> RunConfig:

@@ -105,6 +105,7 @@ def _card(source: Checkpoint, name: str) -> str:
     made = "imported from Hugging Face's format"
     if state.backend != ORIGIN:
         begun = {1: "dense", 2: "upcycled to experts", 3: "grown"}[state.phase]
+        begun = "as its lineage says" if state.lineage else begun
         made = f"{begun}, then trained for {state.step:,} steps, by the {state.backend} backend"
     loss = (
         "" if state.validation_loss is None else f"| validation loss | {state.validation_loss:.4f} nats per token |\n"

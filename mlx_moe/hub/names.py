@@ -19,7 +19,8 @@ def find_model(name: str) -> Path:
     Raises InputError where there is neither a folder nor a model that can be had.
     """
     folder = Path(name).expanduser()
-    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    is_best = folder.name == "best" and folder.parent.is_dir()  # of a run
+    if folder.exists() or is_best or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         return folder
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

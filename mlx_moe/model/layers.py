@@ -8,7 +8,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_moe.config import ModelConfig
+from mlx_moe.config import LoRAConfig, ModelConfig
 from mlx_moe.model.elementwise import gelu, gelu_tanh, silu, widened
 from mlx_moe.parameters import FFN_INPUTS, NORMS_WITH_BIAS
 
@@ -52,13 +52,23 @@ def dropout(x: mx.array, p: float, key: mx.array | None) -> mx.array:
 
 
 class Linear(nn.Linear):
-    """Float32 weights, multiplied in the dtype of the input."""
+    """Float32 weights, multiplied in the dtype of the input; with an adapter, A (rank, in) and B (out, rank)."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool, adapter: LoRAConfig | None = None):
+        super().__init__(n_in, n_out, bias)
+        self._scale = adapter.alpha / adapter.rank if adapter else 0.0
+        if adapter:
+            self.lora_a = mx.zeros((adapter.rank, n_in))
+            self.lora_b = mx.zeros((n_out, adapter.rank))
 
     def __call__(self, x: mx.array) -> mx.array:
         weight = self.weight.astype(x.dtype).T
-        if "bias" in self:
-            return widened(mx.addmm, self.bias.astype(x.dtype), x, weight)
-        return widened(mx.matmul, x, weight)
+        bias = (self.bias.astype(x.dtype),) if "bias" in self else ()
+        y = widened(mx.addmm if bias else mx.matmul, *bias, x, weight)
+        if not self._scale:
+            return y
+        low = widened(mx.matmul, x, self.lora_a.astype(x.dtype).T)
+        return y + self._scale * widened(mx.matmul, low, self.lora_b.astype(x.dtype).T)
 
 
 class Norm(nn.Module):
@@ -77,8 +87,8 @@ class FFN(nn.Module):
     def __init__(self, config: ModelConfig, d_ff: int):
         super().__init__()
         for name in FFN_INPUTS[config.ffn_type]:
-            self[name] = Linear(config.d_model, d_ff, config.bias)
-        self.down_proj = Linear(d_ff, config.d_model, config.bias)
+            self[name] = Linear(config.d_model, d_ff, config.bias, config.adapter(name))
+        self.down_proj = Linear(d_ff, config.d_model, config.bias, config.adapter("down_proj"))
         self._combine = FFN_TYPES[config.ffn_type]
         self._activate = ACTIVATIONS[config.activation]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_moe.config import ModelConfig, MoEConfig
+from mlx_moe.config import LoRAConfig, ModelConfig, MoEConfig
 from mlx_moe.model.elementwise import on_cpu, widened, with_vjp
 from mlx_moe.model.layers import ACTIVATIONS, FFN, FFN_TYPES
 from mlx_moe.parameters import FFN_INPUTS
@@ -67,19 +67,28 @@ def auxiliary_loss(routing: Routing, load_E: mx.array, config: MoEConfig) -> mx.
 
 
 class ExpertLinear(nn.Module):
-    """E linear maps side by side: weight (E, out, in), bias (E, out)."""
+    """E linear maps side by side: weight (E, out, in), bias (E, out); adapters A (E, rank, in), B (E, out, rank)."""
 
-    def __init__(self, n_experts: int, n_in: int, n_out: int, bias: bool):
+    def __init__(self, n_experts: int, n_in: int, n_out: int, bias: bool, adapter: LoRAConfig | None = None):
         super().__init__()
         self.weight = mx.zeros((n_experts, n_out, n_in))
         if bias:
             self.bias = mx.zeros((n_experts, n_out))
+        self._scale = adapter.alpha / adapter.rank if adapter else 0.0
+        if adapter:
+            self.lora_a = mx.zeros((n_experts, adapter.rank, n_in))
+            self.lora_b = mx.zeros((n_experts, n_out, adapter.rank))
 
     def __call__(self, x: mx.array, expert: mx.array) -> mx.array:
         """x (M, rows, in), one expert for each of the M groups of rows, in rising order."""
         products = block_products if x.shape[1] > 1 else _products
-        y = widened(lambda x, weight: products(x, weight, expert), x, self.weight.astype(x.dtype))
-        return y + self.bias.astype(x.dtype)[expert][:, None] if "bias" in self else y
+
+        def product(x: mx.array, weight: mx.array) -> mx.array:
+            return widened(lambda x, weight: products(x, weight, expert), x, weight.astype(x.dtype))
+
+        y = product(x, self.weight)
+        y = y + self.bias.astype(x.dtype)[expert][:, None] if "bias" in self else y
+        return y + self._scale * product(product(x, self.lora_a), self.lora_b) if self._scale else y
 
 
 class Experts(nn.Module):
@@ -87,8 +96,8 @@ class Experts(nn.Module):
         super().__init__()
         n_experts, d_model, d_ff = moe.n_experts, config.d_model, config.expert_d_ff
         for name in FFN_INPUTS[config.ffn_type]:
-            self[name] = ExpertLinear(n_experts, d_model, d_ff, config.bias)
-        self.down_proj = ExpertLinear(n_experts, d_ff, d_model, config.bias)
+            self[name] = ExpertLinear(n_experts, d_model, d_ff, config.bias, config.adapter(name))
+        self.down_proj = ExpertLinear(n_experts, d_ff, d_model, config.bias, config.adapter("down_proj"))
         self._combine = FFN_TYPES[config.ffn_type]
         self._activate = ACTIVATIONS[config.activation]
 

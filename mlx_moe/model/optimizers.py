@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_moe.accounting.memory import FLOAT, MLX_UPDATE_PART, MLX_UPDATED_AT_ONCE
@@ -85,7 +84,8 @@ def update_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[Optim
 
     An update puts new weights and moments beside the old ones. Of parts, only one at a time has both.
     """
-    groups, sizes = optimizer_groups(config, optimizer), {p.name: FLOAT * math.prod(p.shape) for p in table(config)}
+    groups = optimizer_groups(config, optimizer)
+    sizes = {p.name: FLOAT * math.prod(p.shape) for p in table(config) if p.is_trained}
     if sum(sizes.values()) <= MLX_UPDATED_AT_ONCE:
         return groups
     parts = []
@@ -101,17 +101,17 @@ def update_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[Optim
     return parts
 
 
-def optimizer_state(optimizer: optim.MultiOptimizer) -> Arrays:
-    """The tensors of `parameters.optimizer_table`; zeros before the first step."""
-    arrays: Arrays = {}
+def state_tensors(optimizer: optim.MultiOptimizer) -> dict[str, mx.array]:
+    """Those of `parameters.optimizer_table`, as they are; zeros before the first step."""
+    tensors: dict[str, mx.array] = {}
     for state in optimizer.state["states"]:
         for path, array in tree_flatten(state):
             name, _, moment = path.rpartition(".")
             if moment in ("m", "v"):
-                arrays[f"{moment}.{name}"] = np.array(array)
+                tensors[f"{moment}.{name}"] = array
             elif path == "step":
-                arrays["step"] = np.array(array, dtype=np.float32)
-    return arrays
+                tensors["step"] = array.astype(mx.float32)
+    return tensors
 
 
 def load_optimizer_state(

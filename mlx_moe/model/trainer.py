@@ -16,11 +16,12 @@ from mlx_moe.errors import InputError
 from mlx_moe.model.attention import KVCache
 from mlx_moe.model.distributed import connect
 from mlx_moe.model.loss import cross_entropy
-from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, state_tensors
 from mlx_moe.model.step import CompiledStep, compile_step, loads_of, norm_of
 from mlx_moe.model.transformer import Transformer
-from mlx_moe.parameters import Arrays, Weights, optimizer_table
+from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
+from mlx_moe.tensor_files import StoredWeights
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 
@@ -48,15 +49,27 @@ class Trainer:
         self._loss_scale = LossScale() if self.precision.name == "fp16" else None
         self._optimizer_config, self._engine = optimizer, engine
         self._model = Transformer(config)
-        self._model.load_weights([(name, mx.array(array)) for name, array in weights.items()])
+        # A transfer leaves arrays with their axes in another order, and products round by how these lie in memory.
+        self._model.load_weights([(name, mx.contiguous(mx.array(array))) for name, array in weights.items()])
         self._model.activation_checkpointing = engine.activation_checkpointing
         mx.eval(self._model.parameters())
+        if config.lora:
+            self._freeze()
         self._optimizer = build_optimizer(config, optimizer)
         self._optimizer.init(self._model.trainable_parameters())
         self._step = self._compile_step()
         self._loss = mx.compile(self._loss_of, inputs=[self._model.state])
         self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
         self._in_flight: mx.array | None = None
+
+    def _freeze(self) -> None:
+        """All that is not trained: no gradients, no moments."""
+        self._model.freeze()
+        modules = dict(self._model.named_modules())
+        for parameter in table(self.config):
+            if parameter.is_trained:
+                module, _, name = parameter.name.rpartition(".")
+                modules[module].unfreeze(recurse=False, keys=name)
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         self._model.train()
@@ -155,7 +168,14 @@ class Trainer:
         return {name: np.array(array) for name, array in tree_flatten(self._model.parameters())}
 
     def optimizer_state(self) -> Arrays:
-        return optimizer_state(self._optimizer) | (self._loss_scale.arrays() if self._loss_scale else {})
+        state = {name: np.array(array) for name, array in state_tensors(self._optimizer).items()}
+        return state | (self._loss_scale.arrays() if self._loss_scale else {})
+
+    def stored(self) -> tuple[Weights, Weights]:
+        if self._loss_scale:
+            return self.weights(), self.optimizer_state()
+        weights, state = dict(tree_flatten(self._model.parameters())), state_tensors(self._optimizer)
+        return _as_asked_for(weights), _as_asked_for(state)
 
     def load_optimizer_state(self, state: Arrays) -> None:
         if self._loss_scale:
@@ -213,6 +233,10 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
             scale = mx.array(axis_map.scale.astype(np.float32))
             array = array * scale.reshape([-1 if axis == axis_map.axis else 1 for axis in range(array.ndim)])
     return array
+
+
+def _as_asked_for(arrays: dict[str, mx.array]) -> Weights:
+    return StoredWeights(arrays, lambda name: np.array(arrays[name]))
 
 
 def _float(scalar: mx.array) -> float:

@@ -24,10 +24,16 @@ def preset_names(kind: Literal["architectures", "runs"]) -> list[str]:
     return sorted(path.stem for path in (FOLDER / kind).glob("*.yaml"))
 
 
-def load_run(preset: str = "three-phase", file: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(
+    preset: str = "three-phase",
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    settled: Mapping[str, Any] | None = None,
+) -> RunConfig:
     """The merged config of a run: preset < file < overrides (`key.path=value`, the value read as YAML).
 
-    `preset` names a run, or an architecture, which then stands in the `three-phase` run.
+    `preset` names a run, or an architecture, which then stands in the `three-phase` run. `settled` is what a model to
+    start from says, its whole `model` section among it: it takes the place of the preset's.
 
     Raises InputError, which names the key, the value, the limit and the nearest valid key.
     """
@@ -35,17 +41,23 @@ def load_run(preset: str = "three-phase", file: Path | None = None, overrides: S
         layers = [_read_preset("runs", "three-phase"), {"model": {"architecture": preset}}]
     else:
         layers = [_read_preset("runs", preset)]
+    if settled is not None:
+        layers[0].pop("model", None)
+        layers.insert(1, dict(settled))
     if file is not None:
         layers.append(read_mapping(file))
     layers += [_parse_override(text) for text in overrides]
     merged: dict[str, Any] = {}
     for layer in layers:
         _merge(merged, layer)
+    if settled is not None:
+        merged["start"] = settled["start"]
     model = merged.setdefault("model", {})
     if isinstance(model, dict):
         if "vocab_size" in model:
             _merge(merged, {"data": {"fit_vocabulary": False}})
-        merged["model"] = _read_preset("architectures", model.get("architecture", "simple")) | model
+        if merged.get("start") is None:
+            merged["model"] = _read_preset("architectures", model.get("architecture", "simple")) | model
     return validate(RunConfig, merged)
 
 

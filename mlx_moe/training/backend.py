@@ -140,6 +140,9 @@ class Trainer(Protocol):
     def optimizer_state(self) -> Arrays:
         """What `parameters.optimizer_table` names, and in fp16 the loss scale."""
 
+    def stored(self) -> tuple[Weights, Weights]:
+        """Weights and optimizer state to save: not copied, where that can be, but each array fetched when asked for."""
+
     def load_optimizer_state(self, state: Arrays) -> None: ...
 
     def transferred(self, plan: Plan, carry: bool = False) -> Trainer:

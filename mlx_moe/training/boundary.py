@@ -42,13 +42,47 @@ def phase_model(run: RunConfig, phase: int) -> ModelConfig:
     """
     if phase == 1:
         return run.model
-    if run.model.moe is not None:
+    if run.model.moe is not None and run.start is None:
         raise InputError(
             f"model.moe: the model starts with {run.model.moe.n_experts} experts, so there is nothing to upcycle; "
             "train it with --phases 1, or leave model.moe out"
         )
-    upcycled = run.model.model_copy(update={"moe": experts_of(run.model, run.phases.moe)})
-    return upcycled if phase == 2 else _large(run, upcycled)
+    experts = run.model.model_copy(update={"moe": run.model.moe or experts_of(run.model, run.phases.moe)})
+    return experts if phase == 2 else _large(run, experts)
+
+
+def trained_model(run: RunConfig, phase: int) -> ModelConfig:
+    """`phase_model`, with the adapters that the run trains it by."""
+    return phase_model(run, phase).model_copy(update={"lora": run.lora if run.lora.rank else None})
+
+
+def lineage(run: RunConfig, phase: int) -> tuple[str, ...]:
+    """What a model in a phase comes from; nothing where the run's weights were drawn anew."""
+    if run.start is None:
+        return ()
+    done = [*run.start.lineage]
+    for earlier in range(start_phase(run), phase):
+        if earlier >= run.first_phase:
+            done.append(f"trained for {phase_config(run, earlier).steps:,} steps")
+        done.append(_became(earlier + 1, phase_model(run, earlier + 1)))
+    return tuple(done)
+
+
+def lineage_so_far(state: TrainerState) -> tuple[str, ...]:
+    """With the training of a checkpoint's own phase."""
+    return (*state.lineage, f"trained for {state.step:,} steps") if state.step else state.lineage
+
+
+def start_phase(run: RunConfig) -> int:
+    """The phase that trains models like the first one: 2 where a run starts from one with experts, else 1.
+
+    A run may leave out to train in it, and transfer the model at once.
+    """
+    return 2 if run.start and run.model.moe else 1
+
+
+def _became(phase: int, model: ModelConfig) -> str:
+    return f"{'upcycled' if phase == 2 else 'grown'} to {model.display_name}"
 
 
 def plan_boundary(run: RunConfig, phase: int, config: ModelConfig, routers: Routers | None = None) -> Plan:
@@ -81,13 +115,23 @@ def centroid_routers(model: StreamedModel, phase: UpcyclePhaseConfig, tokens_BT:
     }
 
 
-def certify(limits: VerificationConfig, before: Trainer, after: Trainer, probes_BT1: Tokens) -> Certificate:
+def certify(
+    limits: VerificationConfig, before: Trainer, after: Trainer, probes_BT1: Tokens, widened: bool = False
+) -> Certificate:
+    """`widened`: what rounding does to the model before may widen the limit of the logits."""
+
     def each_logits(model: Trainer, tokens_BT: Tokens) -> Iterator[Logits]:
         return (model.logits(tokens_T[None])[0] for tokens_T in tokens_BT)
 
     replay = partial(replay_routing, before, after) if before.config.moe and after.config.moe else None
+
+    def floor(tokens_BT: Tokens) -> float:
+        return rounding_floor(before, before.transferred(plan_reordering(before.config)), tokens_BT)
+
     models = partial(each_logits, before), partial(each_logits, after)
-    return probe(*models, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay)
+    return probe(
+        *models, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay, floor if widened else None
+    )
 
 
 def certify_streamed(
@@ -103,7 +147,7 @@ def certify_streamed(
     return probe(*models, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay, floor)
 
 
-def rounding_floor(model: StreamedModel, reordered: StreamedModel, tokens_BT: Tokens) -> float:
+def rounding_floor(model: Trainer | StreamedModel, reordered: Trainer | StreamedModel, tokens_BT: Tokens) -> float:
     """The largest difference of a logit between a model and itself in another order, with the same experts."""
     one = model.routed_logits(tokens_BT)
     other = reordered.routed_logits(tokens_BT, one.experts_LNK if model.config.moe else None)
@@ -181,8 +225,8 @@ def transfer_checkpoint(
             raise _ChangedModel
 
     phase = 2 if source.config.moe is None and plan.target_config.moe else 3
-    done = f"{'upcycled' if phase == 2 else 'grown'} to {plan.target_config.display_name}"
-    state = TrainerState(phase, 0, backend.name, lineage=(*source.state.lineage, done))
+    done = _became(phase, plan.target_config)
+    state = TrainerState(phase, 0, backend.name, lineage=(*lineage_so_far(source.state), done))
     blocks = made_in_blocks(plan, source.weights)
     with suppress(_ChangedModel):
         checkpoint.save_blocks(out, plan.target_config, state, blocks, source.tokenizer_folder, check)

@@ -24,7 +24,7 @@ from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig
 from mlx_moe.data.tokenizers import copy_tokenizer
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, Weights, shapes
+from mlx_moe.parameters import Arrays, Weights, merged, shapes
 from mlx_moe.tensor_files import Blocks, StoredTensor, read_header, stored_weights, write_file
 from mlx_moe.training.files import flush, make_folder, remove, replacing, sweep
 from mlx_moe.validation import read_mapping, validate
@@ -44,7 +44,7 @@ class TrainerState:
     step: Annotated[int, Field(ge=0)]
     backend: str
     validation_loss: float | None = None
-    lineage: tuple[str, ...] = ()  # the model of others that it comes from, and what became of that outside a run
+    lineage: tuple[str, ...] = ()  # the model that it comes from, and what became of that before this phase
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def save(
     config: ModelConfig,
     state: TrainerState,
     weights: Weights,
-    optimizer_state: Arrays | None,
+    optimizer_state: Weights | None,
     tokenizer: Path | None = None,
 ) -> None:
     """Write a checkpoint, so that no half of it is ever seen.
@@ -94,7 +94,7 @@ def save_blocks(
     blocks: Blocks,
     tokenizer: Path | None = None,
     check: Callable[[Weights], None] | None = None,
-    optimizer_state: Arrays | None = None,
+    optimizer_state: Weights | None = None,
 ) -> None:
     """`save`, where the weights come piece by piece; `check` may look at what was written, and raise."""
     try:
@@ -125,13 +125,15 @@ def save_blocks(
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and verify a checkpoint; a run's folder stands for its latest one, `best` in it for its best.
+    """Read and verify a checkpoint, adapters merged; a run's folder stands for its latest one, `RUN/best` for its best.
 
     Raises InputError when it is missing, incomplete, altered, or does not hold the tensors that its config asks for.
     """
     path = resolve(path)
     verify(path)
-    return _load_verified(path)
+    saved = _load_verified(path)
+    config, weights = merged(saved.config, saved.weights)
+    return Checkpoint(path, config, saved.state, weights)
 
 
 def load_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -158,8 +160,7 @@ def load_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder that a path means: itself; the latest of the run or phase that it is; the best for
-    `RUN/best`."""
+    """The checkpoint that a path means: itself, the latest of the run or phase that it is, the best for `RUN/best`."""
     if (path / MANIFEST).is_file():
         return path
     if path.name == "best" and path.parent.is_dir():
@@ -189,8 +190,7 @@ def best(path: Path) -> Path | None:
 
 def best_validation_loss(path: Path) -> float:
     """That of `best`, nats per token; infinite where no checkpoint has one."""
-    found = best(path)
-    return math.inf if found is None else _validation_loss(found)
+    return math.inf if (found := best(path)) is None else _validation_loss(found)
 
 
 def complete_in(path: Path) -> Iterator[Path]:

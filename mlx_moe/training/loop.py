@@ -16,6 +16,7 @@ from mlx_moe.accounting.flops import Flops, flops_per_token, mfu
 from mlx_moe.config import PhaseConfig, RunConfig
 from mlx_moe.data.tokens import TokenData, batch, fixed_windows
 from mlx_moe.training.backend import Backend, StepMetrics, Tokens, Trainer, peak_flops_per_s
+from mlx_moe.training.boundary import lineage
 from mlx_moe.training.checkpoint import TrainerState
 from mlx_moe.training.console import Console
 from mlx_moe.training.run_folder import RunFolder
@@ -107,7 +108,8 @@ def train_phase(
                 console.line(f"{interruption.name}: saving; a second one ends at once")
                 to_save = True
             if to_save:
-                state = TrainerState(phase.number, step, backend.name, row.get("validation_loss"))
+                origin = lineage(run, phase.number)
+                state = TrainerState(phase.number, step, backend.name, row.get("validation_loss"), origin)
                 _save(folder, phase, trainer, state, training.keep_checkpoints, stopwatch)
                 if interruption.came(trainer.world):  # one that comes later is seen, and saved for, in the next step
                     raise interruption.stopped(f"after step {step} of phase {phase.number} and saved; {_go_on(folder)}")
@@ -173,7 +175,7 @@ def _validation_loss(
 def _save(
     folder: RunFolder, phase: Phase, trainer: Trainer, state: TrainerState, keep: int, stopwatch: _Stopwatch
 ) -> None:
-    weights, optimizer_state = trainer.weights(), trainer.optimizer_state()
+    weights, optimizer_state = trainer.stored()
     with stopwatch.stopped():
         for name, arrays in {"weights": weights, "optimizer's moments": optimizer_state}.items():
             if not all(np.isfinite(array).all() for array in arrays.values()):

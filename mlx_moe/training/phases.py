@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-import os
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.flops import flops_per_token
-from mlx_moe.config import ModelConfig, OptimizerConfig, RunConfig
+from mlx_moe.accounting.memory import step_memory
+from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.data.sources import BUILTIN
 from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Arrays, initialize
+from mlx_moe.parameters import Weights, initialize, merged, start_adapters, table
 from mlx_moe.training import checkpoint
-from mlx_moe.training.backend import Alone, Backend, Trainer, World, peak_flops_per_s
+from mlx_moe.training.backend import Alone, Backend, Trainer, World
 from mlx_moe.training.boundary import (
+    PROBE_TOKENS,
     centroid_routers,
     centroid_tokens,
     certify,
+    lineage,
     phase_config,
     phase_model,
     plan_boundary,
+    start_phase,
+    trained_model,
 )
-from mlx_moe.training.checkpoint import TrainerState
-from mlx_moe.training.console import Console
+from mlx_moe.training.checkpoint import Checkpoint, TrainerState
+from mlx_moe.training.console import Console, millions
+from mlx_moe.training.introduction import facts
 from mlx_moe.training.log import environment
 from mlx_moe.training.loop import Phase, train_phase
 from mlx_moe.training.results import report_phase, summarize
-from mlx_moe.training.run_folder import RunFolder
+from mlx_moe.training.run_folder import CONFIG, RunFolder
+from mlx_moe.training.start import check_model
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
 from mlx_moe.training.trackers import check_installed
 from mlx_moe.transfer.centroids import Routers
 from mlx_moe.transfer.upcycling import LOSSY_METHOD, ZERO_ROUTER_WARNING
 
 
-def train(run: RunConfig, directory: Path, backend: Backend, n_phases: int, options: Options, console: Console) -> None:
-    """Run phases 1 to `n_phases` in a run's directory, or go on where its latest whole checkpoint stands.
+def train(
+    run: RunConfig, directory: Path, backend: Backend, last_phase: int, options: Options, console: Console
+) -> None:
+    """Run the phases from the run's first to `last_phase` in its directory, or go on where its latest whole checkpoint
+    stands.
 
     Raises InputError on what a user can mend, TrainingStopped on an interruption, a loss that is not finite, or a
     boundary that failed.
@@ -46,16 +58,18 @@ def train(run: RunConfig, directory: Path, backend: Backend, n_phases: int, opti
     folder = RunFolder(directory, backend.connect())
     try:
         with stopping_at_once():
-            experiment = begin(run, folder, backend, n_phases, options, console)
+            experiment = begin(run, folder, backend, last_phase, options, console)
             folder.hold()
             rows = folder.metrics()
             phase, trainer, step = experiment.where_it_stands()
             experiment.introduce(trainer)
+            experiment.warn_of_memory(trainer, range(max(phase, run.first_phase), last_phase + 1))
             folder.open_tracker(experiment.run, rows, console.warn)
         with interruptions() as interruption:
             while True:
-                experiment.train(phase, trainer, step, interruption)
-                if phase >= n_phases:
+                if phase >= run.first_phase:
+                    experiment.train(phase, trainer, step, interruption)
+                if phase >= last_phase:
                     break
                 trainer = experiment.cross_boundary(phase, trainer)
                 phase, step = phase + 1, 0
@@ -70,6 +84,7 @@ class Options:
 
     device: str = "auto"
     allow_lossy: bool = False
+    open_model: Callable[[Path], Checkpoint] = checkpoint.load  # of what a run starts from
 
 
 @dataclass(frozen=True)
@@ -82,11 +97,12 @@ class Experiment:
     data: TokenData
 
     def where_it_stands(self) -> tuple[int, Trainer, int]:
-        """(phase, trainer, steps done in it): the latest whole checkpoint, or a new dense model."""
+        """(phase, trainer, steps done in it): the latest whole checkpoint, or the model that the run starts from."""
         saved = self.folder.load_latest(self.console.warn)
         if saved is None:
-            trainer = self._trainer(self.run.model, initialize(self.run.model, self.run.seed))
-            return 1, trainer, 0
+            phase = start_phase(self.run)
+            trainer = self._trainer(self.run.model, self._first_weights())
+            return phase, self._adapted(trainer, phase) if phase >= self.run.first_phase else trainer, 0
         trainer = self._trainer(saved.config, saved.weights)
         if saved.optimizer_state is not None:
             trainer.load_optimizer_state(saved.optimizer_state)
@@ -98,28 +114,34 @@ class Experiment:
     def introduce(self, trainer: Trainer) -> None:
         """Write down what the run is, and say it."""
         self.folder.introduce(self.run, self.data, environment(self.backend, trainer))
-        tokens = {name: self.data.provenance[name]["tokens"] for name in ("train", "validation")}
-        world = self.folder.world
-        processes = f"; {world.size} processes, {self.run.engine.strategy}" if world.size > 1 else ""
-        self.console.facts(
-            [
-                ("run", f"{self.run.name}, seed {self.run.seed}, in {self.folder.path}"),
-                ("backend", f"{self.backend.reason}; device {trainer.device}{processes}"),
-                ("hardware", _hardware(self.backend, trainer)),
-                ("precision", trainer.precision.reason),
-                ("optimizer", _optimizer(self.run.optimizer)),
-                ("data", self.data.provenance["source"]["description"]),
-                ("tokens", f"{tokens['train']:,} to train on, {tokens['validation']:,} held out"),
-                ("tokenizer", f"{self.run.data.tokenizer}, {self.data.tokenizer.vocab_size:,} tokens"),
-            ]
-        )
+        self.console.facts(facts(self.run, self.folder.path, self.data, self.backend, trainer))
+
+    def warn_of_memory(self, trainer: Trainer, phases: Iterable[int]) -> None:
+        """Say at the start which phases will hardly fit; for several processes there is no estimate."""
+        place: Literal["cpu", "gpu"] = "cpu" if trainer.device == "CPU" else "gpu"
+        usable = self.backend.speed.usable_bytes(place)
+        engine = self.run.engine.model_copy(update={"precision": trainer.precision.name})
+        for phase in phases if trainer.world.size == 1 else ():
+            work = trained_model(self.run, phase), self.run.optimizer, engine, self.run.training.batch_size
+            needed = step_memory(*work, self.backend.name, place).peak
+            if needed > usable:
+                self.console.warn(
+                    f"phase {phase} will need about {needed / 1e9:.1f} GB, and {usable / 1e9:.1f} GB are usable; what "
+                    f"helps: mlxmoe plan --config {self.folder.path / CONFIG}"
+                )
 
     def train(self, number: int, trainer: Trainer, step: int, interruption: Interruption) -> None:
-        phase = Phase(number, phase_config(self.run, number), from_scratch=self.run.model.moe is not None)
+        from_scratch = number == 1 and self.run.model.moe is not None
+        phase = Phase(number, phase_config(self.run, number), from_scratch)
         if step < phase.config.steps:
             self.console.title(phase.title)
             model = trainer.config
             self.console.parameters(count_parameters(model), model.display_name, flops_per_token(model))
+            if model.lora:
+                trained = sum(math.prod(parameter.shape) for parameter in table(model) if parameter.is_trained)
+                self.console.facts(
+                    [("trained", f"{millions(trained)} in adapters of rank {model.lora.rank} and routers")]
+                )
             self.console.line()
             train_phase(
                 self.run, phase, trainer, self.data, self.folder, step, self.console, self.backend, interruption
@@ -134,13 +156,16 @@ class Experiment:
 
     def cross_boundary(self, phase: int, trainer: Trainer) -> Trainer:
         """Upcycle after phase 1, grow after phase 2; go on only if nothing changed."""
+        plain = self._trainer(*merged(trainer.config, trainer.weights())) if trainer.config.lora else trainer
         by_centroids = phase == 1 and self.run.phases.moe.router_init == "centroids"
-        plan = plan_boundary(self.run, phase, trainer.config, self._centroids(trainer) if by_centroids else None)
-        carry = self.run.optimizer.transfer == "carry"
-        grown = trainer.transferred(plan, carry)
-        limits = self.run.verification
-        probes = fixed_windows(self.data.validation, limits.probe_sequences, trainer.config.context_length)
-        certificate = certify(limits, trainer, grown, probes)
+        plan = plan_boundary(self.run, phase, plain.config, self._centroids(plain) if by_centroids else None)
+        # What starts the run has no moments yet, and the adapters that have some end here.
+        carry = self.run.optimizer.transfer == "carry" and phase >= self.run.first_phase and not self.run.lora.rank
+        grown = plain.transferred(plan, carry)
+        limits, width, is_published = self.run.verification, trainer.config.context_length, self.run.start is not None
+        width = min(width, PROBE_TOKENS) if is_published else width
+        probes = fixed_windows(self.data.validation, limits.probe_sequences, width)
+        certificate = certify(limits, trainer, grown, probes, widened=is_published)
         verb = "upcycling" if phase == 1 else "growth"
         self.console.boundary(f"Boundary {phase}-{phase + 1}: {verb}", certificate)
         if phase == 1 and self.run.phases.moe.router_init == "zero":
@@ -158,9 +183,11 @@ class Experiment:
             )
         # Before the birth is saved: resuming without it drops this row and crosses again; after it, both are there.
         self.folder.log_event({"event": "boundary", "phase": phase + 1, **record})
-        state = TrainerState(phase + 1, 0, self.backend.name)
-        optimizer_state = grown.optimizer_state() if carry else None
-        self.folder.save(grown.config, state, grown.weights(), optimizer_state, self.run.training.keep_checkpoints)
+        state = TrainerState(phase + 1, 0, self.backend.name, lineage=lineage(self.run, phase + 1))
+        grown = self._adapted(grown, phase + 1)
+        weights, optimizer_state = grown.stored()
+        moments = optimizer_state if carry else None
+        self.folder.save(grown.config, state, weights, moments, self.run.training.keep_checkpoints)
         return grown
 
     def _centroids(self, trainer: Trainer) -> Routers:
@@ -176,23 +203,22 @@ class Experiment:
         rows_LED = np.frombuffer(world.from_first(found), np.float32).reshape(-1, phase.n_experts, config.d_model)
         return dict(zip(phase_model(self.run, 2).expert_layers, rows_LED, strict=True))
 
-    def _trainer(self, model: ModelConfig, weights: Arrays) -> Trainer:
+    def _adapted(self, trainer: Trainer, phase: int) -> Trainer:
+        """The same with fresh adapters, where the run trains by those."""
+        model = trained_model(self.run, phase)
+        if model.lora is None:
+            return trainer
+        return self._trainer(model, trainer.weights() | start_adapters(model, self.run.seed))
+
+    def _first_weights(self) -> Weights:
+        if self.run.start is None:
+            return initialize(self.run.model, self.run.seed)
+        source = self.options.open_model(Path(self.run.start.model))
+        check_model(self.run, source)
+        return source.weights
+
+    def _trainer(self, model: ModelConfig, weights: Weights) -> Trainer:
         return self.backend.trainer(model, self.run.optimizer, weights, self.options.device, self.run.engine)
-
-
-def _hardware(backend: Backend, trainer: Trainer) -> str:
-    place = "cpu" if trainer.device == "CPU" else "gpu"
-    speed, peak = backend.speed, peak_flops_per_s(backend, trainer.precision.name, trainer.device)
-    cores = f", {os.cpu_count()} cores" if place == "cpu" else ""
-    memory = f"{speed.usable_bytes(place) / 1e9:.1f} GB usable"
-    return f"{speed.device_name(place)}{cores}, {memory}, {peak / 1e12:.3g} TFLOP/s at best in {trainer.precision.name}"
-
-
-def _optimizer(optimizer: OptimizerConfig) -> str:
-    beta_1, beta_2 = optimizer.betas
-    adamw = f"AdamW (betas {beta_1:g} and {beta_2:g}, eps {optimizer.eps:g})"
-    rule = adamw if optimizer.name == "adamw" else f"Muon (momentum {optimizer.momentum:g}) and {adamw}"
-    return f"{rule}, weight decay {optimizer.weight_decay:g}, gradients clipped at {optimizer.max_grad_norm:g}"
 
 
 def open_run(directory: Path, world: World = Alone()) -> RunConfig:
@@ -201,11 +227,11 @@ def open_run(directory: Path, world: World = Alone()) -> RunConfig:
 
 
 def begin(
-    run: RunConfig, folder: RunFolder, backend: Backend, n_phases: int, options: Options, console: Console
+    run: RunConfig, folder: RunFolder, backend: Backend, last_phase: int, options: Options, console: Console
 ) -> Experiment:
     """Prepare the data and fit the vocabulary to it. Writes nothing, so that bad input leaves nothing behind."""
     check_installed(run.training.tracker)
-    for phase in range(2, n_phases + 1):
+    for phase in range(2, last_phase + 1):
         phase_model(run, phase)  # refuses growth that is not exact, before hours of training
     _check_batch(run, folder.world)
     data = prepare(run.data, progress=console.line)

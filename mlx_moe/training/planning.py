@@ -12,7 +12,7 @@ from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.precision import choose_precision
 from mlx_moe.training.backend import Backend, choose_backend
-from mlx_moe.training.boundary import phase_config, phase_model
+from mlx_moe.training.boundary import phase_config, phase_model, trained_model
 from mlx_moe.training.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import Console, millions
 
@@ -68,13 +68,13 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
     works = [
         Work(
             name=PHASE_FOLDERS[phase],
-            model=phase_model(run, phase),
+            model=trained_model(run, phase),
             optimizer=run.optimizer,
             engine=run.engine,
             batch_size=run.training.batch_size,
             steps=phase_config(run, phase).steps,
         )
-        for phase in (1, 2, 3)
+        for phase in range(run.first_phase, 4)
     ]
     examples = [site_of(*machines.choose(example), run.engine) for example in EXAMPLES]
     sites = [first, *(site for site in examples if site.label != first.label)]
@@ -109,7 +109,7 @@ def with_its_vocabulary(run: RunConfig) -> RunConfig:
 def show_parameters(run: RunConfig, as_json: bool) -> None:
     """Print the parameters of every phase."""
     run = with_its_vocabulary(run)
-    models = {PHASE_FOLDERS[phase]: phase_model(run, phase) for phase in (1, 2, 3)}
+    models = {PHASE_FOLDERS[phase]: phase_model(run, phase) for phase in range(run.first_phase, 4)}
     counts = {name: count_parameters(model) for name, model in models.items()}
     if as_json:
         rows = {name: {"architecture": models[name].display_name, **counts[name].to_json()} for name in models}

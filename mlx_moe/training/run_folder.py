@@ -19,6 +19,7 @@ import numpy as np
 
 from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig, RunConfig
+from mlx_moe.data.tokenizers import copy_tokenizer
 from mlx_moe.data.tokens import SPLITS, TokenData
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
@@ -32,7 +33,21 @@ from mlx_moe.validation import read_mapping, validate
 CONFIG, DATA, ENVIRONMENT = "config.yaml", "data.json", "environment.json"
 METRICS, HISTORY, SAMPLES = "metrics.jsonl", "history.jsonl", "samples.md"
 
+TOKENIZER = "tokenizer"
+
 P = ParamSpec("P")
+
+
+def read_run(path: Path, values: dict[str, Any]) -> RunConfig:
+    """A run's config from what its `config.yaml` holds.
+
+    What a run started from need not stay: its tokenizer is the copy in the run's folder, once that is there.
+    """
+    run = validate(RunConfig, values)
+    own = path / TOKENIZER
+    if run.start is None or not own.is_dir():
+        return run
+    return run.model_copy(update={"data": run.data.model_copy(update={"tokenizer": str(own.resolve())})})
 
 
 def _by_the_first(method: Callable[Concatenate[RunFolder, P], None]) -> Callable[Concatenate[RunFolder, P], None]:
@@ -69,7 +84,7 @@ class RunFolder:
         """The config of a run to resume. Raises InputError where there is none."""
         if self._is_ours and not (self.path / CONFIG).is_file():
             raise InputError(f"cannot resume {self.path}: there is no {CONFIG} in it; name a run's folder")
-        return validate(RunConfig, self._told(lambda: read_mapping(self.path / CONFIG)))
+        return read_run(self.path, self._told(lambda: read_mapping(self.path / CONFIG)))
 
     def check_data(self, data: TokenData) -> None:
         """Raise InputError where a run began with other tokens: its weights would mean nothing for these."""
@@ -109,8 +124,12 @@ class RunFolder:
                 sweep(folder)
             with replacing(self.path / CONFIG) as partial:
                 configs.save(run, partial)
-            with replacing(self.path / "tokenizer") as partial:
-                data.tokenizer.save(partial)
+            if not (self.path / TOKENIZER).is_dir():
+                with replacing(self.path / TOKENIZER) as partial:
+                    if run.start is None:
+                        data.tokenizer.save(partial)
+                    else:  # with all that came with the model
+                        copy_tokenizer(Path(run.data.tokenizer), partial)
             self._write_json(DATA, data.provenance)
             self._write_json(ENVIRONMENT, environment)
 
@@ -172,7 +191,7 @@ class RunFolder:
 
     @_by_the_first
     def save(
-        self, config: ModelConfig, state: TrainerState, weights: Arrays, optimizer_state: Arrays | None, keep: int
+        self, config: ModelConfig, state: TrainerState, weights: Weights, optimizer_state: Weights | None, keep: int
     ) -> None:
         """Save a checkpoint, and of its phase keep the last few, the best and the birth."""
         path = checkpoint.folder(self.path, state.phase, state.step)

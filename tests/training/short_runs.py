@@ -2,6 +2,7 @@
 
 import contextlib
 
+from mlx_moe.hub.models import open_model
 from mlx_moe.presets import load_run
 from mlx_moe.training import checkpoint, log
 from mlx_moe.training.backend import choose_backend
@@ -25,7 +26,8 @@ def short_run(*overrides):
 
 
 def start(run, directory, backend="torch", console=None, n_phases=3):
-    train(run, directory, choose_backend(backend), n_phases, Options("cpu"), console or Console(quiet=True))
+    options = Options("cpu", open_model=open_model)
+    train(run, directory, choose_backend(backend), n_phases, options, console or Console(quiet=True))
 
 
 class AfterStep(Console):

@@ -1,0 +1,70 @@
+"""A run that starts from a model that is there already: what the model settles, and what may still be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_moe.config import RunConfig
+from mlx_moe.errors import InputError
+from mlx_moe.presets import load_run
+from mlx_moe.training.boundary import lineage_so_far
+from mlx_moe.training.checkpoint import Checkpoint
+
+# How a model is trained, and not what it is. Its balance has no part in what it computes.
+FREE = ("dropout", "context_length", "attention_backend", "moe.load_balance_coefficient", "moe.z_loss_coefficient")
+
+
+def start_from(
+    source: Checkpoint, phases: Sequence[int], preset: str, file: Path | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """The config of a run of these phases from a model: its architecture and tokenizer, all else as in `load_run`.
+
+    Raises InputError where the phases do not fit the model, or where something asked for contradicts it.
+    """
+    if source.tokenizer_folder is None:
+        raise InputError(f"{source.path} has no tokenizer, so no text fits it; put its tokenizer.json beside it")
+    if source.config.moe is not None and phases[0] == 1:
+        raise InputError(
+            f"--phases 1 trains a dense model, and {source.path} has {source.config.moe.n_experts} experts; "
+            "--phases 2 trains it on as it is, --phases 3 grows it"
+        )
+    if source.config.moe is None and phases[0] == 3:
+        raise InputError(f"--phases 3 grows experts, and {source.path} is dense; --phases 2,3 upcycles it first")
+    tokenizer = str(source.tokenizer_folder.resolve())
+    lineage = lineage_so_far(source.state) or (source.config.display_name,)
+    settled = {
+        "name": lineage[0].rpartition("/")[2],
+        "start": {"model": str(source.path.resolve()), "phases": phases, "lineage": lineage},
+        "model": source.config.model_dump(mode="json"),
+        "data": {"tokenizer": tokenizer},
+    }
+    run = load_run(preset, file, overrides, settled)
+    if run.data.tokenizer != tokenizer:
+        raise InputError(
+            f"tokenizer {run.data.tokenizer}: {source.path} knows only the tokens of its own; leave it out"
+        )
+    check_model(run, source)
+    return run
+
+
+def check_model(run: RunConfig, source: Checkpoint) -> None:
+    """Raise InputError where a run would have its first model other than the source is."""
+    theirs = _flat(source.config.model_dump())
+    for key, value in _flat(run.model.model_dump()).items():
+        if key not in FREE and theirs.get(key) != value:
+            raise InputError(f"model.{key} {value}: {source.path} has {theirs.get(key)}; leave it out")
+    ours, longest = run.model.context_length, source.config.context_length
+    if ours > longest or (ours < longest and run.model.position_encoding == "learned_absolute"):
+        raise InputError(
+            f"model.context_length {ours}: {source.path} has {longest}; leave it out"
+            + (f", or take less than {longest}" if ours > longest else ": each position was learned")
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
