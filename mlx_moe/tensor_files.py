@@ -148,8 +148,8 @@ def write_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], blocks: B
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_file(file: Path, shapes: Mapping[str, tuple[int, ...]], blocks: Blocks) -> str:
-    """Write float32 tensors in this order; the SHA-256 of the file.
+def write_file(file: Path, shapes: Mapping[str, tuple[int, ...]], blocks: Blocks, hashed: bool = True) -> str:
+    """Write float32 tensors in this order; the SHA-256 of the file, or "" if it is not to be `hashed`.
 
     Two threads write and hash a piece while the next one is made. Nothing of a tensor is kept beyond its turn.
     """
@@ -167,11 +167,11 @@ def write_file(file: Path, shapes: Mapping[str, tuple[int, ...]], blocks: Blocks
             for start in range(0, len(piece), WRITE_BYTES):
                 stream.write(piece[start : start + WRITE_BYTES].data)
 
-        jobs = (write, digest.update)
+        jobs = (write, digest.update) if hashed else (write,)
         _feed(threads, jobs, [np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)])
         for name in shapes:
             _feed(threads, jobs, (np.asarray(block, "<f4") for block in blocks(name)))
-    return digest.hexdigest()
+    return digest.hexdigest() if hashed else ""
 
 
 def _feed(threads: ThreadPoolExecutor, jobs: Iterable[Callable[[Any], Any]], blocks: Iterable[NDArray[Any]]) -> None:
@@ -184,6 +184,11 @@ def _feed(threads: ThreadPoolExecutor, jobs: Iterable[Callable[[Any], Any]], blo
             under_way = [threads.submit(job, data[start : start + PIECE_BYTES]) for job in jobs]
     for job in under_way:
         job.result()
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _bytes(shape: Iterable[int]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -18,6 +17,7 @@ import numpy as np
 from safetensors import safe_open
 
 from mlx_moe.errors import InputError
+from mlx_moe.tensor_files import sha256
 from mlx_moe.training.backend import BackendName, Tokens, is_installed
 from mlx_moe.validation import read_mapping
 from parity.library_bench import Bench, Measured, said
@@ -64,8 +64,8 @@ def compare_model(folder: Path, seed: int = 0) -> Report:
     Raises InputError where it is no model's folder, too large, or a library is not installed.
     """
     config, n_parameters = _look_at(folder)
-    hashes = {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-    report = Report(str(folder), str(config.get("model_type")), n_parameters, _sha256(folder / "config.json"), hashes)
+    hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    report = Report(str(folder), str(config.get("model_type")), n_parameters, sha256(folder / "config.json"), hashes)
     torch_library = importlib.import_module("torch_ref.library")
     try:
         torch, exact = torch_library.LibraryModel(folder), torch_library.LibraryModel(folder, exact=True)
@@ -184,11 +184,6 @@ def _look_at(folder: Path) -> tuple[Config, int]:
             f"has {there >> 30}; take a larger one, or a smaller model of the family"
         )
     return config, n_parameters
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _n_elements(file: Path) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from mlx_moe.config import DataConfig
 from mlx_moe.data import stories
 from mlx_moe.errors import InputError, one_line
+from mlx_moe.tensor_files import sha256
 from mlx_moe.validation import nearest
 
 BUILTIN = ("stories", "tinystories")
@@ -129,8 +130,7 @@ def _find(top: Path, name: str) -> list[Path]:
 
 def _hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise _unreadable(path, error) from None
 

@@ -20,6 +20,7 @@ from mlx_moe.config import DataConfig
 from mlx_moe.data.sources import Source, open_source
 from mlx_moe.data.tokenizers import Tokenizer, cut, make_tokenizer
 from mlx_moe.errors import InputError
+from mlx_moe.tensor_files import sha256
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
@@ -251,9 +252,7 @@ def _split_by_token(folder: Path, train: _Split, validation: _Split, fraction: f
 
 
 def _describe(path: Path, split: _Split) -> dict[str, Any]:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes, "sha256": sha256}
+    return {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes, "sha256": sha256(path)}
 
 
 def is_held_out(utf8: bytes, fraction: float) -> bool:

@@ -105,8 +105,8 @@ def _card(source: Checkpoint, name: str) -> str:
     made = "imported from Hugging Face's format"
     if state.backend != ORIGIN:
         begun = {1: "dense", 2: "upcycled to experts", 3: "grown"}[state.phase]
-        begun = "as its lineage says" if state.lineage else begun
-        made = f"{begun}, then trained for {state.step:,} steps, by the {state.backend} backend"
+        trained = f"trained for {state.step:,} steps, by the {state.backend} backend"
+        made = f"by its lineage, then {trained}" if state.lineage else f"{begun}, then {trained}"
     loss = (
         "" if state.validation_loss is None else f"| validation loss | {state.validation_loss:.4f} nats per token |\n"
     )

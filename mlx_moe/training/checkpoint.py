@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from mlx_moe.config import ModelConfig
 from mlx_moe.data.tokenizers import copy_tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights, merged, shapes
-from mlx_moe.tensor_files import Blocks, StoredTensor, read_header, stored_weights, write_file
+from mlx_moe.tensor_files import Blocks, StoredTensor, read_header, sha256, stored_weights, write_file
 from mlx_moe.training.files import flush, make_folder, remove, replacing, sweep
 from mlx_moe.validation import read_mapping, validate
 
@@ -101,12 +100,14 @@ def save_blocks(
         make_folder(path.parent)
         with replacing(path) as partial:
             partial.mkdir()
-            hashes = {MODEL: write_file(partial / MODEL, shapes(config), blocks)}
+            model = partial / MODEL
+            hashes = {MODEL: write_file(model, shapes(config), blocks, hashed=check is None)}
             if check is not None:
-                with ThreadPoolExecutor(1) as thread:  # the disk need not wait for the check, nor it for the disk
-                    flushed = thread.submit(flush, partial / MODEL)
-                    check(stored_weights(read_header(partial / MODEL)))
+                with ThreadPoolExecutor(2) as threads:  # neither disk nor hash need wait for the check, nor it for them
+                    flushed, digest = threads.submit(flush, model), threads.submit(sha256, model)
+                    check(stored_weights(read_header(model)))
                 flushed.result()
+                hashes[MODEL] = digest.result()
             if optimizer_state is not None:
                 sizes = {name: array.shape for name, array in optimizer_state.items()}
                 hashes[OPTIMIZER] = write_file(partial / OPTIMIZER, sizes, lambda name: [optimizer_state[name]])
@@ -115,7 +116,7 @@ def save_blocks(
             configs.save(config, partial / CONFIG)
             (partial / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
             manifest = {
-                file.name: {"bytes": file.stat().st_size, "sha256": hashes.get(file.name) or _sha256(file)}
+                file.name: {"bytes": file.stat().st_size, "sha256": hashes.get(file.name) or sha256(file)}
                 for file in sorted(partial.iterdir())
                 if file.is_file()
             }
@@ -251,7 +252,7 @@ def _damage(path: Path) -> str | None:
                 return f"is damaged: {MANIFEST} does not list {name}"
             if (size := file.stat().st_size) != stated["bytes"]:
                 return f"is damaged: {name} has {size} bytes where {stated['bytes']} were written"
-            if _sha256(file) != stated["sha256"]:
+            if sha256(file) != stated["sha256"]:
                 return f"is damaged: {name} was altered (SHA-256)"
     except FileNotFoundError:
         return f"is incomplete: {MANIFEST} is missing"
@@ -293,8 +294,3 @@ def _check_shapes(path: Path, config: ModelConfig, tensors: dict[str, StoredTens
             raise InputError(f"checkpoint {path}: {name} holds {tensors[name].dtype}; write it as float32")
     if extra := sorted(tensors.keys() - expected.keys()):
         raise InputError(f"checkpoint {path}: its config has no tensor {extra[0]} ({len(extra)} such)")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

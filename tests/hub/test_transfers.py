@@ -207,7 +207,7 @@ def test_the_manifest_states_what_is_there(tmp_path):
     transfer(done, PLANS["experts"](DENSE), tmp_path / "out", choose_backend("torch"))
     manifest = json.loads((tmp_path / "out" / checkpoint.MANIFEST).read_text())
     file = tmp_path / "out" / checkpoint.MODEL
-    assert manifest[checkpoint.MODEL] == {"bytes": file.stat().st_size, "sha256": checkpoint._sha256(file)}
+    assert manifest[checkpoint.MODEL] == {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)}
     arrays = load_file(file)
     assert {name: array.shape for name, array in arrays.items()} == shapes(PLANS["experts"](DENSE).target_config)
 

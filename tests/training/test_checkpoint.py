@@ -39,7 +39,7 @@ def saved(tmp_path):
 def restate(path):
     """Make the manifest agree with what the files hold now."""
     files = [file for file in path.iterdir() if file.is_file() and file.name != checkpoint.MANIFEST]
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checkpoint._sha256(file)} for file in files}
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)} for file in files}
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -124,7 +124,7 @@ def test_a_tokenizer_is_found_beside_the_checkpoint_and_in_its_run(tmp_path):
 # Whole or not at all
 
 
-@pytest.mark.parametrize("where", ["write_file", "configs.save", "_sha256", "files.flush"])
+@pytest.mark.parametrize("where", ["write_file", "configs.save", "sha256", "files.flush"])
 @pytest.mark.parametrize("succeed_first", [0, 1])
 def test_a_failure_in_the_middle_leaves_what_was_there(saved, monkeypatch, where, succeed_first):
     calls = []
