@@ -80,7 +80,7 @@ def compile_step(
         norm, factor = clip_alone(gradients, factor)
         named = dict(tree_flatten(gradients))
         for names, update_part in parts:
-            update_part(tree_unflatten([(name, named[name]) for name in names]) or {}, factor)
+            update_part(tree_unflatten([(name, named[name]) for name in names]), factor)
             mx.eval(model.state, optimizer.state)  # what this part replaced is freed before the next begins
         return norm
 

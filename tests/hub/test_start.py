@@ -75,7 +75,7 @@ def test_upcycled_at_once_and_grown(backend, published, text, mlxmoe, tmp_path):
     assert mlxmoe("export", run, tmp_path / "out").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| lineage | {', '.join(checkpoint.load(run).state.lineage)} |" in card
-    assert "as its lineage says, then trained for 8 steps" in card
+    assert "by its lineage, then trained for 8 steps" in card
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
     if backend == "mlx":
         return
