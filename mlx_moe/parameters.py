@@ -158,9 +158,8 @@ def optimizer_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[Op
 def optimizer_table(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of an optimizer's state and their shapes: `m.{name}`, `v.{name}`, and `step`, the steps taken."""
     rules = {name: group.rule for group in optimizer_groups(config, optimizer) for name in group.names}
-    moments = {
-        f"{moment}.{p.name}": p.shape for p in table(config) for moment in MOMENTS.get(rules.get(p.name, ""), ())
-    }
+    trained = [p for p in table(config) if p.is_trained]
+    moments = {f"{moment}.{p.name}": p.shape for p in trained for moment in MOMENTS[rules[p.name]]}
     return {"step": ()} | moments
 
 

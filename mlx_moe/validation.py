@@ -43,6 +43,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
+def by_path(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their `key.path`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= by_path(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def nearest(name: str, known: Sequence[str], cutoff: float = 0.5) -> str:
     """`did you mean …? `, or nothing where no known name is near."""
     match = get_close_matches(name, known, n=1, cutoff=cutoff)

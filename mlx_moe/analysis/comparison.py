@@ -18,6 +18,7 @@ from mlx_moe.analysis.record import Record, read_record
 from mlx_moe.errors import InputError
 from mlx_moe.training.console import Console, millions
 from mlx_moe.training.run_folder import CONFIG
+from mlx_moe.validation import by_path
 
 BUDGETS = ("tokens", "flops", "seconds")
 
@@ -193,17 +194,10 @@ def show(comparison: Comparison) -> None:
 
 
 def _differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    flat = [_flat(config) for config in configs]
+    flat = [by_path(config) for config in configs]
     keys = dict.fromkeys(key for config in flat for key in config)
     rows = {key: [config.get(key) for config in flat] for key in keys if key != "name"}
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _at_equal(runs: Sequence[ComparedRun], budget: str) -> dict[str, Any]:

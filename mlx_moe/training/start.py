@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.presets import load_run
 from mlx_moe.training.boundary import lineage_so_far
 from mlx_moe.training.checkpoint import Checkpoint
+from mlx_moe.validation import by_path
 
 # How a model is trained, and not what it is. Its balance has no part in what it computes.
 FREE = ("dropout", "context_length", "attention_backend", "moe.load_balance_coefficient", "moe.z_loss_coefficient")
@@ -51,8 +51,8 @@ def start_from(
 
 def check_model(run: RunConfig, source: Checkpoint) -> None:
     """Raise InputError where a run would have its first model other than the source is."""
-    theirs = _flat(source.config.model_dump())
-    for key, value in _flat(run.model.model_dump()).items():
+    theirs = by_path(source.config.model_dump())
+    for key, value in by_path(run.model.model_dump()).items():
         if key not in FREE and theirs.get(key) != value:
             raise InputError(f"model.{key} {value}: {source.path} has {theirs.get(key)}; leave it out")
     ours, longest = run.model.context_length, source.config.context_length
@@ -61,10 +61,3 @@ def check_model(run: RunConfig, source: Checkpoint) -> None:
             f"model.context_length {ours}: {source.path} has {longest}; leave it out"
             + (f", or take less than {longest}" if ours > longest else ": each position was learned")
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
