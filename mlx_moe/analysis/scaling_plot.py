@@ -50,6 +50,11 @@ def scaling(fitted: Fit, counted: str) -> Figure:
     return figure
 
 
+def shade(place: int, count: int) -> tuple[float, float, float, float]:
+    """The colour of one of several lines, each lighter than the one before."""
+    return mpl.colormaps["cividis"](0.85 * place / max(count - 1, 1))
+
+
 def _draw(axes: Axes, fitted: Fit, variable: Variable) -> None:
     measured = _column(fitted, variable)
     others = _column(fitted, "d" if variable == "n" else "n") if fitted.law == "ND" else np.ones(len(measured))
@@ -60,7 +65,7 @@ def _draw(axes: Axes, fitted: Fit, variable: Variable) -> None:
     reach = np.geomspace(measured.min() / BEYOND, measured.max() * BEYOND, 100)
     losses = np.array([point.loss for point in fitted.points])
     for i, other in enumerate(lines):
-        colour = mpl.colormaps["cividis"](0.85 * i / max(len(lines) - 1, 1))
+        colour = shade(i, len(lines))
         place = {variable: reach, "d" if variable == "n" else "n": np.full_like(reach, other)}
         low, high = band(fitted, **place)
         line = predict(fitted.law, [one.value for one in fitted.constants.values()], **place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -13,6 +12,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from mlx_moe.analysis.comparison import CurvePoint, curve
 from mlx_moe.analysis.one_run import SWEEP
 from mlx_moe.analysis.record import read_record
+from mlx_moe.analysis.scaling_plot import shade
 from mlx_moe.errors import InputError
 from mlx_moe.training import log
 from mlx_moe.training.run_folder import METRICS
@@ -34,7 +34,7 @@ def choices(folder: Path) -> Figure:
         for number, (choice, seeds) in enumerate(curves.items()):
             spent = [getattr(point, budget) for point in seeds[0]]
             losses = np.array([[point.validation_loss for point in seed] for seed in seeds])
-            colour = mpl.colormaps["cividis"](0.85 * number / max(len(curves) - 1, 1))
+            colour = shade(number, len(curves))
             axes.fill_between(spent, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.22, linewidth=0)
             dashes = DASHES[number % len(DASHES)]
             axes.plot(spent, losses.mean(axis=0), dashes, color=colour, linewidth=1.3, label=choice)
