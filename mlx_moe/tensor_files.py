@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def write_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], blocks: B
 def write_file(file: Path, shapes: Mapping[str, tuple[int, ...]], blocks: Blocks, hashed: bool = True) -> str:
     """Write float32 tensors in this order; the SHA-256 of the file, or "" if it is not to be `hashed`.
 
-    Two threads write and hash a piece while the next one is made. Nothing of a tensor is kept beyond its turn.
+    A thread hashes a piece while it is written. Nothing of a tensor is kept beyond its turn.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it, transformers refuses the file
     end = 0
@@ -161,34 +161,31 @@ def write_file(file: Path, shapes: Mapping[str, tuple[int, ...]], blocks: Blocks
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with file.open("wb") as stream, ThreadPoolExecutor(2) as threads:
+    with file.open("wb") as stream, ThreadPoolExecutor(1) as thread:
 
-        def write(piece: NDArray[np.uint8]) -> None:
-            for start in range(0, len(piece), WRITE_BYTES):
-                stream.write(piece[start : start + WRITE_BYTES].data)
+        def write(block: NDArray[Any]) -> None:
+            data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+            for piece in _cut(data, PIECE_BYTES):
+                hashing = thread.submit(digest.update, piece) if hashed else None
+                for part in _cut(piece, WRITE_BYTES):
+                    stream.write(part.data)
+                if hashing:
+                    hashing.result()
 
-        jobs = (write, digest.update) if hashed else (write,)
-        _feed(threads, jobs, [np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)])
+        write(np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
         for name in shapes:
-            _feed(threads, jobs, (np.asarray(block, "<f4") for block in blocks(name)))
+            for block in blocks(name):
+                write(np.asarray(block, "<f4"))
     return digest.hexdigest() if hashed else ""
-
-
-def _feed(threads: ThreadPoolExecutor, jobs: Iterable[Callable[[Any], Any]], blocks: Iterable[NDArray[Any]]) -> None:
-    under_way: list[Future[Any]] = []
-    for block in blocks:
-        data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
-        for start in range(0, len(data), PIECE_BYTES):
-            for job in under_way:
-                job.result()
-            under_way = [threads.submit(job, data[start : start + PIECE_BYTES]) for job in jobs]
-    for job in under_way:
-        job.result()
 
 
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _cut(data: NDArray[np.uint8], size: int) -> Iterator[NDArray[np.uint8]]:
+    return (data[start : start + size] for start in range(0, len(data), size))
 
 
 def _bytes(shape: Iterable[int]) -> int:
