@@ -1,0 +1,49 @@
+"""A real model all the way: SmolLM2-135M to 8 experts, out as Mixtral, opened by other tools."""
+
+import os
+from pathlib import Path
+
+import mlx_lm
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mlx_moe.model.library
+import torch_ref.library
+from mlx_moe.hub.models import open_model, probe_tokens
+
+SMOLLM2 = Path(os.environ.get("SMOLLM2", "smollm2"))
+PROMPT, NEW_TOKENS = "Once upon a time", 20
+pytestmark = pytest.mark.skipif(not SMOLLM2.is_dir(), reason="SmolLM2-135M is not here; SMOLLM2 names its folder")
+
+
+@pytest.fixture(scope="module")
+def exported(mlxmoe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    assert mlxmoe("upcycle", SMOLLM2, folder / "experts", "--experts", 8, "--top-k", 2).code == 0
+    assert mlxmoe("export", folder / "experts", folder / "mixtral", "--format", "mixtral").code == 0
+    return folder / "mixtral"
+
+
+def test_other_tools_give_the_dense_model_s_logits(exported):
+    """The exact ones: two float32 computations of the same model, the same tool's too, differ by 1e-4."""
+    tokens_BT = probe_tokens(open_model(SMOLLM2), 4)[:, :-1]
+    exact = torch_ref.library.LibraryModel(SMOLLM2, exact=True).logits(tokens_BT)
+    for library in (torch_ref.library, mlx_moe.model.library):
+        assert np.abs(library.logits(exported, tokens_BT) - exact).max() < 1e-4, library.__name__
+
+
+def test_they_write_the_same_sentence(exported):
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+
+    def by_transformers(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        (tokens,) = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+        return tokenizer.decode(tokens)
+
+    dense = by_transformers(SMOLLM2)
+    assert len(dense) > len(PROMPT) + NEW_TOKENS
+    assert by_transformers(exported) == dense
+    model, its_tokenizer = mlx_lm.load(str(exported))
+    assert PROMPT + mlx_lm.generate(model, its_tokenizer, PROMPT, max_tokens=NEW_TOKENS) == dense
