@@ -166,7 +166,7 @@ def write_file(file: Path, shapes: Mapping[str, tuple[int, ...]], blocks: Blocks
         def write(block: NDArray[Any]) -> None:
             data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
             for piece in _cut(data, PIECE_BYTES):
-                hashing = thread.submit(digest.update, piece) if hashed else None
+                hashing = thread.submit(digest.update, piece.data) if hashed else None
                 for part in _cut(piece, WRITE_BYTES):
                     stream.write(part.data)
                 if hashing:

@@ -146,38 +146,56 @@ class Experts(nn.Module):
         self._combine = FFN_TYPES[config.ffn_type]
         self._activate = ACTIVATIONS[config.activation]
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor) -> Tensor:
-        """The chosen experts' outputs, (N, K, D)."""
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
+        """The chosen experts' outputs, weighted by their gates and summed, (N, D)."""
         expert_A, order_A = experts_NK.flatten().sort(stable=True)
         experts_E = torch.arange(self.down_proj.weight.shape[0], device=x_ND.device)
         end_E = torch.searchsorted(expert_A, experts_E, right=True).int()
-        place_A = order_A.argsort()
-        x_AD = _gathered(x_ND, order_A // experts_NK.shape[1], place_A)
+        place_NK = order_A.argsort().view(experts_NK.shape)
+        x_AD = _dispatched(x_ND, order_A, place_NK)
         hidden_AF = self._combine(lambda name: getattr(self, name)(x_AD, expert_A, end_E), self._activate)
-        y_AD = self.down_proj(hidden_AF, expert_A, end_E)
-        return _gathered(y_AD, place_A, order_A).unflatten(0, experts_NK.shape)
+        return _combined(self.down_proj(hidden_AF, expert_A, end_E), gates_NK, order_A, place_NK)
 
 
-class _Gathered(torch.autograd.Function):
-    """Rows by index. The gradient is gathered too, by the inverse: a CPU adds scattered rows in one thread."""
+# Rows to and from their experts: row a is that of assignment order_A[a], whose token is order_A[a] // K, and token n's
+# rows are place_NK[n]. Either way, a bag of K rows is summed as it is read: a CPU adds scattered rows in one thread.
+
+
+class _Dispatched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_A: Tensor, place_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_NK)
+        return x_ND.index_select(0, order_A // place_NK.shape[1])
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index_A: Tensor, inverse_A: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_A)
-        ctx.n_rows = len(x)
-        return x.index_select(0, index_A)
+    def backward(ctx: Any, by_x_AD: Tensor) -> tuple[Tensor, None, None]:
+        (place_NK,) = ctx.saved_tensors
+        return F.embedding_bag(place_NK, by_x_AD, mode="sum"), None, None
+
+
+class _Combined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_AD: Tensor, gates_NK: Tensor, order_A: Tensor, place_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_AD, gates_NK, order_A, place_NK)
+        return F.embedding_bag(place_NK, y_AD, per_sample_weights=gates_NK.to(y_AD.dtype), mode="sum")
 
     @staticmethod
-    def backward(ctx: Any, gradient_AD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_A,) = ctx.saved_tensors
-        gathered_AD = gradient_AD.index_select(0, inverse_A)
-        return gathered_AD.unflatten(0, (ctx.n_rows, -1)).sum(dim=1), None, None
+    def backward(ctx: Any, by_y_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_AD, gates_NK, order_A, place_NK = ctx.saved_tensors
+        by_row_AD = by_y_ND.index_select(0, order_A // place_NK.shape[1])
+        by_gate_A = torch.linalg.vecdot(by_row_AD, y_AD).to(gates_NK.dtype)
+        gate_A = gates_NK.flatten()[order_A].to(y_AD.dtype)
+        return by_row_AD * gate_A[:, None], by_gate_A[place_NK], None, None
 
 
-def _gathered(x: Tensor, index_A: Tensor, inverse_A: Tensor) -> Tensor:
-    """`x[index_A]`; row i of `x` went to the places inverse_A[i·k : (i+1)·k], for k times as many rows."""
-    gathered: Tensor = _Gathered.apply(x, index_A, inverse_A)
-    return gathered
+def _dispatched(x_ND: Tensor, order_A: Tensor, place_NK: Tensor) -> Tensor:
+    x_AD: Tensor = _Dispatched.apply(x_ND, order_A, place_NK)
+    return x_AD
+
+
+def _combined(y_AD: Tensor, gates_NK: Tensor, order_A: Tensor, place_NK: Tensor) -> Tensor:
+    y_ND: Tensor = _Combined.apply(y_AD, gates_NK, order_A, place_NK)
+    return y_ND
 
 
 class MoE(nn.Module):
@@ -197,8 +215,7 @@ class MoE(nn.Module):
         if experts_NK is None:
             experts_NK = choose_experts(logits_NE, self._top_k)
         gates_NK = gate(logits_NE, experts_NK)
-        y_NKD = self.experts(x_ND, experts_NK)
-        y_ND = (y_NKD * gates_NK[..., None].to(y_NKD.dtype)).sum(dim=1)
+        y_ND = self.experts(x_ND, experts_NK, gates_NK)
         if self.shared_expert is not None:
             y_ND = y_ND + self.shared_expert(x_ND)
         return y_ND.view(x_BTD.shape), Routing(logits_NE, experts_NK)

@@ -140,18 +140,21 @@ def check_dispatch(config, n_tokens, kind):
     weights = expert_weights(config)
     x_ND = np.random.default_rng(3).normal(size=(n_tokens, config.d_model)).astype(np.float32)
     experts_NK = assignments(kind, n_tokens, 4, config.moe.top_k)
-    expected = plain_experts(config, weights, x_ND, experts_NK)
+    expected_NKD = plain_experts(config, weights, x_ND, experts_NK)
     ours = mlx_experts(config, weights)
     x, experts = mx.array(x_ND), mx.array(experts_NK)
     results = {
         "MLX": ours(x, experts),
-        "MLX in blocks": in_blocks(ours._ffn, x, experts, 4),
-        "MLX in rows": in_rows(ours._ffn, x, experts, 4),
-        "torch": torch_experts(config, weights)(torch.tensor(x_ND), torch.tensor(experts_NK).long()).detach(),
+        "in blocks": in_blocks(ours._ffn, x, experts, 4),
+        "in rows": in_rows(ours._ffn, x, experts, 4),
     }
     for name, result in results.items():
-        assert result.shape == expected.shape, name
-        assert np.abs(np.array(result.tolist()) - expected).max() < 1e-5, name
+        assert result.shape == expected_NKD.shape, name
+        assert np.abs(np.array(result) - expected_NKD).max() < 1e-5, name
+    gates_NK = np.random.default_rng(6).uniform(size=experts_NK.shape).astype(np.float32)
+    arguments = torch.tensor(x_ND), torch.tensor(experts_NK).long(), torch.tensor(gates_NK)
+    y_ND = torch_experts(config, weights)(*arguments).detach().numpy()
+    assert np.abs(y_ND - (expected_NKD * gates_NK[..., None]).sum(axis=1)).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ASSIGNMENTS)
@@ -175,21 +178,26 @@ def test_gradients_do_not_depend_on_the_dispatch(n_tokens, k, kind):
     generator = np.random.default_rng(4)
     x_ND = generator.normal(size=(n_tokens, config.d_model)).astype(np.float32)
     experts_NK = assignments(kind, n_tokens, 4, k)
-    direction = generator.normal(size=(n_tokens, k, config.d_model)).astype(np.float32)
+    direction = generator.normal(size=(n_tokens, config.d_model)).astype(np.float32)
+    gates_NK = generator.uniform(size=(n_tokens, k)).astype(np.float32)
 
     def mlx_gradients(dispatch):
-        def scalar(parameters, x):
+        def scalar(parameters, x, gates):
             ours = mlx_experts(config, parameters)
-            return (dispatch(ours._ffn, x, mx.array(experts_NK), 4) * mx.array(direction)).sum()
+            y_NKD = dispatch(ours._ffn, x, mx.array(experts_NK), 4)
+            return ((y_NKD * gates[..., None]).sum(axis=1) * mx.array(direction)).sum()
 
-        of_weights, of_x = mx.grad(scalar, argnums=(0, 1))(
-            {name: mx.array(array) for name, array in weights.items()}, mx.array(x_ND)
+        of_weights, of_x, of_gates = mx.grad(scalar, argnums=(0, 1, 2))(
+            {name: mx.array(array) for name, array in weights.items()}, mx.array(x_ND), mx.array(gates_NK)
         )
-        return {name: np.array(array) for name, array in of_weights.items()} | {"x": np.array(of_x)}
+        inputs = {"x": np.array(of_x), "gates": np.array(of_gates)}
+        return {name: np.array(array) for name, array in of_weights.items()} | inputs
 
-    theirs, x = torch_experts(config, weights), torch.tensor(x_ND, requires_grad=True)
-    (theirs(x, torch.tensor(experts_NK).long()) * torch.tensor(direction)).sum().backward()
-    expected = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()} | {"x": x.grad.numpy()}
+    theirs = torch_experts(config, weights)
+    inputs = {"x": torch.tensor(x_ND, requires_grad=True), "gates": torch.tensor(gates_NK, requires_grad=True)}
+    y_ND = theirs(inputs["x"], torch.tensor(experts_NK).long(), inputs["gates"])
+    (y_ND * torch.tensor(direction)).sum().backward()
+    expected = {name: leaf.grad.numpy() for name, leaf in [*theirs.named_parameters(), *inputs.items()]}
     for dispatch in (in_blocks, in_rows):
         gradients = mlx_gradients(dispatch)
         assert set(gradients) == set(expected)
