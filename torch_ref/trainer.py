@@ -22,12 +22,11 @@ from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.tensor_files import StoredWeights
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
-from torch_ref.attention import KVCache
 from torch_ref.distributed import connect, distribute, gathered, whole
 from torch_ref.loss import cross_entropy
 from torch_ref.moe import Routing, auxiliary_loss, entropy, load
 from torch_ref.optimizers import build_optimizers, load_optimizer_state, state_tensors
-from torch_ref.transformer import Transformer
+from torch_ref.transformer import Decoder, Transformer
 
 DEVICES = {"cuda": "CUDA", "mps": "Metal (MPS)"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,11 +66,13 @@ class Trainer:
         if engine.compile:
             self._model.compile_blocks()
         self._trained = distribute(self._model, self.world, engine.strategy)
+        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         named = self._model.named_parameters()
         self._optimizers = build_optimizers(named, config, optimizer, self.world, engine.strategy)
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
-        self._model.train()
+        if not self._model.training:  # walking through all modules takes a small model longer than its norms
+            self._model.train()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -87,7 +88,8 @@ class Trainer:
                 (loss * scale).backward()
             losses.append(torch.cat([torch.stack([loss, tokens_loss]), entropy_L]).detach())
         grad_norm = self._update()
-        self._model.zero_grad(set_to_none=True)  # what evaluates or saves next has their room
+        for parameter in self._parameters:
+            parameter.grad = None  # what evaluates or saves next has its room
 
         def fetch() -> StepMetrics:
             loss, tokens_loss, *entropy_L = self.world.mean(torch.stack(losses).mean(dim=0)).tolist()
@@ -125,12 +127,11 @@ class Trainer:
 
     def _update(self) -> Tensor:
         """Clip the gradients and let the optimizers step, unless a scaled gradient overflowed; returns their norm."""
-        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         if self._loss_scale:
-            for parameter in parameters:
+            for parameter in self._parameters:
                 assert parameter.grad is not None
                 parameter.grad.div_(self._loss_scale.scale)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._optimizer_config.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._optimizer_config.max_grad_norm)
         if self._loss_scale:
             overflowed = not math.isfinite(float(whole(grad_norm)))
             self._loss_scale.update(overflowed)
@@ -231,25 +232,6 @@ class Trainer:
 
     def _tensor(self, tokens: Tokens) -> Tensor:
         return torch.from_numpy(tokens).to(self._torch_device, torch.int64)
-
-
-class Decoder:
-    """`mlx_moe.training.backend.Decoder` on PyTorch."""
-
-    def __init__(self, model: Transformer, device: torch.device):
-        self._model = model
-        self._device = device
-        self._cache = [KVCache() for _ in model.layers]
-
-    @property
-    def length(self) -> int:
-        return self._cache[0].length
-
-    @torch.no_grad()
-    def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
-        tokens = torch.from_numpy(tokens_BT).to(self._device, torch.int64)
-        logits_BTV, _ = self._model(tokens, self._cache)
-        return logits_BTV[:, -1].float().cpu().numpy()
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.training.backend import Tokens
 from torch_ref.attention import Attention, KVCache, rotations
 from torch_ref.layers import FFN, Linear, Norm
 from torch_ref.moe import ExpertLinear, MoE, Routing
@@ -118,6 +121,25 @@ class Transformer(nn.Module):
                 module.stay_out_of_graphs()
         for layer in self.layers:
             layer.compile()
+
+
+class Decoder:
+    """`mlx_moe.training.backend.Decoder` on PyTorch."""
+
+    def __init__(self, model: Transformer, device: torch.device):
+        self._model = model
+        self._device = device
+        self._cache = [KVCache() for _ in model.layers]
+
+    @property
+    def length(self) -> int:
+        return self._cache[0].length
+
+    @torch.no_grad()
+    def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
+        tokens = torch.from_numpy(tokens_BT).to(self._device, torch.int64)
+        logits_BTV, _ = self._model(tokens, self._cache)
+        return logits_BTV[:, -1].float().cpu().numpy()
 
 
 def _embedding(n: int, d_model: int) -> nn.Embedding:

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.model.attention import KVCache
 from mlx_moe.model.distributed import connect
 from mlx_moe.model.loss import cross_entropy
 from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, state_tensors
 from mlx_moe.model.step import CompiledStep, compile_step, loads_of, norm_of
-from mlx_moe.model.transformer import Transformer
+from mlx_moe.model.transformer import Decoder, Transformer
 from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.tensor_files import StoredWeights
@@ -198,22 +197,6 @@ class Trainer:
     def _compile_step(self) -> CompiledStep:
         dtype = DTYPES[self.precision.name]
         return compile_step(self._model, self._optimizer, self.config, self._optimizer_config, self.world, dtype)
-
-
-class Decoder:
-    """`mlx_moe.training.backend.Decoder` on MLX."""
-
-    def __init__(self, model: Transformer):
-        self._model = model
-        self._cache = [KVCache() for _ in model.layers]
-
-    @property
-    def length(self) -> int:
-        return self._cache[0].length
-
-    def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
-        logits_BTV, _ = self._model(mx.array(tokens_BT), self._cache)
-        return np.array(logits_BTV[:, -1].astype(mx.float32))
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:

@@ -7,13 +7,16 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.nn.utils import checkpoint
+from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.model.attention import Attention, KVCache
 from mlx_moe.model.elementwise import widened
 from mlx_moe.model.layers import FFN, Linear, Norm, dropout
 from mlx_moe.model.moe import MoE, Routing
+from mlx_moe.training.backend import Tokens
 
 
 class Block(nn.Module):
@@ -134,3 +137,19 @@ class Transformer(nn.Module):
     def head(self) -> mx.array:
         """(V, D): the embeddings where they are tied."""
         return (self.lm_head if "lm_head" in self else self.embed_tokens).weight
+
+
+class Decoder:
+    """`mlx_moe.training.backend.Decoder` on MLX."""
+
+    def __init__(self, model: Transformer):
+        self._model = model
+        self._cache = [KVCache() for _ in model.layers]
+
+    @property
+    def length(self) -> int:
+        return self._cache[0].length
+
+    def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
+        logits_BTV, _ = self._model(mx.array(tokens_BT), self._cache)
+        return np.array(logits_BTV[:, -1].astype(mx.float32))
