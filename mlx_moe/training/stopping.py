@@ -7,10 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from mlx_moe.training.backend import World
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What they do by default. A shell starts its background jobs with SIGINT ignored, but who sends one means it.
+SIGNALS: dict[signal.Signals, Callable[[int, FrameType | None], Any] | signal.Handlers] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
 
 
 class TrainingStopped(Exception):
@@ -48,9 +53,10 @@ def interruptions() -> Iterator[Interruption]:
 
     def receive(number: int) -> None:
         interruption.received = number
-        restore()
+        for either, at_once in SIGNALS.items():
+            signal.signal(either, at_once)
 
-    with _handling(receive) as restore:
+    with _handling(receive):
         yield interruption
 
 
@@ -71,12 +77,8 @@ def stopping_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def _handling(receive: Callable[[int], None]) -> Iterator[Callable[[], None]]:
+def _handling(receive: Callable[[int], None]) -> Iterator[None]:
     previous = {number: signal.getsignal(number) for number in SIGNALS}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
         receive(number)
@@ -84,6 +86,7 @@ def _handling(receive: Callable[[int], None]) -> Iterator[Callable[[], None]]:
     for number in SIGNALS:
         signal.signal(number, handle)
     try:
-        yield restore
+        yield
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
