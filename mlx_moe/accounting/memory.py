@@ -210,7 +210,7 @@ class _Block:
             indices = 4 * assignments * 8 + 3 * N * moe.n_experts * FLOAT
             one_hot = (len(FFN_INPUTS[config.ffn_type]) + 1) * assignments * moe.n_experts * half
             experts = gathered_and_scattered + router_input + indices
-            experts += one_hot if config.bias and backend == "torch" else 0
+            experts += one_hot if config.bias and (backend, device) == ("torch", "gpu") else 0
         dropout = 2 * N * D * (1 if (backend, device) == ("torch", "gpu") else FLOAT) if config.dropout else 0
         if backend == "torch":
             attention = N * (Q + 2 * G + Q) * half  # queries, keys, values, output
