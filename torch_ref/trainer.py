@@ -231,7 +231,10 @@ class Trainer:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def _tensor(self, tokens: Tokens) -> Tensor:
-        return torch.from_numpy(tokens).to(self._torch_device, torch.int64)
+        tensor = torch.from_numpy(tokens).long()
+        if self._torch_device.type != "cuda":
+            return tensor.to(self._torch_device)
+        return tensor.pin_memory().to(self._torch_device, non_blocking=True)  # unpinned, it waits for the step before
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
