@@ -146,15 +146,16 @@ class Experts(nn.Module):
         self._combine = FFN_TYPES[config.ffn_type]
         self._activate = ACTIVATIONS[config.activation]
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
-        """The chosen experts' outputs, weighted by their gates and summed, (N, D)."""
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor | None = None) -> Tensor:
+        """The chosen experts' outputs, (N, K, D); with gates, their weighted sum, (N, D)."""
         expert_A, order_A = experts_NK.flatten().sort(stable=True)
         experts_E = torch.arange(self.down_proj.weight.shape[0], device=x_ND.device)
         end_E = torch.searchsorted(expert_A, experts_E, right=True).int()
         place_NK = order_A.argsort().view(experts_NK.shape)
         x_AD = _dispatched(x_ND, order_A, place_NK)
         hidden_AF = self._combine(lambda name: getattr(self, name)(x_AD, expert_A, end_E), self._activate)
-        return _combined(self.down_proj(hidden_AF, expert_A, end_E), gates_NK, order_A, place_NK)
+        y_AD = self.down_proj(hidden_AF, expert_A, end_E)
+        return y_AD[place_NK] if gates_NK is None else _combined(y_AD, gates_NK, order_A, place_NK)
 
 
 # Rows to and from their experts: row a is that of assignment order_A[a], whose token is order_A[a] // K, and token n's
