@@ -1,4 +1,7 @@
-"""The PyTorch backend: the mirror image of `mlx_moe.model`, for CUDA and CPU. What PyTorch reads when it is loaded."""
+"""The PyTorch backend: the mirror image of `mlx_moe.model`, for CUDA and CPU.
+
+What PyTorch reads when it is loaded is set here, before it is.
+"""
 
 import os
 from pathlib import Path

@@ -148,12 +148,13 @@ def check_dispatch(config, n_tokens, kind):
         "in blocks": in_blocks(ours._ffn, x, experts, 4),
         "in rows": in_rows(ours._ffn, x, experts, 4),
     }
+    theirs, arguments = torch_experts(config, weights), (torch.tensor(x_ND), torch.tensor(experts_NK).long())
+    results["torch"] = theirs(*arguments).detach().numpy()
     for name, result in results.items():
         assert result.shape == expected_NKD.shape, name
         assert np.abs(np.array(result) - expected_NKD).max() < 1e-5, name
     gates_NK = np.random.default_rng(6).uniform(size=experts_NK.shape).astype(np.float32)
-    arguments = torch.tensor(x_ND), torch.tensor(experts_NK).long(), torch.tensor(gates_NK)
-    y_ND = torch_experts(config, weights)(*arguments).detach().numpy()
+    y_ND = theirs(*arguments, torch.tensor(gates_NK)).detach().numpy()
     assert np.abs(y_ND - (expected_NKD * gates_NK[..., None]).sum(axis=1)).max() < 1e-5
 
 
