@@ -44,7 +44,13 @@ def parity(
 def export(
     checkpoint: CheckpointArgument,
     out: OutArgument,
-    format: Annotated[str, typer.Option(help="auto, llama, mixtral or gpt2.")] = "auto",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="auto (or mlx) takes the one that holds the model, of llama, qwen2, qwen3, mixtral, qwen3_moe, "
+            "granitemoe, granitemoehybrid and gpt2."
+        ),
+    ] = "auto",
     verify: Annotated[
         bool, typer.Option(help="Compare the logits of transformers and mlx-lm, where installed.")
     ] = True,

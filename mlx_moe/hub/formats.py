@@ -14,12 +14,13 @@ FORMATS = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "gra
 
 
 def choose_format(config: ModelConfig, requested: str) -> str:
-    """The format asked for, or for `auto` the one that can hold the model.
+    """The format asked for, or for `auto` the one that can hold the model; `mlx` is that too: mlx-lm opens them all.
 
     Raises InputError with what stands in the way, and with the format that can hold it, or comes nearest.
     """
-    if requested not in ("auto", *FORMATS):
-        raise InputError(f"--format {requested}: must be one of auto, {', '.join(FORMATS)}")
+    if requested not in ("auto", "mlx", *FORMATS):
+        raise InputError(f"--format {requested}: must be one of auto, mlx, {', '.join(FORMATS)}")
+    requested = "auto" if requested == "mlx" else requested
     lacking = {name: obstacles(config, name) for name in FORMATS}
     fitting = [name for name in FORMATS if not lacking[name]]
     if requested == "auto" and fitting:

@@ -12,7 +12,7 @@ import torch_ref.library
 from mlx_moe.config import MoEConfig
 from mlx_moe.errors import InputError
 from mlx_moe.hub.export import export
-from mlx_moe.hub.formats import choose_format, to_json
+from mlx_moe.hub.formats import FORMATS, choose_format, to_json
 from mlx_moe.hub.models import open_model
 from mlx_moe.training import checkpoint
 from mlx_moe.training.checkpoint import Checkpoint, TrainerState
@@ -166,8 +166,15 @@ CANNOT = {
         "take --format granitemoehybrid",
     ),
     "nearest": (small_model("hybrid", d_ff=192), "auto", "nearest is gpt2, which cannot hold"),
-    "unknown": (small_model("llama"), "gguf", "auto, llama, qwen2, qwen3, mixtral, .*gpt2"),
+    "unknown": (small_model("llama"), "gguf", "auto, mlx, llama, qwen2, qwen3, mixtral, .*gpt2"),
 }
+
+
+@pytest.mark.parametrize("requested", ["auto", "mlx"])
+def test_the_help_names_every_format(requested, mlxmoe):
+    assert choose_format(small_model("llama", moe=EXPERTS), requested) == "mixtral"
+    said = mlxmoe("export", "--help").out
+    assert all(name in said for name in (requested, *FORMATS))
 
 
 @pytest.mark.parametrize("case", CANNOT)
