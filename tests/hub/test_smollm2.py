@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx_lm
 import numpy as np
 import pytest
+from published_models import our_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlx_moe.model.library
@@ -23,6 +24,13 @@ def exported(mlxmoe, tmp_path_factory):
     assert mlxmoe("upcycle", SMOLLM2, folder / "experts", "--experts", 8, "--top-k", 2).code == 0
     assert mlxmoe("export", folder / "experts", folder / "mixtral", "--format", "mixtral").code == 0
     return folder / "mixtral"
+
+
+def test_its_logits_are_those_of_transformers():
+    loaded = open_model(SMOLLM2)
+    tokens = probe_tokens(loaded, 2)[:, :-1]
+    theirs = torch_ref.library.logits(loaded.path, tokens)
+    assert np.abs(our_logits("torch", loaded, tokens) - theirs).max() < 1e-4  # of logits up to 40
 
 
 def test_other_tools_give_the_dense_model_s_logits(exported):

@@ -143,13 +143,13 @@ def check_dispatch(config, n_tokens, kind):
     expected_NKD = plain_experts(config, weights, x_ND, experts_NK)
     ours = mlx_experts(config, weights)
     x, experts = mx.array(x_ND), mx.array(experts_NK)
+    theirs, arguments = torch_experts(config, weights), (torch.tensor(x_ND), torch.tensor(experts_NK).long())
     results = {
         "MLX": ours(x, experts),
-        "in blocks": in_blocks(ours._ffn, x, experts, 4),
-        "in rows": in_rows(ours._ffn, x, experts, 4),
+        "MLX in blocks": in_blocks(ours._ffn, x, experts, 4),
+        "MLX in rows": in_rows(ours._ffn, x, experts, 4),
+        "torch": theirs(*arguments).detach().numpy(),
     }
-    theirs, arguments = torch_experts(config, weights), (torch.tensor(x_ND), torch.tensor(experts_NK).long())
-    results["torch"] = theirs(*arguments).detach().numpy()
     for name, result in results.items():
         assert result.shape == expected_NKD.shape, name
         assert np.abs(np.array(result) - expected_NKD).max() < 1e-5, name
