@@ -36,6 +36,7 @@ class Child:
     """A process of its own that runs a function of this script whenever it is called.
 
     Libraries in one process share threads and symbols; in two they do not. The script calls `serve` with the function.
+    It is loaded when this returns, so that the next one loads on an idle machine, which PyTorch's threads look at.
     """
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None):
@@ -43,18 +44,23 @@ class Child:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
         )
+        self._wait()
 
     def __call__(self) -> None:
         assert self._process.stdin
-        assert self._process.stdout
         self._process.stdin.write("\n")
         self._process.stdin.flush()
+        self._wait()
+
+    def _wait(self) -> None:
+        assert self._process.stdout
         if not self._process.stdout.readline():
             raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
 
 
 def serve(function: Callable[[], Any]) -> None:
-    """Run the function for every line of input, and answer each with a line."""
+    """Say that the function is there; then run it for every line of input, and answer each with a line."""
+    print("ready", flush=True)
     for _ in sys.stdin:
         function()
         print("done", flush=True)
