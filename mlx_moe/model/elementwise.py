@@ -94,31 +94,47 @@ ROUNDING = 1.5 * 2.0**23  # added to a smaller number, leaves its nearest whole 
 
 def softmax(x: mx.array) -> mx.array:
     """Over the last axis."""
-    return _softmax(x) if _by_polynomial(x) else mx.softmax(x, axis=-1, precise=True)
+    return _softmax(x) if float32_on_cpu(x) else mx.softmax(x, axis=-1, precise=True)
 
 
 def logsumexp(x: mx.array) -> mx.array:
     """Over the last axis."""
-    return _logsumexp(x) if _by_polynomial(x) else mx.logsumexp(x, axis=-1)
+    return _logsumexp(x) if float32_on_cpu(x) else mx.logsumexp(x, axis=-1)
+
+
+def row_sums(x: mx.array) -> mx.array:
+    """Over the last axis, which stays; BLAS adds in many lanes where MLX adds in four, and so is also more accurate."""
+    return x @ mx.ones((x.shape[-1], 1))
+
+
+def column_sums(x: mx.array) -> mx.array:
+    """Over all axes but the last; by BLAS, too."""
+    rows = x.reshape(-1, x.shape[-1])
+    return (mx.ones((1, len(rows))) @ rows)[0]
 
 
 def gelu(x: mx.array) -> mx.array:
     """x·Φ(x) (Hendrycks & Gimpel 2016)."""
-    return _gelu(x) if _by_polynomial(x) else nn.gelu(x)
+    return _gelu(x) if float32_on_cpu(x) else nn.gelu(x)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU by tanh, as in GPT-2."""
-    return _gelu_tanh(x) if _by_polynomial(x) else nn.gelu_approx(x)
+    return _gelu_tanh(x) if float32_on_cpu(x) else nn.gelu_approx(x)
 
 
 def silu(x: mx.array) -> mx.array:
     """x·σ(x)."""
-    return _silu(x) if _by_polynomial(x) else nn.silu(x)
+    return _silu(x) if float32_on_cpu(x) else nn.silu(x)
 
 
 def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+def float32_on_cpu(x: mx.array) -> bool:
+    """Whether what is written here, rather than MLX's own, is to compute with `x`."""
+    return x.dtype == mx.float32 and on_cpu()
 
 
 def widened(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
@@ -132,15 +148,16 @@ def widened(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
     return function(*(array.astype(mx.float32) for array in arrays)).astype(dtype)
 
 
+def end_of_kernel(x: mx.array) -> mx.array:
+    """`x`, which `mx.compile` will not compute in one kernel with what comes after."""
+    return x.view(mx.int32).view(mx.float32)
+
+
 def with_vjp(function: Callable[..., Any], vjp: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with its gradient: `vjp(inputs, cotangents, outputs)`."""
     differentiable: Any = mx.custom_function(function)
     differentiable.vjp(vjp)
     return differentiable
-
-
-def _by_polynomial(x: mx.array) -> bool:
-    return x.dtype == mx.float32 and on_cpu()
 
 
 def _with_gradient(
@@ -153,14 +170,15 @@ def _with_gradient(
 def _activation(value: Sigmoid, derivative: Sigmoid) -> Callable[[mx.array], mx.array]:
     return _with_gradient(
         lambda x: 0.5 * x + mx.abs(x) * _sigmoid(value, x),
-        lambda x, cotangent, y: cotangent * (0.5 + mx.sign(x) * _sigmoid(derivative, x)),
+        # Other bits than above, of which mx.compile would else keep those that both read until the gradient is due.
+        lambda x, cotangent, y: cotangent * (0.5 + mx.sign(x) * _sigmoid(derivative, x, mx.uint32)),
     )
 
 
-def _sigmoid(h: Sigmoid, x: mx.array) -> mx.array:
+def _sigmoid(h: Sigmoid, x: mx.array, bits: mx.Dtype = mx.int32) -> mx.array:
     """h(|x|)."""
-    x = _minimum(mx.abs(x), h.end)
-    return _end_of_kernel(x * _polynomial(h.above, x * x) / _polynomial(h.below, x * x))
+    x = _size(x, h.end, bits)
+    return end_of_kernel(x * _polynomial(h.above, x * x) / _polynomial(h.below, x * x))
 
 
 def _exp(x: mx.array) -> mx.array:
@@ -168,12 +186,13 @@ def _exp(x: mx.array) -> mx.array:
 
     So no product with what is left of a masked score is a denormal number, which CPUs multiply a hundred times slower.
     """
-    x = _minimum(mx.abs(x), 64 * math.log(2))
-    n = (x * (1 / math.log(2)) + ROUNDING) - ROUNDING
-    r = _end_of_kernel(x - n * LN2_HIGH - n * LN2_LOW)
-    half_of_two_to_minus_n = ((126.0 - n) * 2.0**23).astype(mx.int32).view(mx.float32)
-    half = _polynomial(EXP, r) * half_of_two_to_minus_n - 2.0**-65
-    return _end_of_kernel(half + mx.abs(half))
+    x = _size(x, 64 * math.log(2))
+    rounded = end_of_kernel(x * (1 / math.log(2)) + ROUNDING)
+    n = rounded - ROUNDING
+    power = end_of_kernel(_polynomial(EXP, x - n * LN2_HIGH - n * LN2_LOW))
+    half_of_two_to_minus_n = mx.left_shift(_bits(ROUNDING) + 126 - rounded.view(mx.int32), 23).view(mx.float32)
+    half = power * half_of_two_to_minus_n - 2.0**-65
+    return end_of_kernel(half + mx.abs(half))
 
 
 def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> Any:
@@ -186,32 +205,27 @@ def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> Any:
     return terms[0]
 
 
-def _minimum(x: mx.array, limit: float) -> mx.array:
-    """Of numbers that are not negative, whose bits are in the order of their values."""
-    return mx.minimum(x.view(mx.int32), int(np.float32(limit).view(np.int32))).view(mx.float32)
+def _size(x: mx.array, limit: float, bits: mx.Dtype = mx.int32) -> mx.array:
+    """min(|x|, limit), by the bits, which without that of the sign are in the order of the numbers' sizes."""
+    return mx.minimum(mx.bitwise_and(x.view(bits), 0x7FFFFFFF), _bits(limit)).view(mx.float32)
 
 
-def _end_of_kernel(x: mx.array) -> mx.array:
-    return x.view(mx.int32).view(mx.float32)
+def _bits(x: float) -> int:
+    return int(np.float32(x).view(np.int32))
 
 
 def _softmax_forward(x: mx.array) -> mx.array:
     largest = x.max(axis=-1, keepdims=True)
     powers = _exp(x - largest)
-    return _end_of_kernel(powers / (_row_sums(powers) + (largest - largest)))  # which keeps a NaN
+    return end_of_kernel(powers / (row_sums(powers) + (largest - largest)))  # which keeps a NaN
 
 
 def _logsumexp_forward(x: mx.array) -> mx.array:
     largest = x.max(axis=-1, keepdims=True)
-    return (mx.log(_row_sums(_exp(x - largest))) + largest).squeeze(-1)
+    return (mx.log(row_sums(_exp(x - largest))) + largest).squeeze(-1)
 
 
-def _row_sums(x: mx.array) -> mx.array:
-    """Over the last axis, which stays; BLAS adds in many lanes where MLX adds in four, and so is also more accurate."""
-    return x @ mx.ones((x.shape[-1], 1))
-
-
-_softmax = _with_gradient(_softmax_forward, lambda x, cotangent, y: y * (cotangent - _row_sums(cotangent * y)))
+_softmax = _with_gradient(_softmax_forward, lambda x, cotangent, y: y * (cotangent - row_sums(cotangent * y)))
 # Not exp(x − y): rounding y, which may be large, would change every probability.
 _logsumexp = _with_gradient(_logsumexp_forward, lambda x, cotangent, y: cotangent[..., None] * _softmax_forward(x))
 _gelu, _gelu_tanh, _silu = (_activation(*curves) for curves in (GELU, GELU_TANH, SILU))
