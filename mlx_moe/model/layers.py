@@ -10,12 +10,13 @@ import mlx.nn as nn
 
 from mlx_moe.config import LoRAConfig, ModelConfig
 from mlx_moe.model.elementwise import gelu, gelu_tanh, silu, widened
+from mlx_moe.model.norms import layer_norm, rms_norm
 from mlx_moe.parameters import FFN_INPUTS, NORMS_WITH_BIAS
 
 NORMALIZATIONS: dict[str, Callable[[mx.array, mx.array, mx.array | None, float], mx.array]] = {
-    "layernorm": mx.fast.layer_norm,
-    "layernorm_nobias": mx.fast.layer_norm,
-    "rmsnorm": lambda x, weight, _, eps: mx.fast.rms_norm(x, weight, eps),
+    "layernorm": layer_norm,
+    "layernorm_nobias": layer_norm,
+    "rmsnorm": rms_norm,
 }
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
