@@ -23,6 +23,7 @@ Backend = Literal["mlx", "torch"]
 Device = Literal["cpu", "gpu"]
 
 MLX_BLOCK = 64  # rows of one product of experts on CPU, as in `mlx_moe.model.moe`
+MLX_QUERIES = 64  # of one block of attention on CPU
 
 # Arrays of R × F that MLX keeps per FFN: the activation's input, its output, and what its formula and its gradient both
 # compute, which `mx.compile` computes once and keeps. On CPU, `model/elementwise.py` has gradients of its own.
@@ -35,11 +36,11 @@ MLX_KEPT_NEURONS = {
 # On CPU, GELU's and the loss's polynomials are more code than one kernel takes, and pass arrays between their kernels.
 MLX_WAITING_RESIDUAL = 16
 MLX_WAITING_SCORES = 1.5
-MLX_WAITING_NEURONS = {"gelu": 4, "gelu_tanh": 4, "silu": 3, "relu": 1, "leaky_relu": 1}
+MLX_WAITING_NEURONS = {"gelu": 3, "gelu_tanh": 3, "silu": 3, "relu": 1, "leaky_relu": 1}
 # The loss takes a chunk of tokens at a time, in logits of so many numbers: 333 tokens of 50,257 words on CPU, 667 on
 # GPUs. These many arrays of that size stand at a time, of one chunk alone and of one after the other.
 MLX_LOGITS = {"cpu": 1 << 24, "gpu": 1 << 25}
-MLX_LOGITS_ARRAYS = {"cpu": (7, 19), "gpu": (3, 5)}
+MLX_LOGITS_ARRAYS = {"cpu": (6, 18), "gpu": (3, 5)}
 # The weights of a model above the first of these, in bytes, are updated in parts of the second or of one tensor.
 MLX_UPDATED_AT_ONCE, MLX_UPDATE_PART = 1 << 30, 1 << 28
 MLX_UPDATES_AHEAD = 140  # tensors whose old and new weights and moments are there at once, on CPU
@@ -194,7 +195,10 @@ class _Block:
             R = (-(-assignments // MLX_BLOCK) + moe.n_experts) * MLX_BLOCK
         RF = R * config.expert_d_ff + N * moe.shared_d_ff if moe else R * config.d_ff
         gated = config.ffn_type == "swiglu"
-        scores = N * H * T
+        scores = at_work = N * H * T
+        if on_mlx_cpu and config.attention_backend == "sdpa":  # `mlx_moe.model.blocked_attention`
+            block = min(T, MLX_QUERIES)
+            scores, at_work = N * H * (T + block) // 2, N * H * block
 
         residual = 2 * N * D * FLOAT  # what the two norms read
         products = 2 * N * D * half  # what they write, for projections to read
@@ -227,7 +231,7 @@ class _Block:
             neurons = RF * half * (MLX_KEPT_NEURONS[device][config.activation] + (2 if gated else 0))
             waiting_neurons = 3 if gated else MLX_WAITING_NEURONS[config.activation]
             self.working = MLX_WAITING_RESIDUAL * N * D * FLOAT + waiting_neurons * RF * half
-            self.working += int(MLX_WAITING_SCORES * scores * half)
+            self.working += int(MLX_WAITING_SCORES * at_work * half)
         self.kept = residual + products + norms + attention + neurons + experts + dropout
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.model.blocked_attention import blocked_attention, causal_mask
 from mlx_moe.model.elementwise import on_cpu, softmax, widened
 from mlx_moe.model.layers import Linear
 from mlx_moe.rotations import rotation_frequencies
@@ -55,8 +56,8 @@ POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, mx.array], mx.array]] = {
 
 
 def sdpa_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx.array:
-    if on_cpu():  # MLX fuses attention on GPUs only, and its gradient there computes the scores twice
-        return manual_attention(q_BHTd, k_BGSd, v_BGSd)
+    if on_cpu() and q_BHTd.shape[2] > 1:  # MLX fuses attention on GPUs only
+        return blocked_attention(q_BHTd, *_repeated(q_BHTd, k_BGSd, v_BGSd))
     mask = "causal" if q_BHTd.shape[2] > 1 else None
     scale = q_BHTd.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, scale=scale, mask=mask)
@@ -64,13 +65,16 @@ def sdpa_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx.a
 
 def manual_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx.array:
     """The textbook's softmax(QKᵀ/√d)V; a query at T sees the keys up to S − T plus its own place."""
-    group = q_BHTd.shape[1] // k_BGSd.shape[1]
-    k_BHSd, v_BHSd = mx.repeat(k_BGSd, group, axis=1), mx.repeat(v_BGSd, group, axis=1)
+    k_BHSd, v_BHSd = _repeated(q_BHTd, k_BGSd, v_BGSd)
     scores_BHTS = (q_BHTd * q_BHTd.shape[-1] ** -0.5) @ k_BHSd.swapaxes(-1, -2)
-    n_queries, n_keys = scores_BHTS.shape[-2:]
-    hidden_TS = mx.arange(n_keys) > mx.arange(n_keys - n_queries, n_keys)[:, None]
-    scores_BHTS = scores_BHTS + mx.where(hidden_TS, mx.finfo(scores_BHTS.dtype).min, 0).astype(scores_BHTS.dtype)
-    return softmax(scores_BHTS) @ v_BHSd
+    mask_TS = causal_mask(scores_BHTS.shape[-2], scores_BHTS.shape[-1], scores_BHTS.dtype)
+    return softmax(scores_BHTS + mask_TS) @ v_BHSd
+
+
+def _repeated(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> tuple[mx.array, mx.array]:
+    """Keys and values, one for each query head."""
+    group = q_BHTd.shape[1] // k_BGSd.shape[1]
+    return mx.repeat(k_BGSd, group, axis=1), mx.repeat(v_BGSd, group, axis=1)
 
 
 ATTENTION_BACKENDS: dict[str, Callable[[mx.array, mx.array, mx.array], mx.array]] = {
