@@ -16,12 +16,14 @@ pytestmark = pytest.mark.skipif(find() is None, reason="no Chromium or Chrome is
 
 @pytest.fixture(scope="module")
 def run(finished, tmp_path_factory):
-    """A run whose steps took longer and longer: measured times may be so even that time goes with the steps."""
+    """A run whose steps took longer and longer, and more memory: what is measured may be even, or one for all steps."""
     folder = tmp_path_factory.mktemp("slowing") / "run"
     shutil.copytree(finished, folder)
     rows = log.read(folder / METRICS)
-    slowing = [row | {"step_ms": 10.0 * (n + 1)} if "step_ms" in row else row for n, row in enumerate(rows)]
-    (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in slowing))
+    for n, row in enumerate(row for row in rows if "step_ms" in row):
+        row |= {"step_ms": 10.0 * (n + 1), "peak_memory_bytes": 10**6 * (n + 1) ** 3}
+        row |= {"tokens_per_s": 1e6 / (n + 1), "mfu": 0.5 / (n + 2)}
+    (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
