@@ -20,6 +20,8 @@ from mlx_moe.model.transformer import Block
 from mlx_moe.parameters import Weights
 from mlx_moe.training.backend import Logits, RoutedLogits, Tokens
 
+HEAD_ROWS = 8192  # words
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -33,12 +35,11 @@ class StreamedModel:
 
     def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
         normed_BTD, _ = self._below_the_head(tokens_BT, None)
-        head = self._head()
-        return (np.array(normed_TD @ head.T) for normed_TD in normed_BTD)
+        return (self._logits(normed_TD) for normed_TD in normed_BTD)
 
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
-        logits_BTV = np.array(normed_BTD @ self._head().T)
+        logits_BTV = self._logits(normed_BTD)
         router_logits_LNE = [np.array(routing.logits_NE) for routing in routings]
         chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
         return RoutedLogits(logits_BTV, np.array(router_logits_LNE), np.array(chosen_LNK))
@@ -74,8 +75,15 @@ class StreamedModel:
             mx.clear_cache()  # lets go of the layer
         return self._load(Norm, "norm.")(x_BTD), routings
 
-    def _head(self) -> mx.array:
-        return self._tensor("embed_tokens.weight" if self.config.weight_tying else "lm_head.weight")
+    def _logits(self, normed: mx.array) -> Logits:
+        """(…, V), a part of the head at a time, which is often the largest tensor."""
+        head_VD = self._weights["embed_tokens.weight" if self.config.weight_tying else "lm_head.weight"]
+        logits = np.empty((*normed.shape[:-1], len(head_VD)), np.float32)
+        for start in range(0, len(head_VD), HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            logits[..., part] = np.array(normed @ mx.array(head_VD[part]).T)
+            mx.clear_cache()
+        return logits
 
     def _block(self, layer: int) -> Block:
         return self._load(partial(Block, layer=layer), f"layers.{layer}.")
