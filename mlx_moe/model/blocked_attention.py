@@ -1,8 +1,8 @@
 """Attention on CPU, a block of queries at a time with the keys that it sees.
 
-Nobody computes the scores that the causal mask hides, half of them in a long text, and a block's stay in the cache
-while the softmax passes over them. Their gradient is written out: by MLX's own, each block would hand back gradients
-as long as all keys.
+Scores that the causal mask hides, half of them in a long text, are not computed, and those of a block stay in the
+processor's cache while the softmax passes over them. The gradient is written out: by MLX's own, each block would hand
+back gradients as long as all keys.
 
 B batch, T time (S: with what the cache holds), H heads, d head, C queries of a block, K keys that they see.
 """
@@ -27,7 +27,8 @@ class _Block(NamedTuple):
 
 def blocked_attention(q_BHTd: mx.array, k_BHSd: mx.array, v_BHSd: mx.array) -> mx.array:
     """softmax(QKᵀ/√d)V, (B, H, T, d); a query at T sees the keys up to S − T plus its own place."""
-    out_BTHd, *_ = _attention(q_BHTd * q_BHTd.shape[-1] ** -0.5, mx.contiguous(k_BHSd), mx.contiguous(v_BHSd))
+    scaled_BHTd = q_BHTd * q_BHTd.shape[-1] ** -0.5
+    out_BTHd, *_ = _attention(*map(mx.contiguous, (scaled_BHTd, k_BHSd, v_BHSd)))  # once, not for each block
     return out_BTHd.swapaxes(1, 2)
 
 
