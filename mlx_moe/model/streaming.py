@@ -35,11 +35,12 @@ class StreamedModel:
 
     def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
         normed_BTD, _ = self._below_the_head(tokens_BT, None)
-        return (self._logits(normed_TD) for normed_TD in normed_BTD)
+        head_VD = self._head()
+        return (_logits(normed_TD, head_VD) for normed_TD in normed_BTD)
 
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
-        logits_BTV = self._logits(normed_BTD)
+        logits_BTV = _logits(normed_BTD, self._head())
         router_logits_LNE = [np.array(routing.logits_NE) for routing in routings]
         chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
         return RoutedLogits(logits_BTV, np.array(router_logits_LNE), np.array(chosen_LNK))
@@ -75,15 +76,9 @@ class StreamedModel:
             mx.clear_cache()  # lets go of the layer
         return self._load(Norm, "norm.")(x_BTD), routings
 
-    def _logits(self, normed: mx.array) -> Logits:
-        """(…, V), a part of the head at a time, which is often the largest tensor."""
-        head_VD = self._weights["embed_tokens.weight" if self.config.weight_tying else "lm_head.weight"]
-        logits = np.empty((*normed.shape[:-1], len(head_VD)), np.float32)
-        for start in range(0, len(head_VD), HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
-            logits[..., part] = np.array(normed @ mx.array(head_VD[part]).T)
-            mx.clear_cache()
-        return logits
+    def _head(self) -> NDArray[np.float32]:
+        """(V, D); mapped, where it lies in a file as float32."""
+        return self._weights["embed_tokens.weight" if self.config.weight_tying else "lm_head.weight"]
 
     def _block(self, layer: int) -> Block:
         return self._load(partial(Block, layer=layer), f"layers.{layer}.")
@@ -96,3 +91,13 @@ class StreamedModel:
 
     def _tensor(self, name: str) -> mx.array:
         return mx.array(self._weights[name])
+
+
+def _logits(normed: mx.array, head_VD: NDArray[np.float32]) -> Logits:
+    """(…, V), a part of the head at a time, which is often the largest tensor."""
+    logits = np.empty((*normed.shape[:-1], len(head_VD)), np.float32)
+    for start in range(0, len(head_VD), HEAD_ROWS):
+        part = slice(start, start + HEAD_ROWS)
+        logits[..., part] = np.array(normed @ mx.array(head_VD[part]).T)
+        mx.clear_cache()
+    return logits
