@@ -22,7 +22,7 @@ FLOAT = 4
 Backend = Literal["mlx", "torch"]
 Device = Literal["cpu", "gpu"]
 
-MLX_BLOCK = 64  # rows of one product of experts on CPU, as in `mlx_moe.model.moe`
+MLX_BLOCK = 64  # rows of one product of experts on CPU
 MLX_QUERIES = 64  # of one block of attention on CPU
 
 # Arrays of R × F that MLX keeps per FFN: the activation's input, its output, and what its formula and its gradient both

@@ -56,9 +56,10 @@ POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, mx.array], mx.array]] = {
 
 
 def sdpa_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx.array:
-    if on_cpu() and q_BHTd.shape[2] > 1:  # MLX fuses attention on GPUs only
+    n_queries = q_BHTd.shape[2]
+    if on_cpu() and n_queries > 1:  # MLX fuses attention on GPUs only
         return blocked_attention(q_BHTd, *_repeated(q_BHTd, k_BGSd, v_BGSd))
-    mask = "causal" if q_BHTd.shape[2] > 1 else None
+    mask = "causal" if n_queries > 1 else None
     scale = q_BHTd.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, scale=scale, mask=mask)
 

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_moe.accounting.memory import MLX_BLOCK
 from mlx_moe.config import LoRAConfig, ModelConfig, MoEConfig
 from mlx_moe.model.elementwise import on_cpu, widened, with_vjp
 from mlx_moe.model.layers import ACTIVATIONS, FFN, FFN_TYPES
 from mlx_moe.parameters import FFN_INPUTS
 
-BLOCK = 64  # rows of one product; on CPU a row by itself is a matrix-vector product
+BLOCK = MLX_BLOCK  # rows of one product; on CPU a row by itself is a matrix-vector product
 
 
 class Routing(NamedTuple):
