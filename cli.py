@@ -10,6 +10,7 @@ from mlx_moe.commands.models import generate, grow, import_, upcycle
 from mlx_moe.commands.reports import experts, plot, report
 from mlx_moe.commands.training import doctor, params, plan, train
 from mlx_moe.errors import InputError
+from mlx_moe.terminal import describe_crash, prepare_streams
 from parity.commands import export, parity
 
 app = typer.Typer(
@@ -29,13 +30,18 @@ app.add_typer(data, name="data")
 
 
 def main() -> None:
-    """Run the command. Bad input is one line and exit code 2."""
+    """Run the command. Bad input is one line and exit code 2; whatever else goes wrong is one line, too."""
+    prepare_streams()
     try:
         app(prog_name="mlxmoe")
     except InputError as error:
         stop(str(error), 2)
     except KeyboardInterrupt:
         stop("interrupted", 130)
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # panics of libraries in Rust are no Exception
+        stop(*describe_crash(error))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_moe.training import checkpoint, log
+from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training.phases import open_run
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +162,7 @@ class Attempt:
         return open_run(self.run).phases.dense.steps
 
     def steps_lost(self) -> int:
-        rows, latest = log.read(self.run / "metrics.jsonl"), checkpoint.latest(self.run)
+        rows, latest = jsonl.read(self.run / "metrics.jsonl"), checkpoint.latest(self.run)
         if not rows or latest is None:
             return len(rows)
         return sum((row["phase"], row["step"]) > _position(latest) for row in rows)
@@ -172,9 +172,9 @@ def differences(run: Path, whole: Path) -> list[str]:
     """In what two finished runs differ, but for times."""
     faults = []
     for name in ("metrics.jsonl", "history.jsonl"):
-        if untimed(log.read(run / name)) != untimed(log.read(whole / name)):
+        if untimed(jsonl.read(run / name)) != untimed(jsonl.read(whole / name)):
             faults.append(f"{run.name}: {name} differs")
-    moments = [(row["phase"], row["step"]) for row in log.read(run / "metrics.jsonl")]
+    moments = [(row["phase"], row["step"]) for row in jsonl.read(run / "metrics.jsonl")]
     if len(moments) != len(set(moments)):
         faults.append(f"{run.name}: a step is in metrics.jsonl twice")
     if (run / "samples.md").read_text() != (whole / "samples.md").read_text():

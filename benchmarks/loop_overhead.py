@@ -26,10 +26,10 @@ from mlx_moe.config import PhaseConfig
 from mlx_moe.data.tokens import prepare
 from mlx_moe.parameters import initialize
 from mlx_moe.presets import load_run
+from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training import loop
 from mlx_moe.training.backend import Backend, choose_backend, peak_flops_per_s
 from mlx_moe.training.console import Console
-from mlx_moe.training.run_folder import RunFolder
 from mlx_moe.training.stopping import Interruption
 
 seconds: defaultdict[str, float] = defaultdict(float)

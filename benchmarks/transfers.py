@@ -35,9 +35,9 @@ import numpy as np
 from mlx_moe.hub.models import open_model, probe_tokens
 from mlx_moe.parameters import initialize, shapes
 from mlx_moe.presets import load_run
-from mlx_moe.training import checkpoint
+from mlx_moe.storage import checkpoint
+from mlx_moe.storage.checkpoint import TrainerState
 from mlx_moe.training.backend import TRAINERS, choose_backend
-from mlx_moe.training.checkpoint import TrainerState
 
 MLXMOE = Path(sys.executable).parent / "mlxmoe"
 MERGEKIT = "base_model: {0}\ngate_mode: random\ndtype: float32\nexperts_per_token: 2\nexperts:\n" + (

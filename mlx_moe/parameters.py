@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import LoRAConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.tensor_files import StoredWeights
+from mlx_moe.storage.tensor_files import StoredWeights
 
 Arrays = dict[str, NDArray[np.float32]]
 Weights = Mapping[str, NDArray[np.float32]]  # in memory, or fetched from a file when asked for

@@ -1,17 +1,15 @@
-"""What users write, read from a file and checked against a model: every fault is one line that says where and why."""
+"""What users write, checked against a model: every fault is one line that says where and why."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
+from functools import cache
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mlx_moe.errors import InputError, one_line
+from mlx_moe.errors import InputError
 
 Config = TypeVar("Config")
 
@@ -19,28 +17,15 @@ Config = TypeVar("Config")
 def validate(kind: type[Config], values: dict[str, Any]) -> Config:
     """Build a config (a model or a dataclass), or raise InputError with one line for every fault."""
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return _adapter(kind).validate_python(values)  # type: ignore[arg-type]
     except ValidationError as error:
         faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
         raise InputError("\n".join(_explain(kind, fault) for fault in faults)) from None
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file with a mapping at the top."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read config {path}: {error}") from None
-    except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(
-            f"config {path} is not valid {path.suffix[1:] or 'YAML'}: {one_line(error, limit=None)}"
-        ) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"config {path} holds a {type(values).__name__}; it must be a mapping of keys to values")
-    return values
+@cache
+def _adapter(kind: type[Config]) -> TypeAdapter[Config]:
+    return TypeAdapter(kind)
 
 
 def by_path(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import safe_open
 
 from mlx_moe.errors import InputError
-from mlx_moe.tensor_files import sha256
+from mlx_moe.storage.reading import read_mapping
+from mlx_moe.storage.tensor_files import sha256
 from mlx_moe.training.backend import BackendName, Tokens, is_installed
-from mlx_moe.validation import read_mapping
 from parity.library_bench import Bench, Measured, said
 from parity.lint import Config, Finding, lint_config, repairs, with_value
 

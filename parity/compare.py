@@ -15,7 +15,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.hub.models import is_model_folder, open_model
 from mlx_moe.parameters import Arrays, Weights, initialize, normal
 from mlx_moe.presets import load_architecture, preset_names
-from mlx_moe.training import checkpoint
+from mlx_moe.storage import checkpoint
 from mlx_moe.training.backend import Tokens, Trainer, choose_backend
 from mlx_moe.training.boundary import certify, random_probes
 from mlx_moe.transfer.certificate import Certificate

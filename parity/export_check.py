@@ -12,9 +12,9 @@ import numpy as np
 from mlx_moe.errors import InputError, one_line
 from mlx_moe.hub.export import export
 from mlx_moe.hub.models import open_model, probe_tokens
+from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.training.backend import choose_backend, is_installed
 from mlx_moe.training.boundary import in_another_order, rounding_floor
-from mlx_moe.training.checkpoint import Checkpoint
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.certificate import MARGIN, max_difference
 

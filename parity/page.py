@@ -50,7 +50,8 @@ def page(document: Json) -> str:
     ]
     title = f"Parity: {verdict[1]}"
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<!doctype html>\n<!-- written by mlxmoe parity -->\n"
+        f'<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{STYLE}</style><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 

@@ -7,14 +7,16 @@ import math
 import platform
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_moe.analysis.writing import writing
 from mlx_moe.errors import InputError
-from mlx_moe.training.log import library_versions
+from mlx_moe.storage.atomic import signature, writing
+from mlx_moe.storage.environment import library_versions
+from mlx_moe.terminal import echo
 from parity import self_test
 from parity.any_model import compare_model
 from parity.compare import compare_architectures, compare_checkpoints
@@ -49,8 +51,19 @@ def report(request: Request, as_json: bool, out: Path | None, html: Path | None)
 
     Raises InputError where that is known at once.
     """
-    _check(request, [file for file in (out, html) if file])
+    if request.model and (request.checkpoint or request.presets):
+        raise InputError(
+            "--model compares mlx-lm with transformers, by itself; leave the checkpoint and --preset out, or --model"
+        )
+    with ExitStack() as held:
+        places = [(out, "parity.json"), (html, "parity.html")]
+        files = [held.enter_context(writing(place, name)) if place else None for place, name in places]
+        return _report(request, as_json, *files)
+
+
+def _report(request: Request, as_json: bool, out: Path | None, html: Path | None) -> int:
     document: Json = {
+        "generator": signature("parity"),
         "command": request.command,
         "seed": request.seed,
         "python": platform.python_version(),
@@ -81,30 +94,16 @@ def report(request: Request, as_json: bool, out: Path | None, html: Path | None)
         shows.append(partial(show_self_test, outcomes, thresholds))
     document["passed"] = None if 2 in codes else not any(codes)
     text = json.dumps(_finite(document), indent=2)
-    _keep(out, text)
-    _keep(html, page(json.loads(text)) if html else "")
+    if out:
+        out.write_text(text, encoding="utf-8")
+    if html:
+        html.write_text(page(json.loads(text)), encoding="utf-8")
     if as_json:
-        print(text)
+        echo(text)
     else:
         for show in shows:
             show()
     return max(codes)
-
-
-def _check(request: Request, files: list[Path]) -> None:
-    if request.model and (request.checkpoint or request.presets):
-        raise InputError(
-            "--model compares mlx-lm with transformers, by itself; leave the checkpoint and --preset out, or --model"
-        )
-    for file in files:
-        if not file.parent.is_dir():
-            raise InputError(f"{file}: no folder {file.parent}; make it, or name another file")
-
-
-def _keep(file: Path | None, text: str) -> None:
-    if file:
-        with writing(file, "name another file") as partial_file:
-            partial_file.write_text(text, encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

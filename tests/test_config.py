@@ -7,9 +7,10 @@ from pydantic import ValidationError
 from mlx_moe.config import ModelConfig, RunConfig, UpcyclePhaseConfig, save
 from mlx_moe.errors import InputError
 from mlx_moe.presets import load_architecture, load_run, preset_names
+from mlx_moe.storage.reading import read_mapping
 from mlx_moe.training.boundary import phase_model
 from mlx_moe.transfer.experts import experts_of
-from mlx_moe.validation import read_mapping, validate
+from mlx_moe.validation import validate
 
 # position encoding, normalization, activation, FFN type, norm position
 STATED = {
@@ -238,11 +239,11 @@ def test_several_faults_take_a_line_each(written):
         ("list.yaml", "- 1\n", "holds a list"),
         ("list.json", "[1]", "holds a list"),
         ("word.yaml", "word", "holds a str"),
-        ("open.yaml", "a: [1\nb: 2\n", "not valid yaml"),
-        ("quotes.json", "{'a': 1}", "not valid json"),
-        ("object.yaml", "a: !!python/object/apply:os.getcwd []", "not valid yaml"),
-        ("deep.yaml", "[" * 1_500, "not valid yaml"),
-        ("deep.json", "[" * 200_000, "not valid json"),
+        ("open.yaml", "a: [1\nb: 2\n", "not valid YAML"),
+        ("quotes.json", "{'a': 1}", "not valid JSON"),
+        ("object.yaml", "a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("deep.yaml", "[" * 1_500, "not valid YAML"),
+        ("deep.json", "[" * 200_000, "not valid JSON"),
     ],
 )
 def test_a_bad_file_is_explained_in_one_line(name, text, said, written):

@@ -98,11 +98,6 @@ def test_the_backends_mirror_each_other(file):
     assert public[0] == public[1]
 
 
-def test_no_file_is_long():
-    lengths = {str(file): len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in FILES}
-    assert {file: length for file, length in lengths.items() if length > 300} == {}
-
-
 def test_no_file_is_a_drawer_for_everything():
     drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
     assert [file for file in FILES if drawers & {file.stem, *file.parts}] == []

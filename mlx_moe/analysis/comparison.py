@@ -16,8 +16,8 @@ from mlx_moe.accounting.flops import flops_per_token
 from mlx_moe.accounting.parameters import non_embedding_parameters
 from mlx_moe.analysis.record import Record, read_record
 from mlx_moe.errors import InputError
+from mlx_moe.storage.run_folder import CONFIG
 from mlx_moe.training.console import Console, millions
-from mlx_moe.training.run_folder import CONFIG
 from mlx_moe.validation import by_path
 
 BUDGETS = ("tokens", "flops", "seconds")

@@ -18,20 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.accounting import count_parameters
-from mlx_moe.analysis.writing import writing
 from mlx_moe.config import DataConfig, OptimizerConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import held_out
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
-from mlx_moe.training import checkpoint
+from mlx_moe.storage import checkpoint
+from mlx_moe.storage.atomic import writing
+from mlx_moe.storage.checkpoint import Checkpoint
+from mlx_moe.storage.run_folder import CONFIG
 from mlx_moe.training.backend import Backend, Trainer
-from mlx_moe.training.checkpoint import Checkpoint
 from mlx_moe.training.console import Console
 from mlx_moe.training.generation import generate, tokenizer_of
 from mlx_moe.training.phases import open_run
 from mlx_moe.training.results import PROMPTS
-from mlx_moe.training.run_folder import CONFIG
 
 RESULTS, GENERATIONS = "evaluation_results.csv", "generations.md"
 TEMPERATURES = (0.0, 0.8)
@@ -225,5 +225,5 @@ def _line(evaluation: Evaluation) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    with writing(file, way_out="make its folder writable") as partial:
+    with writing(file, file.name, is_own_place=True, remedy="make its folder writable") as partial:
         partial.write_text(text, encoding="utf-8")

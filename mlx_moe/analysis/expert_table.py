@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_moe.training.checkpoint import PHASE_FOLDERS
+from mlx_moe.storage.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import Console
 
 SUMMARY_COLUMNS = ("phase, step", "busiest", "idlest", "dead", "entropy", "twins", "nearest", "twin neurons")

@@ -16,19 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.analysis.expert_table import show
-from mlx_moe.analysis.record import read_config
-from mlx_moe.analysis.writing import writing
+from mlx_moe.analysis.record import EXPERTS, read_config
 from mlx_moe.config import ModelConfig, OptimizerConfig, RunConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import TokenData, fixed_windows, prepare
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
-from mlx_moe.training import checkpoint
+from mlx_moe.storage import checkpoint
+from mlx_moe.storage.atomic import output_file, signature, writing
+from mlx_moe.storage.checkpoint import Checkpoint
+from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.boundary import phase_model
-from mlx_moe.training.checkpoint import Checkpoint
 from mlx_moe.training.console import Console
-from mlx_moe.training.run_folder import RunFolder
 from mlx_moe.transfer.growth import Split, layer_sources
 
 Figures = NDArray[np.float64]
@@ -61,12 +61,13 @@ class TakenToken:
 
 def report_experts(path: Path, out: Path, backend: Backend, device: str, n_sequences: int) -> None:
     """Write what `analyse` finds to a file, and print a table."""
-    report = analyse(path, backend, device, n_sequences)
-    with writing(out) as partial:
+    read_config(path)
+    with writing(out, EXPERTS, is_own_place=out == path / EXPERTS) as partial:
+        report = {"generator": signature("experts")} | analyse(path, backend, device, n_sequences)
         partial.write_text(json.dumps(report) + "\n", encoding="utf-8")
     console = Console()
     show(report, console)
-    console.line(f"wrote {out}")
+    console.line(f"wrote {output_file(out, EXPERTS)}")
 
 
 def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict[str, Any]:

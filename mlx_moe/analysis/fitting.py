@@ -8,8 +8,9 @@ from typing import cast, get_args
 
 from mlx_moe.analysis.results import read_points
 from mlx_moe.analysis.scaling import FORMULAS, Fit, LawName, Point, fit
-from mlx_moe.analysis.writing import writing
 from mlx_moe.errors import InputError
+from mlx_moe.storage.atomic import output_file, signature, writing
+from mlx_moe.terminal import echo
 from mlx_moe.training.console import Console
 
 FITS = "fits.json"
@@ -37,15 +38,16 @@ def fit_results(
         raise InputError(f"--parameters {parameters!r}: must be one of {', '.join(COUNTS)}")
     points = read_points(results, parameters)
     chosen = cast(LawName, law) if law != "auto" else _law_of(points)
-    fitted = fit(points, chosen, resamples, level, seed)
     file = out or (results if results.is_dir() else results.parent) / FITS
-    text = json.dumps({"parameters": parameters, "fits": [fitted.to_json()]}, indent=1) + "\n"
-    with writing(file) as partial:
+    with writing(file, FITS, is_own_place=out is None) as partial:
+        fitted = fit(points, chosen, resamples, level, seed)
+        values = {"generator": signature("fit"), "parameters": parameters, "fits": [fitted.to_json()]}
+        text = json.dumps(values, indent=1) + "\n"
         partial.write_text(text, encoding="utf-8")
     if as_json:
-        print(text, end="")
+        echo(text, nl=False)
     else:
-        _show(fitted, parameters, file)
+        _show(fitted, parameters, output_file(file, FITS))
     return fitted
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
+from mlx_moe.storage.reading import read_mapping
+from mlx_moe.storage.run_folder import CONFIG
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
 from mlx_moe.training.phases import Options, open_run, train
-from mlx_moe.training.run_folder import CONFIG
 from mlx_moe.training.stopping import TrainingStopped
-from mlx_moe.validation import read_mapping, validate
+from mlx_moe.validation import validate
 
 SWEEP = "sweep.json"
 

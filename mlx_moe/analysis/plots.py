@@ -22,7 +22,7 @@ from mlx_moe.analysis.one_run import SWEEP
 from mlx_moe.analysis.record import PhaseRecord, Record, read_record
 from mlx_moe.analysis.scaling_plot import read_fits, scaling
 from mlx_moe.analysis.sweep_plot import choices
-from mlx_moe.analysis.writing import writing
+from mlx_moe.storage.atomic import signature, writing
 
 # Okabe and Ito's colours: distinct to all kinds of colour vision, and of different lightness.
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"
@@ -64,15 +64,18 @@ def plot(path: Path, out: Path | None) -> list[Path]:
             record = read_record(path)
             figures |= {name: draw(record) for name, draw in FIGURES.items()}
         drawn = {name: figure for name, figure in figures.items() if figure is not None}
-        return [file for name, figure in drawn.items() for file in save(figure, out or folder / "plots", name)]
+        return [
+            file for name, figure in drawn.items() for file in save(figure, out or folder / "plots", name, out is None)
+        ]
 
 
-def save(figure: Figure, out: Path, name: str) -> list[Path]:
+def save(figure: Figure, out: Path, name: str, is_own_place: bool = False) -> list[Path]:
     files = [out / f"{name}.svg", out / f"{name}.png"]
     for file in files:
-        with writing(file) as partial:
+        with writing(file, None, is_own_place) as partial:
             kind = file.suffix[1:]
-            figure.savefig(partial, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+            said = {"Date": None, "Creator": signature("plot")} if kind == "svg" else {"Software": signature("plot")}
+            figure.savefig(partial, format=kind, dpi=160, metadata=said)
     return files
 
 

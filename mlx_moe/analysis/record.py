@@ -11,12 +11,12 @@ from typing import Any
 from mlx_moe.accounting import ParameterCount, count_parameters
 from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.errors import InputError
-from mlx_moe.training import log
+from mlx_moe.storage import jsonl
+from mlx_moe.storage.reading import read_mapping
+from mlx_moe.storage.run_folder import CONFIG, DATA, ENVIRONMENT, HISTORY, METRICS, read_run
 from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.loop import TITLES
 from mlx_moe.training.results import PhaseResult, phase_result
-from mlx_moe.training.run_folder import CONFIG, DATA, ENVIRONMENT, HISTORY, METRICS, read_run
-from mlx_moe.validation import read_mapping
 
 Row = dict[str, Any]
 EXPERTS = "experts.json"
@@ -135,10 +135,11 @@ def _in_the_run(rows: list[Row], before: Row) -> list[Row]:
 
 
 def _rows(file: Path) -> list[Row]:
-    try:
-        return log.read(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file}: {error}") from None
+    bad: list[str] = []
+    rows = jsonl.read(file, warn=bad.append)
+    if bad and not rows:
+        raise InputError(f"cannot read {bad[0]}")
+    return rows
 
 
 def _json(file: Path) -> Row:

@@ -13,12 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mlx_moe.analysis.comparison import nats_to_bits_per_byte
 from mlx_moe.analysis.expert_table import SUMMARY_COLUMNS, SUMMARY_LEGEND, summary
 from mlx_moe.analysis.record import PhaseRecord, Record, Row, read_record
-from mlx_moe.analysis.writing import writing
+from mlx_moe.storage.atomic import output_file, writing
+from mlx_moe.storage.checkpoint import PHASE_FOLDERS
+from mlx_moe.storage.run_folder import CONFIG
 from mlx_moe.training.boundary import lineage
-from mlx_moe.training.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import millions
-from mlx_moe.training.run_folder import CONFIG
 
+REPORT = "report.html"
 PAGE = Path(__file__).parent / "page"
 MOST_ROWS = 2000  # of the curves of a phase
 MOST_COLUMNS = 120  # of a map of loads
@@ -32,10 +33,10 @@ PLACES = ("run_step", "run_tokens", "run_seconds")
 
 def write_report(path: Path, out: Path) -> Path:
     """Write the page about a run. Raises InputError where `path` is no run, or `out` cannot be written."""
-    page = render(read_record(path))
-    with writing(out) as partial:
-        partial.write_text(page, encoding="utf-8")
-    return out
+    record = read_record(path)
+    with writing(out, REPORT, is_own_place=out == path / REPORT) as partial:
+        partial.write_text(render(record), encoding="utf-8")
+    return output_file(out, REPORT)
 
 
 def render(record: Record) -> str:

@@ -18,11 +18,11 @@ from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.scaling import Point
 from mlx_moe.analysis.sweeps import PlannedRun
 from mlx_moe.errors import InputError
-from mlx_moe.training import log
+from mlx_moe.storage import jsonl
+from mlx_moe.storage.atomic import replacing
+from mlx_moe.storage.reading import read_mapping
+from mlx_moe.storage.run_folder import CONFIG, HISTORY, METRICS
 from mlx_moe.training.console import Console, millions
-from mlx_moe.training.files import replacing
-from mlx_moe.training.run_folder import CONFIG, HISTORY, METRICS
-from mlx_moe.validation import read_mapping
 
 RESULTS, TABLE, SUMMARY, FAILURE = "results.jsonl", "results.csv", "summary.json", "failure.json"
 LEVEL = 0.95
@@ -97,7 +97,7 @@ def read_points(path: Path, parameters: str) -> list[Point]:
     if not file.is_file():
         raise InputError(f"no results at {file}: name a sweep's folder, or its {RESULTS}")
     try:
-        rows = [row for row in log.read(file) if row["status"] == "finished"]
+        rows = [row for row in jsonl.read(file) if row["status"] == "finished"]
         column = f"parameters_{parameters}"
         return [Point(row[column], row["tokens"], row["validation_loss"], row["run"]) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
@@ -136,9 +136,9 @@ def _row(run: PlannedRun, folder: Path) -> Row:
     if failure:
         row |= {"status": "failed", "reason": failure["reason"]}
     elif (folder / CONFIG).is_file():
-        reported = [event for event in log.read(folder / HISTORY) if event["event"] == "phase"]
+        reported = [event for event in jsonl.read(folder / HISTORY) if event["event"] == "phase"]
         row["status"] = "finished" if any(event["phase"] == run.n_phases for event in reported) else "interrupted"
-    if log.read(folder / METRICS):
+    if jsonl.read(folder / METRICS):
         came_to = asdict(summarize(read_record(folder)))
         del came_to["run"], came_to["curve"]
         row |= came_to

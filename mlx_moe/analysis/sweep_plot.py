@@ -14,9 +14,9 @@ from mlx_moe.analysis.one_run import SWEEP
 from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.scaling_plot import shade
 from mlx_moe.errors import InputError
-from mlx_moe.training import log
-from mlx_moe.training.run_folder import METRICS
-from mlx_moe.validation import read_mapping
+from mlx_moe.storage import jsonl
+from mlx_moe.storage.reading import read_mapping
+from mlx_moe.storage.run_folder import METRICS
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs"}
 SHOWN_FROM = 0.25  # of the way; the steep beginning would flatten what tells the choices apart
@@ -65,7 +65,7 @@ def _curves(folder: Path) -> dict[str, list[list[CurvePoint]]]:
             for axis, value in run["choices"].items()
             if axis != "seed"
         )
-        if log.read(folder / name / METRICS) and (points := curve(read_record(folder / name))):
+        if jsonl.read(folder / name / METRICS) and (points := curve(read_record(folder / name))):
             found.setdefault(choice or "all", []).append(points)
     if not found:
         raise InputError(f"no run in {folder} has a validation loss yet; train them: mlxmoe sweep FILE --out {folder}")

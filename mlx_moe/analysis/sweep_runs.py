@@ -23,11 +23,11 @@ from mlx_moe.analysis.one_run import SWEEP
 from mlx_moe.analysis.results import FAILURE, gather, show, write
 from mlx_moe.analysis.sweeps import PlannedRun
 from mlx_moe.errors import InputError
+from mlx_moe.storage.atomic import make_folder, replacing, set_aside
+from mlx_moe.storage.reading import read_mapping
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
-from mlx_moe.training.files import make_folder, remove, replacing
 from mlx_moe.training.stopping import TrainingStopped, interruptions
-from mlx_moe.validation import read_mapping
 
 LOGS = "logs"
 POLL_SECONDS = 0.1
@@ -114,7 +114,7 @@ def _begin(planned: Sequence[PlannedRun], out: Path) -> None:
 def _forget_failures(planned: Sequence[PlannedRun], out: Path) -> None:
     for run in planned:
         if (out / run.name / FAILURE).is_file():
-            remove(out / run.name)
+            set_aside(out / run.name, "failed")
 
 
 def _start(run: PlannedRun, out: Path, options: SweepOptions) -> _Started:

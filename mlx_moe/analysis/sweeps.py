@@ -32,9 +32,10 @@ from mlx_moe.config import PhasesConfig, RunConfig
 from mlx_moe.data.tokens import prepare
 from mlx_moe.errors import InputError
 from mlx_moe.presets import FOLDER, as_overrides, load_run
+from mlx_moe.storage.reading import read_mapping
 from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.phases import fit_vocabulary
-from mlx_moe.validation import nearest, read_mapping, validate
+from mlx_moe.validation import nearest, validate
 
 Budget = Literal["tokens", "flops"]
 Variant = dict[str, Any]

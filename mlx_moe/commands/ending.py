@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-import typer
+from mlx_moe.terminal import echo
 
 
 def stop(message: str, exit_code: int) -> NoReturn:
-    typer.echo(f"error: {message}" if exit_code < 128 else message, err=True)
+    echo(f"error: {message}" if exit_code < 128 else message, err=True)
     sys.exit(exit_code)

@@ -11,6 +11,7 @@ import typer
 from mlx_moe.commands.ending import stop
 from mlx_moe.commands.options import BackendOption, ConfigFile, DeviceOption, Json, Overrides, Preset
 from mlx_moe.errors import InputError
+from mlx_moe.terminal import echo
 
 data = typer.Typer(help="What the data of a run is.", no_args_is_help=True)
 
@@ -42,7 +43,7 @@ def eval_(
     chosen, console = choose_backend(backend), Console(quiet=as_json)
     found = [evaluation for run in runs for evaluation in evaluate(run, chosen, options, console)]
     if as_json:
-        typer.echo(json.dumps([asdict(evaluation) for evaluation in found], indent=2))
+        echo(json.dumps([asdict(evaluation) for evaluation in found], indent=2))
 
 
 def sweep(
@@ -67,7 +68,7 @@ def sweep(
     planned = expand(loaded, [*source, *(override or [])])
     if dry_run:
         for run in planned:
-            typer.echo(run.name)
+            echo(run.name)
         return
     try:
         rows = run_sweep(planned, out or Path("runs") / loaded.name, SweepOptions(backend, device, jobs, retry))
@@ -108,7 +109,7 @@ def compare(
         raise InputError("name the runs to compare, or give --latest N")
     compared = comparison.compare(runs or comparison.latest_runs(folder, latest or 2))
     if as_json:
-        typer.echo(json.dumps(compared.to_json(), indent=2))
+        echo(json.dumps(compared.to_json(), indent=2))
     else:
         comparison.show(compared)
 
@@ -123,15 +124,15 @@ def describe(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("DATA.md"),
 ) -> None:
     """Write DATA.md: source, licence, documents, tokens, bytes per token, hashes."""
-    from mlx_moe.analysis.writing import writing
     from mlx_moe.data.describe import describe as describe_data
     from mlx_moe.data.tokens import prepare
     from mlx_moe.presets import as_overrides, load_run
+    from mlx_moe.storage.atomic import output_file, writing
 
     shortcuts = {"data.source": data, "data.tokenizer": tokenizer}
     overrides = as_overrides({key: value for key, value in shortcuts.items() if value is not None})
     run = load_run(preset, config, [*overrides, *(override or [])])
-    text = describe_data(prepare(run.data, progress=typer.echo).provenance)
-    with writing(out, way_out="name another file with --out") as partial:
+    with writing(out, "DATA.md") as partial:
+        text = describe_data(prepare(run.data, progress=echo).provenance)
         partial.write_text(text, encoding="utf-8")
-    typer.echo(f"wrote {out}")
+    echo(f"wrote {output_file(out, 'DATA.md')}")

@@ -8,9 +8,10 @@ import typer
 
 from mlx_moe.commands.ending import stop
 from mlx_moe.commands.options import AllowLossy, BackendOption, CheckpointArgument, DeviceOption, OutArgument
+from mlx_moe.terminal import echo
 
 if TYPE_CHECKING:
-    from mlx_moe.training.checkpoint import Checkpoint
+    from mlx_moe.storage.checkpoint import Checkpoint
     from mlx_moe.transfer.plan import Plan
 
 
@@ -41,7 +42,7 @@ def upcycle(
     options = {"n_experts": experts, "top_k": top_k, "every": every, "granularity": granularity, "shared": shared}
     phase = validate(UpcyclePhaseConfig, options | {"router_init": router, "noise": noise, "drop": drop})
     if router == "zero":
-        typer.echo(f"warning: {ZERO_ROUTER_WARNING}", err=True)
+        echo(f"warning: {ZERO_ROUTER_WARNING}", err=True)
     if not upcycle_model(checkpoint, out, choose_backend(backend), device, allow_lossy, phase, seed, text):
         _nothing_written()
 
@@ -95,11 +96,11 @@ def generate(
     from mlx_moe.training.generation import continue_text
 
     chosen, loaded = choose_backend(backend), open_model(checkpoint)
-    typer.echo(f"backend: {chosen.reason}", err=True)
+    echo(f"backend: {chosen.reason}", err=True)
     sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
     for piece in continue_text(loaded, prompt, chosen, device, max_new_tokens, **sampling):
-        typer.echo(piece, nl=False)
-    typer.echo()
+        echo(piece, nl=False)
+    echo()
 
 
 def import_(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mlx_moe.commands.options import BackendOption, DeviceOption
+from mlx_moe.terminal import echo
 
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
 
@@ -35,7 +36,7 @@ def plot(
     from mlx_moe.analysis.plots import plot as draw
 
     for file in draw(path, out):
-        typer.echo(file)
+        echo(file)
 
 
 def report(
@@ -45,4 +46,4 @@ def report(
     """Write one HTML page about a run; it opens in any browser, without a network."""
     from mlx_moe.analysis.report import write_report
 
-    typer.echo(write_report(run, out or run / "report.html"))
+    echo(write_report(run, out or run / "report.html"))

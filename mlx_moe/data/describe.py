@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_moe.data.tokens import SPLITS
+from mlx_moe.storage.atomic import signature
 
 
 def describe(provenance: dict[str, Any]) -> str:
@@ -26,7 +27,7 @@ def describe(provenance: dict[str, Any]) -> str:
     ]
     table = "".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in rows)
     return (
-        "# Data\n\n"
+        f"<!-- {signature('data describe')} -->\n# Data\n\n"
         f"- Source: {source['description']}\n"
         f"- Licence: {source.get('licence') or 'not known here; ask where the files came from'}\n"
         f"- Identity: `{source['identity']}`\n"

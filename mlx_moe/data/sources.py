@@ -11,7 +11,7 @@ from pathlib import Path
 from mlx_moe.config import DataConfig
 from mlx_moe.data import stories
 from mlx_moe.errors import InputError, one_line
-from mlx_moe.tensor_files import sha256
+from mlx_moe.storage.tensor_files import sha256
 from mlx_moe.validation import nearest
 
 BUILTIN = ("stories", "tinystories")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 UNKNOWN = "<|unknown|>"
 MIN_BPE_VOCAB, MAX_BPE_VOCAB = 257, 1_000_000  # 256 bytes and the end of text; above, training runs out of memory
 CHARACTERS_PER_PIECE = 250_000  # that a tokenizer gets at once
-# What may come with a tokenizer: its own files, and how to talk to the model.
-FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
 WAYS_OUT = "take bpe:2048, char, or a local folder that holds tokenizer.json"
 
 # Left unset, the library prints a warning when a process that has encoded a batch forks.
@@ -114,14 +108,6 @@ def cut(text: str) -> Iterator[str]:
         yield text[start : line_end + 1]
         start = line_end + 1
     yield text[start:]
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files, and nothing else, out of a folder that may hold more."""
-    target.mkdir(exist_ok=True)
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _of_characters(documents: Iterator[str]) -> Tokenizer:

@@ -20,7 +20,7 @@ from mlx_moe.config import DataConfig
 from mlx_moe.data.sources import Source, open_source
 from mlx_moe.data.tokenizers import Tokenizer, cut, make_tokenizer
 from mlx_moe.errors import InputError
-from mlx_moe.tensor_files import sha256
+from mlx_moe.storage.tensor_files import sha256
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 

@@ -10,7 +10,8 @@ from mlx_moe.errors import InputError
 from mlx_moe.hub.keys import REQUIRED, Keys
 from mlx_moe.hub.layout import FAMILIES
 from mlx_moe.hub.rope_keys import read_rope
-from mlx_moe.validation import read_mapping, validate
+from mlx_moe.storage.reading import read_mapping
+from mlx_moe.validation import validate
 
 # Transformers' words for our activations; `gelu_new` and `gelu_pytorch_tanh` are the same function.
 ACTIVATIONS = {

@@ -14,17 +14,18 @@ import numpy as np
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.config import ModelConfig
-from mlx_moe.data.tokenizers import Tokenizer, copy_tokenizer
+from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.hub import formats
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, layout, unpack
 from mlx_moe.hub.models import ORIGIN
 from mlx_moe.parameters import shapes
-from mlx_moe.tensor_files import SHARD_BYTES, StoredWeights, open_tensors, write_tensors
-from mlx_moe.training.checkpoint import Checkpoint
-from mlx_moe.training.files import make_folder, replacing
-from mlx_moe.validation import read_mapping
+from mlx_moe.storage.atomic import creating
+from mlx_moe.storage.checkpoint import Checkpoint
+from mlx_moe.storage.reading import read_mapping
+from mlx_moe.storage.tensor_files import SHARD_BYTES, StoredWeights, open_tensors, write_tensors
+from mlx_moe.storage.tokenizer_files import copy_tokenizer
 
 
 def export(
@@ -40,26 +41,19 @@ def export(
     appears only after that. Raises InputError where it exists, where no format fits, or where the disk does not let it.
     """
     name = formats.choose_format(source.config, requested)
-    if out.exists():
-        raise InputError(f"{out} exists already; name a folder that does not")
     source = _held_as(source, name)
     holders = {holder.name: holder for holder in layout(name, source.config)}
-    try:
-        make_folder(out.parent)
-        with replacing(out) as partial:
-            partial.mkdir()
-            special_tokens = _write_tokenizer(source, partial)
-            _write_json(formats.to_json(source.config, name, special_tokens), partial / "config.json")
-            (partial / "README.md").write_text(_card(source, name), encoding="utf-8")
-            theirs = {name: holder.shape(shapes(source.config)) for name, holder in holders.items()}
-            # One tensor of ours holds the experts of many of theirs.
-            weights = StoredWeights(source.weights, lru_cache(1)(source.weights.__getitem__))
-            write_tensors(partial, theirs, lambda name: [holders[name].pack(weights)], shard_bytes)
-            _read_back(source, name, partial)
-            if check is not None:
-                check(partial)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}; nothing of it was kept") from None
+    with creating(out) as partial:
+        special_tokens = _write_tokenizer(source, partial)
+        _write_json(formats.to_json(source.config, name, special_tokens), partial / "config.json")
+        (partial / "README.md").write_text(_card(source, name), encoding="utf-8")
+        theirs = {name: holder.shape(shapes(source.config)) for name, holder in holders.items()}
+        # One tensor of ours holds the experts of many of theirs.
+        weights = StoredWeights(source.weights, lru_cache(1)(source.weights.__getitem__))
+        write_tensors(partial, theirs, lambda name: [holders[name].pack(weights)], shard_bytes)
+        _read_back(source, name, partial)
+        if check is not None:
+            check(partial)
     return name
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Weights, shapes, table
-from mlx_moe.tensor_files import DTYPES, StoredTensor, StoredWeights
+from mlx_moe.storage.tensor_files import DTYPES, StoredTensor, StoredWeights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt2")
 PREFIXES = {family: "" if family == "gpt2" else "model." for family in FAMILIES}  # as mlx-lm reads them

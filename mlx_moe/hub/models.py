@@ -19,11 +19,11 @@ from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, unpack
 from mlx_moe.hub.names import model_name
 from mlx_moe.parameters import Weights
-from mlx_moe.tensor_files import open_tensors
-from mlx_moe.training import checkpoint
+from mlx_moe.storage import checkpoint
+from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
+from mlx_moe.storage.tensor_files import open_tensors
 from mlx_moe.training.backend import Backend, Tokens
 from mlx_moe.training.boundary import centroid_routers, centroid_tokens, random_probes, transfer_checkpoint
-from mlx_moe.training.checkpoint import Checkpoint, TrainerState
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.plan import Plan
 from mlx_moe.transfer.upcycling import LOSSY_METHOD, plan_phase
@@ -80,8 +80,6 @@ def probe_tokens(source: Checkpoint, n: int) -> Tokens:
 
 def import_model(folder: Path, out: Path) -> None:
     """Write a model of Hugging Face's as a checkpoint, with its tokenizer; InputError where `out` exists."""
-    if out.exists():
-        raise InputError(f"{out} exists already; name a folder that does not")
     if (folder / checkpoint.MANIFEST).is_file():
         raise InputError(f"{folder} is a checkpoint already; use it as it is")
     config, weights = read_model(folder)
@@ -91,7 +89,7 @@ def import_model(folder: Path, out: Path) -> None:
         console.warn(f"{folder} has no tokenizer.json; the checkpoint is without a tokenizer")
     elif (size := Tokenizer.load(folder).vocab_size) > config.vocab_size:
         raise InputError(f"{folder}: tokenizer.json has {size} tokens, the model only {config.vocab_size}")
-    checkpoint.save(out, config, state, weights, None, tokenizer)
+    checkpoint.create(out, config, state, lambda name: [weights[name]], tokenizer)
     console.parameters(count_parameters(config), config.display_name)
     console.line(f"wrote {out}")
 

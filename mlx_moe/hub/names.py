@@ -6,11 +6,11 @@ import contextlib
 import re
 from pathlib import Path
 
-from mlx_moe.data import tokenizers
 from mlx_moe.errors import InputError, one_line
-from mlx_moe.tensor_files import INDEX, open_tensors
+from mlx_moe.storage.tensor_files import INDEX, open_tensors
+from mlx_moe.storage.tokenizer_files import FILES
 
-PATTERNS = ["config.json", "model*.safetensors", INDEX, *tokenizers.FILES]
+PATTERNS = ["config.json", "model*.safetensors", INDEX, *FILES]
 
 
 def find_model(name: str) -> Path:

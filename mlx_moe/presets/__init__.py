@@ -15,7 +15,8 @@ import yaml
 
 from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.errors import InputError
-from mlx_moe.validation import nearest, read_mapping, validate
+from mlx_moe.storage.reading import read_mapping
+from mlx_moe.validation import nearest, validate
 
 FOLDER = Path(__file__).parent
 

@@ -23,6 +23,7 @@ from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import Precision, PrecisionName
+from mlx_moe.processes import World
 from mlx_moe.transfer.plan import Plan
 
 Tokens = NDArray[np.int32]
@@ -66,40 +67,10 @@ class Decoder(Protocol):
         """Append tokens; the logits (B, V) that follow the last one."""
 
 
-class World(Protocol):
-    """The processes that train together, this one among them; process 0 alone reads and writes the run's folder."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def largest(self, value: int) -> int:
-        """The largest of the processes' values; asks the hosts and leaves the devices alone."""
-
-    def from_first(self, data: bytes) -> bytes:
-        """What process 0 has; what the others have is not looked at."""
-
-
 def own_rows(world: World, tokens_BT1: Tokens) -> Tokens:
     """A process's share of a global batch; all of one that does not come in equal shares."""
     share, rest = divmod(len(tokens_BT1), world.size)
     return tokens_BT1 if rest else tokens_BT1[world.rank * share : (world.rank + 1) * share]
-
-
-@dataclass(frozen=True)
-class Alone:
-    """A world of one."""
-
-    rank: int = 0
-    size: int = 1
-
-    def largest(self, value: int) -> int:
-        return value
-
-    def from_first(self, data: bytes) -> bytes:
-        return data
 
 
 class Trainer(Protocol):

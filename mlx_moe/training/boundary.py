@@ -15,9 +15,9 @@ import numpy as np
 from mlx_moe.config import ModelConfig, PhaseConfig, RunConfig, UpcyclePhaseConfig, VerificationConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Weights
-from mlx_moe.training import checkpoint
+from mlx_moe.storage import checkpoint
+from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.training.backend import Backend, Logits, StreamedModel, Tokens, Trainer
-from mlx_moe.training.checkpoint import Checkpoint, TrainerState
 from mlx_moe.transfer.centroids import Routers, centroid_rows
 from mlx_moe.transfer.certificate import Certificate, Replay, max_difference, probe
 from mlx_moe.transfer.experts import experts_of
@@ -207,8 +207,6 @@ def transfer_checkpoint(
     Of the weights only: nothing trains on from a checkpoint outside a run. Raises InputError where `out` exists; keeps
     nothing where the certificate fails and `allow_lossy` is not set.
     """
-    if out.exists():
-        raise InputError(f"{out} exists already; name a folder that does not")
     began = time.perf_counter()
     found: list[tuple[Certificate, float]] = []
 
@@ -229,7 +227,7 @@ def transfer_checkpoint(
     state = TrainerState(phase, 0, backend.name, lineage=(*lineage_so_far(source.state), done))
     blocks = made_in_blocks(plan, source.weights)
     with suppress(_ChangedModel):
-        checkpoint.save_blocks(out, plan.target_config, state, blocks, source.tokenizer_folder, check)
+        checkpoint.create(out, plan.target_config, state, blocks, source.tokenizer_folder, check)
     ((certificate, seconds_certified),) = found
     n_bytes = 4 * sum(math.prod(tensor.shape) for tensor in plan.tensors)
     return Transfer(certificate, n_bytes, time.perf_counter() - began, seconds_certified)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mlx_moe.accounting import ParameterCount
 from mlx_moe.accounting.flops import Flops
+from mlx_moe.terminal import printable
 from mlx_moe.transfer.certificate import Certificate
 
 
@@ -24,14 +25,14 @@ class Console:
         self._rich = RichConsole(highlight=False, quiet=quiet)
 
     def line(self, text: str = "") -> None:
-        self._rich.print(Text(text))
+        self._rich.print(Text(printable(text)))
 
     def warn(self, text: str) -> None:
-        self._rich.print(Text(f"warning: {text}", style="yellow"))
+        self._rich.print(Text(printable(f"warning: {text}"), style="yellow"))
 
     def title(self, text: str) -> None:
         self._rich.print()
-        self._rich.rule(Text(text, style="bold"), align="left")
+        self._rich.rule(Text(printable(text), style="bold"), align="left")
 
     def facts(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Names and values, aligned."""
@@ -39,16 +40,16 @@ class Console:
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in pairs:
-            grid.add_row(name, Text(value))
+            grid.add_row(Text(printable(name)), Text(printable(value)))
         self._rich.print(grid)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """The first column to the left, numbers to the right."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
         for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i else "left", overflow="fold")
+            table.add_column(Text(printable(column)), justify="right" if i else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self._rich.print(table)
 
     def parameters(self, count: ParameterCount, architecture: str, flops: Flops | None = None) -> None:
@@ -85,11 +86,16 @@ class Console:
     @contextmanager
     def progress(self, title: str, n_steps: int, done: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
         """A bar with loss, tokens/s and time left; yields a function of (steps done, the latest row or nothing)."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         last = {"text": ""}
         with Progress(
             *columns,
-            TextColumn("{task.fields[latest]}"),
+            TextColumn("{task.fields[latest]}", markup=False),
             console=self._rich,
             transient=True,
             refresh_per_second=2,  # drawing it takes milliseconds of the interpreter that the steps need

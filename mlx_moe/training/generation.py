@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.errors import InputError
+from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.training.backend import Backend, Trainer
-from mlx_moe.training.checkpoint import Checkpoint
 
 
 def generate(

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from mlx_moe.accounting.flops import Flops, flops_per_token, mfu
 from mlx_moe.config import PhaseConfig, RunConfig
 from mlx_moe.data.tokens import TokenData, batch, fixed_windows
+from mlx_moe.storage.checkpoint import TrainerState
+from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Backend, StepMetrics, Tokens, Trainer, peak_flops_per_s
 from mlx_moe.training.boundary import lineage
-from mlx_moe.training.checkpoint import TrainerState
 from mlx_moe.training.console import Console
-from mlx_moe.training.run_folder import RunFolder
 from mlx_moe.training.schedule import learning_rate
 from mlx_moe.training.stopping import Interruption, TrainingStopped
 

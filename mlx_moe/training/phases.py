@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,8 +18,12 @@ from mlx_moe.data.sources import BUILTIN
 from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Weights, initialize, merged, start_adapters, table
-from mlx_moe.training import checkpoint
-from mlx_moe.training.backend import Alone, Backend, Trainer, World
+from mlx_moe.processes import Alone, World
+from mlx_moe.storage import checkpoint
+from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
+from mlx_moe.storage.environment import environment
+from mlx_moe.storage.run_folder import CONFIG, RunFolder
+from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.boundary import (
     PROBE_TOKENS,
     centroid_routers,
@@ -32,16 +36,13 @@ from mlx_moe.training.boundary import (
     start_phase,
     trained_model,
 )
-from mlx_moe.training.checkpoint import Checkpoint, TrainerState
 from mlx_moe.training.console import Console, millions
 from mlx_moe.training.introduction import facts
-from mlx_moe.training.log import environment
 from mlx_moe.training.loop import Phase, train_phase
 from mlx_moe.training.results import report_phase, summarize
-from mlx_moe.training.run_folder import CONFIG, RunFolder
 from mlx_moe.training.start import check_model
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
-from mlx_moe.training.trackers import check_installed
+from mlx_moe.training.trackers import Tracker, check_installed, open_tracker
 from mlx_moe.transfer.centroids import Routers
 from mlx_moe.transfer.upcycling import LOSSY_METHOD, ZERO_ROUTER_WARNING
 
@@ -55,7 +56,7 @@ def train(
     Raises InputError on what a user can mend, TrainingStopped on an interruption, a loss that is not finite, or a
     boundary that failed.
     """
-    folder = RunFolder(directory, backend.connect())
+    folder = RunFolder(directory, backend.connect(), warn=console.warn)
     try:
         with stopping_at_once():
             experiment = begin(run, folder, backend, last_phase, options, console)
@@ -64,7 +65,7 @@ def train(
             phase, trainer, step = experiment.where_it_stands()
             experiment.introduce(trainer)
             experiment.warn_of_memory(trainer, range(max(phase, run.first_phase), last_phase + 1))
-            folder.open_tracker(experiment.run, rows, console.warn)
+            folder.tracker = experiment.open_tracker(rows)
         with interruptions() as interruption:
             while True:
                 if phase >= run.first_phase:
@@ -129,6 +130,12 @@ class Experiment:
                     f"phase {phase} will need about {needed / 1e9:.1f} GB, and {usable / 1e9:.1f} GB are usable; what "
                     f"helps: mlxmoe plan --config {self.folder.path / CONFIG}"
                 )
+
+    def open_tracker(self, rows: list[dict[str, Any]]) -> Tracker | None:
+        """The run's tracker, which has got these rows already; the first process alone has one."""
+        if self.folder.world.rank:
+            return None
+        return open_tracker(self.run, self.folder.path, rows, self.console.warn)
 
     def train(self, number: int, trainer: Trainer, step: int, interruption: Interruption) -> None:
         from_scratch = number == 1 and self.run.model.moe is not None

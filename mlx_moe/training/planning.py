@@ -11,9 +11,10 @@ from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK,
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.precision import choose_precision
+from mlx_moe.storage.checkpoint import PHASE_FOLDERS
+from mlx_moe.terminal import echo
 from mlx_moe.training.backend import Backend, choose_backend
 from mlx_moe.training.boundary import phase_config, phase_model, trained_model
-from mlx_moe.training.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import Console, millions
 
 THIS = "this machine"
@@ -113,7 +114,7 @@ def show_parameters(run: RunConfig, as_json: bool) -> None:
     counts = {name: count_parameters(model) for name, model in models.items()}
     if as_json:
         rows = {name: {"architecture": models[name].display_name, **counts[name].to_json()} for name in models}
-        print(json.dumps(rows, indent=2))
+        echo(json.dumps(rows, indent=2))
         return
     console = Console()
     console.table(
@@ -129,7 +130,7 @@ def show_parameters(run: RunConfig, as_json: bool) -> None:
 def show(plan: RunPlan, as_json: bool) -> None:
     """Print a plan; warnings come last."""
     if as_json:
-        print(json.dumps(plan.to_json(), indent=2))
+        echo(json.dumps(plan.to_json(), indent=2))
         return
     console, run, site = Console(), plan.run, plan.sites[0]
     console.facts(

@@ -9,12 +9,12 @@ from typing import Any
 from mlx_moe.accounting import count_parameters
 from mlx_moe.config import RunConfig
 from mlx_moe.data.tokens import TokenData, fixed_windows
-from mlx_moe.training import checkpoint
+from mlx_moe.storage import checkpoint
+from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Trainer
 from mlx_moe.training.console import Console
 from mlx_moe.training.generation import generate
 from mlx_moe.training.loop import TITLES, Phase, load_imbalance
-from mlx_moe.training.run_folder import RunFolder
 
 PROMPTS = (
     "Once upon a time, there was a little",

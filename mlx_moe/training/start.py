@@ -8,8 +8,8 @@ from pathlib import Path
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.presets import load_run
+from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.training.boundary import lineage_so_far
-from mlx_moe.training.checkpoint import Checkpoint
 from mlx_moe.validation import by_path
 
 # How a model is trained, and not what it is. Its balance has no part in what it computes.

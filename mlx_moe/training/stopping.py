@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from mlx_moe.training.backend import World
+from mlx_moe.processes import World
 
 # What they do by default. A shell starts its background jobs with SIGINT ignored, but who sends one means it.
 SIGNALS: dict[signal.Signals, Callable[[int, FrameType | None], Any] | signal.Handlers] = {

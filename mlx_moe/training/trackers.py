@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError, one_line
-from mlx_moe.training.files import replacing
+from mlx_moe.storage.atomic import replacing
 
 PROJECT = "mlxmoe"
 FILE = "tracker.json"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.parameters import Weights, normal
-from mlx_moe.tensor_files import Blocks, StoredWeights
+from mlx_moe.storage.tensor_files import Blocks, StoredWeights
 from mlx_moe.transfer.draws import Draw
 
 BLOCK = 1 << 19  # elements; what is taken, padded and scaled on the way takes a few times that

@@ -8,8 +8,8 @@ from browser import Browser, find
 
 from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import write_report
-from mlx_moe.training import log
-from mlx_moe.training.run_folder import METRICS
+from mlx_moe.storage import jsonl
+from mlx_moe.storage.run_folder import METRICS
 
 pytestmark = pytest.mark.skipif(find() is None, reason="no Chromium or Chrome is installed")
 
@@ -19,7 +19,7 @@ def run(finished, tmp_path_factory):
     """A run whose steps took longer and longer, and more memory: what is measured may be even, or one for all steps."""
     folder = tmp_path_factory.mktemp("slowing") / "run"
     shutil.copytree(finished, folder)
-    rows = log.read(folder / METRICS)
+    rows = jsonl.read(folder / METRICS)
     for n, row in enumerate(row for row in rows if "step_ms" in row):
         row |= {"step_ms": 10.0 * (n + 1), "peak_memory_bytes": 10**6 * (n + 1) ** 3}
         row |= {"tokens_per_s": 1e6 / (n + 1), "mfu": 0.5 / (n + 2)}

@@ -6,7 +6,7 @@ from small_experiments import SIZE
 
 from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig
 from mlx_moe.parameters import initialize
-from mlx_moe.training import log
+from mlx_moe.storage import jsonl
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.transfer.upcycling import plan_upcycling
 
@@ -47,7 +47,7 @@ def test_experts_from_scratch_are_trained_in_one_phase(mlxmoe, tmp_path):
     result = mlxmoe(*command, "--phases", 1, "--out", tmp_path / "a")
     assert result.code == 0, result.err
     assert "Phase 1: mixture of experts from scratch" in result.out
-    assert "expert_load" in log.read(tmp_path / "a" / "metrics.jsonl")[1]
+    assert "expert_load" in jsonl.read(tmp_path / "a" / "metrics.jsonl")[1]
 
     refused = mlxmoe(*command, "--phases", 2, "--out", tmp_path / "b")
     assert refused.code == 2

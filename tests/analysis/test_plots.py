@@ -10,7 +10,7 @@ from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.scaling import Point, fit
 from mlx_moe.analysis.scaling_plot import read_fits, scaling
 from mlx_moe.analysis.sweep_plot import choices
-from mlx_moe.training import log
+from mlx_moe.storage import jsonl
 
 FIGURES = ["loss", "learning-rate", "gradient-norm", "tokens-per-s", "expert-load"]
 
@@ -40,7 +40,7 @@ def test_the_same_run_gives_the_same_files(figures, finished, mlxmoe, tmp_path):
 
 def test_losses_are_those_of_the_run_and_boundaries_are_marked(finished):
     whole, *zooms = loss(read_record(finished)).axes
-    rows = log.read(finished / "metrics.jsonl")
+    rows = jsonl.read(finished / "metrics.jsonl")
     drawn = np.concatenate([line.get_ydata() for line in whole.lines[:6:2]])
     assert drawn.tolist() == [row["cross_entropy"] for row in rows if "loss" in row]
     drawn = np.concatenate([line.get_ydata() for line in whole.lines[1:6:2]])
@@ -114,14 +114,14 @@ def test_what_each_choice_of_a_sweep_learnt(mlxmoe, tmp_path, finished, dense):
     (tmp_path / "short,1" / "metrics.jsonl").write_text(
         "".join(
             json.dumps(row | {key: row[key] + 1 for key in ("validation_loss",) if key in row}) + "\n"
-            for row in log.read(dense / "metrics.jsonl")
+            for row in jsonl.read(dense / "metrics.jsonl")
         )
     )
     planned = {name: {"choices": {"arm": name.partition(",")[0], "seed": name[-1:]}} for name in [*runs, "not begun"]}
     (tmp_path / "sweep.json").write_text(json.dumps(planned))
     over_tokens, over_flops = choices(tmp_path).axes
     assert [text.get_text() for text in over_tokens.get_legend().texts] == ["long", "short"]
-    measured = [row["validation_loss"] for row in log.read(dense / "metrics.jsonl") if "validation_loss" in row]
+    measured = [row["validation_loss"] for row in jsonl.read(dense / "metrics.jsonl") if "validation_loss" in row]
     for axes in (over_tokens, over_flops):
         assert axes.lines[1].get_ydata() == pytest.approx(np.array(measured) + 0.5)
         assert axes.lines[0].get_ydata()[: len(measured)] == pytest.approx(measured)

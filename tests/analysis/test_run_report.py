@@ -10,7 +10,7 @@ from short_runs import start
 
 from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import MOST_COLUMNS, MOST_ROWS, render
-from mlx_moe.training import log
+from mlx_moe.storage import jsonl
 from mlx_moe.training.phases import open_run
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "report.md"
@@ -50,7 +50,7 @@ def test_one_file_says_it_all(finished, mlxmoe, tmp_path):
 
 
 def test_the_curves_hold_the_rows_of_the_run(finished):
-    data, rows = data_of(render(read_record(finished))), log.read(finished / "metrics.jsonl")
+    data, rows = data_of(render(read_record(finished))), jsonl.read(finished / "metrics.jsonl")
     assert data["rows"]["step"] == [row["step"] for row in rows]
     pairs = zip(rows, data["rows"]["cross_entropy"], strict=True)
     losses = [(row["cross_entropy"], shown) for row, shown in pairs if "loss" in row]

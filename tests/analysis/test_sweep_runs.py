@@ -9,7 +9,7 @@ import pytest
 import yaml
 from small_experiments import SIZE
 
-from mlx_moe.training import log
+from mlx_moe.storage import jsonl
 
 SWEEP = {
     "name": "s",
@@ -49,7 +49,7 @@ def stopped(tmp_path_factory):
 
 
 def statuses(out):
-    return {row["run"]: row["status"] for row in log.read(out / "results.jsonl")}
+    return {row["run"]: row["status"] for row in jsonl.read(out / "results.jsonl")}
 
 
 def test_an_interrupted_sweep_says_how_it_stands(stopped):

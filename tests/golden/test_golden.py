@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_moe.training import log
+from mlx_moe.storage import jsonl
 
 GOLDEN = Path(__file__).parent / "losses.json"
 RUN = [
@@ -27,7 +27,7 @@ RUN = [
 def test_losses_are_those_of_the_record(backend, mlxmoe, tmp_path):
     result = mlxmoe(*RUN, "--backend", backend, "--out", tmp_path / "run")
     assert result.code == 0, result.err
-    rows = [row for row in log.read(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in jsonl.read(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     losses = {f"phase {phase}": [round(row["loss"], 6) for row in rows if row["phase"] == phase] for phase in (1, 2, 3)}
     if os.environ.get("UPDATE_GOLDEN") and backend == "torch":
         GOLDEN.write_text(json.dumps(losses, indent=1) + "\n", encoding="utf-8")

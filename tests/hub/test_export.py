@@ -14,8 +14,8 @@ from mlx_moe.errors import InputError
 from mlx_moe.hub.export import export
 from mlx_moe.hub.formats import FORMATS, choose_format, to_json
 from mlx_moe.hub.models import open_model
-from mlx_moe.training import checkpoint
-from mlx_moe.training.checkpoint import Checkpoint, TrainerState
+from mlx_moe.storage import checkpoint
+from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from parity.compare import rough_weights, small_model
 from parity.export_check import export_checked
 
@@ -212,6 +212,7 @@ def test_what_is_read_back_must_be_the_same(tmp_path, monkeypatch):
 
 
 def test_export_overwrites_nothing(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="exists already"):
         export(fresh(small_model("llama"), tmp_path), tmp_path, "auto")
 

@@ -10,7 +10,7 @@ from mlx_moe.config import MoEConfig, RopeScaling
 from mlx_moe.errors import InputError
 from mlx_moe.hub.export import export
 from mlx_moe.hub.models import open_model, read_model
-from mlx_moe.training.checkpoint import Checkpoint, TrainerState
+from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_upcycling

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import import_model, open_model, read_model
-from mlx_moe.training import checkpoint
+from mlx_moe.storage import checkpoint
 
 TOKENS = random_tokens()
 
@@ -212,7 +212,7 @@ def test_damaged_folders(tmp_path):
     (theirs / "pytorch_model.bin").write_bytes(b"")
     refused(tmp_path, r"pytorch_model\.bin, a pickle")
     (theirs / "config.json").write_text("{")
-    refused(tmp_path, "not valid json")
+    refused(tmp_path, "not valid JSON")
     (theirs / "config.json").unlink()
     refused(tmp_path, r"no config\.json")
 

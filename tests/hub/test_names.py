@@ -8,7 +8,7 @@ from published_models import save, save_tokenizer
 
 from mlx_moe.errors import InputError
 from mlx_moe.hub.names import find_model, model_name
-from mlx_moe.training import checkpoint
+from mlx_moe.storage import checkpoint
 
 
 @pytest.fixture

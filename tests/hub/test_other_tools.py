@@ -16,8 +16,8 @@ from published_models import random_tokens, save_tokenizer
 import mlx_moe.model.library
 from mlx_moe.config import MoEConfig
 from mlx_moe.hub.export import export
-from mlx_moe.training import checkpoint
-from mlx_moe.training.checkpoint import TrainerState
+from mlx_moe.storage import checkpoint
+from mlx_moe.storage.checkpoint import TrainerState
 from parity.compare import rough_weights, small_model
 
 EXPERTS = MoEConfig(n_experts=4, top_k=2)
@@ -33,7 +33,8 @@ def exported(tmp_path_factory):
     save_tokenizer(folder / "tokenizer")
     (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     state = TrainerState(2, 0, "torch")
-    checkpoint.save(folder / "ours", config, state, rough_weights(config, 0), None, folder / "tokenizer")
+    weights = rough_weights(config, 0)
+    checkpoint.create(folder / "ours", config, state, lambda name: [weights[name]], folder / "tokenizer")
     assert export(checkpoint.load(folder / "ours"), folder / "theirs", "mixtral") == "mixtral"
     return folder / "theirs"
 

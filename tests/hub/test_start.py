@@ -14,7 +14,7 @@ from short_runs import LENGTHS, STEPS, AfterStep, assert_same_run, start
 
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
-from mlx_moe.training import checkpoint, log
+from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training.console import Console
 from mlx_moe.training.phases import open_run
 from mlx_moe.training.start import start_from
@@ -48,7 +48,7 @@ def published(tmp_path_factory):
 
 
 def losses(directory):
-    rows = [row for row in log.read(directory / "history.jsonl") if row["event"] == "phase"]
+    rows = [row for row in jsonl.read(directory / "history.jsonl") if row["event"] == "phase"]
     return {row["phase"]: (row["first_validation_loss"], row["last_validation_loss"]) for row in rows}
 
 

@@ -14,10 +14,11 @@ from mlx_moe.config import MoEConfig, OptimizerConfig, UpcyclePhaseConfig, Verif
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
 from mlx_moe.parameters import initialize, shapes, table
-from mlx_moe.training import boundary, checkpoint
+from mlx_moe.storage import checkpoint
+from mlx_moe.storage.checkpoint import TrainerState
+from mlx_moe.training import boundary
 from mlx_moe.training.backend import Backend, choose_backend
 from mlx_moe.training.boundary import certify_streamed, in_another_order, random_probes, rounding_floor
-from mlx_moe.training.checkpoint import TrainerState
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import apply, made_in_blocks
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
@@ -140,7 +141,7 @@ def test_no_tensor_is_in_memory_as_a_whole_more_than_once(tmp_path):
     largest = 4 * max(np.prod(parameter.shape) for parameter in table(plan.target_config))
     tracemalloc.start()
     try:
-        checkpoint.save_blocks(tmp_path / "out", plan.target_config, source.state, made_in_blocks(plan, source.weights))
+        checkpoint.create(tmp_path / "out", plan.target_config, source.state, made_in_blocks(plan, source.weights))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

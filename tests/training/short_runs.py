@@ -4,7 +4,7 @@ import contextlib
 
 from mlx_moe.hub.models import open_model
 from mlx_moe.presets import load_run
-from mlx_moe.training import checkpoint, log
+from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
 from mlx_moe.training.phases import Options, train
@@ -49,7 +49,7 @@ class AfterStep(Console):
 def assert_same_run(one, other, weights_of=(1, 2, 3)):
     """Rows, samples and weights agree to the last bit; only times may differ."""
     for name in ("metrics.jsonl", "history.jsonl"):
-        assert _untimed(log.read(one / name)) == _untimed(log.read(other / name))
+        assert _untimed(jsonl.read(one / name)) == _untimed(jsonl.read(other / name))
     assert (one / "samples.md").read_text() == (other / "samples.md").read_text()
     for phase in weights_of:
         first, second = (checkpoint.load(checkpoint.folder(run, phase, STEPS[phase])) for run in (one, other))

@@ -6,7 +6,7 @@ import signal
 import pytest
 from short_runs import STEPS, AfterStep, assert_same_run, short_run, start
 
-from mlx_moe.training import checkpoint
+from mlx_moe.storage import checkpoint
 from mlx_moe.training.phases import open_run
 from mlx_moe.training.stopping import TrainingStopped
 

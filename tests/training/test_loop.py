@@ -18,12 +18,12 @@ from mlx_moe.config import (
 )
 from mlx_moe.data.tokens import prepare
 from mlx_moe.parameters import initialize
-from mlx_moe.training import checkpoint, log
+from mlx_moe.storage import checkpoint, jsonl
+from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Backend, choose_backend
 from mlx_moe.training.console import Console
 from mlx_moe.training.loop import Phase, evaluate, load_imbalance, train_phase
 from mlx_moe.training.results import phase_result
-from mlx_moe.training.run_folder import RunFolder
 from mlx_moe.training.stopping import TrainingStopped, interruptions
 
 CONTEXT, BATCH = 16, 8
@@ -83,14 +83,14 @@ def resume(train, backend):
         loaded = checkpoint.load(directory)
         trainer = build(backend, run, loaded.weights)
         trainer.load_optimizer_state(loaded.optimizer_state)
-        log.rewind(directory / "metrics.jsonl", loaded.state.phase, loaded.state.step)
+        jsonl.rewind(directory / "metrics.jsonl", loaded.state.phase, loaded.state.step)
         return train(run, directory, trainer, loaded.state.step)
 
     return resume
 
 
 def rows(directory):
-    return log.read(directory / "metrics.jsonl")
+    return jsonl.read(directory / "metrics.jsonl")
 
 
 class Wrapped:
@@ -257,8 +257,8 @@ def test_resumed_from_the_middle_a_run_ends_the_same_to_the_last_bit(make_run, t
 
 def test_a_phase_that_starts_over_leaves_no_row_of_its_earlier_try(make_run, train, tmp_path):
     run = make_run(6)
-    log.append(tmp_path / "metrics.jsonl", {"phase": 1, "step": 0, "validation_loss": 9.0})
-    log.append(tmp_path / "metrics.jsonl", {"phase": 1, "step": 5, "loss": 9.0})
+    jsonl.append(tmp_path / "metrics.jsonl", {"phase": 1, "step": 0, "validation_loss": 9.0})
+    jsonl.append(tmp_path / "metrics.jsonl", {"phase": 1, "step": 5, "loss": 9.0})
     train(run, tmp_path)
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 5, 6]
     assert phase_result(rows(tmp_path), 1).first_validation_loss < 9

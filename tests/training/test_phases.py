@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from mlx_moe.config import RunConfig
-from mlx_moe.training import checkpoint, log
+from mlx_moe.storage import checkpoint, jsonl
+from mlx_moe.storage.reading import read_mapping
 from mlx_moe.training.boundary import plan_boundary
 from mlx_moe.transfer.plan import carry_moments
-from mlx_moe.validation import read_mapping, validate
+from mlx_moe.validation import validate
 
 BACKENDS = ("mlx", "torch")
 STEPS = 30
@@ -34,7 +35,7 @@ def finished(request, mlxmoe, tmp_path_factory):
 
 def test_every_phase_learns(finished):
     directory, _ = finished
-    phases = [row for row in log.read(directory / "history.jsonl") if row["event"] == "phase"]
+    phases = [row for row in jsonl.read(directory / "history.jsonl") if row["event"] == "phase"]
     assert [row["phase"] for row in phases] == [1, 2, 3]
     for row in phases:
         assert row["last_validation_loss"] < row["first_validation_loss"]
@@ -52,7 +53,7 @@ def test_both_boundaries_are_lossless(finished):
 
 def test_validation_goes_on_where_it_stood(finished):
     directory, _ = finished
-    rows = log.read(directory / "metrics.jsonl")
+    rows = jsonl.read(directory / "metrics.jsonl")
     for phase in (1, 2):
         last = [row["validation_loss"] for row in rows if row["phase"] == phase and "validation_loss" in row][-1]
         first = next(row["validation_loss"] for row in rows if row["phase"] == phase + 1)
@@ -86,7 +87,7 @@ def test_the_saved_config_is_the_run(finished):
 
 def test_expert_load_is_in_the_metrics(finished):
     directory, _ = finished
-    rows = [row for row in log.read(directory / "metrics.jsonl") if row["phase"] == 3 and "loss" in row]
+    rows = [row for row in jsonl.read(directory / "metrics.jsonl") if row["phase"] == 3 and "loss" in row]
     for row in rows:
         load_LE = np.array(row["expert_load"])
         assert load_LE.shape == (3, 4)
@@ -116,7 +117,7 @@ def test_stopping_between_phases_changes_nothing(finished, mlxmoe, tmp_path):
     expected, actual = checkpoint.load(whole), checkpoint.load(pieces)
     for name, array in expected.weights.items():
         np.testing.assert_array_equal(actual.weights[name], array)
-    for rows in zip(log.read(whole / "metrics.jsonl"), log.read(pieces / "metrics.jsonl"), strict=True):
+    for rows in zip(jsonl.read(whole / "metrics.jsonl"), jsonl.read(pieces / "metrics.jsonl"), strict=True):
         assert rows[0].get("loss") == rows[1].get("loss")
 
 
@@ -175,7 +176,7 @@ def test_one_backend_goes_on_where_the_other_stopped(first, second, mlxmoe, tmp_
     result = mlxmoe("train", "--resume", directory, "--backend", second)
     assert result.code == 0, result.err
     assert "resuming from phases/2-moe/checkpoints/step-24" in result.out
-    rows = [row for row in log.read(directory / "metrics.jsonl") if "validation_loss" in row]
+    rows = [row for row in jsonl.read(directory / "metrics.jsonl") if "validation_loss" in row]
     assert rows[-1]["phase"] == 3
     assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]
     assert len({(row["phase"], row["step"]) for row in rows}) == len(rows)

@@ -12,10 +12,11 @@ import pytest
 
 from mlx_moe.errors import InputError
 from mlx_moe.presets import load_run
-from mlx_moe.training.backend import Alone, choose_backend
+from mlx_moe.processes import Alone
+from mlx_moe.storage.run_folder import RunFolder
+from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
 from mlx_moe.training.phases import Options, begin
-from mlx_moe.training.run_folder import RunFolder
 
 BIN = Path(sys.executable).parent
 LAUNCH = {

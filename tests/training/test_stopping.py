@@ -5,7 +5,8 @@ import signal
 import pytest
 from short_runs import AfterStep, assert_same_run, short_run, start
 
-from mlx_moe.training import checkpoint, log, loop, phases, results
+from mlx_moe.storage import checkpoint, jsonl
+from mlx_moe.training import loop, phases, results
 from mlx_moe.training.console import Console
 from mlx_moe.training.phases import open_run
 from mlx_moe.training.stopping import TrainingStopped, interruptions, stopping_at_once
@@ -25,7 +26,7 @@ def whole(tmp_path_factory):
 PLACES = {
     "the first evaluation": (loop, "evaluate", 0, "before step 1 of phase 1"),
     "an evaluation": (loop, "evaluate", 2, "after step 6 of phase 1 and saved"),
-    "writing a row": (log, "append", 2, "after step 2 of phase 1 and saved"),
+    "writing a row": (jsonl, "append", 2, "after step 2 of phase 1 and saved"),
     "saving": (checkpoint, "save", 1, "after step 5 of phase 1 and saved"),
     "the check of a boundary": (phases, "certify", 0, "before step 1 of phase 2"),
     "the birth of a phase": (checkpoint, "save", 6, "before step 1 of phase 2"),
@@ -88,7 +89,7 @@ def test_a_second_signal_while_saving_ends_at_once_and_loses_only_that(whole, tm
             start(run, tmp_path / "run", console=console)
     assert checkpoint.latest(tmp_path / "run") is None
     start(open_run(tmp_path / "run"), tmp_path / "run", n_phases=1)
-    first, second = (log.read(run / "metrics.jsonl") for run in (tmp_path / "run", whole))
+    first, second = (jsonl.read(run / "metrics.jsonl") for run in (tmp_path / "run", whole))
     assert [row["loss"] for row in first[1:]] == [row["loss"] for row in second[1:13]]
 
 

@@ -10,7 +10,8 @@ import pytest
 from short_runs import AfterStep, short_run, start
 
 from mlx_moe.errors import InputError
-from mlx_moe.training import log, trackers
+from mlx_moe.storage import jsonl
+from mlx_moe.training import trackers
 from mlx_moe.training.console import Console
 from mlx_moe.training.phases import open_run
 from mlx_moe.training.stopping import TrainingStopped
@@ -32,7 +33,7 @@ def interrupted_and_resumed(run, directory):
         if checkpoint.exists():
             checkpoint.rename(checkpoint.with_name(f".{name}.removed"))
     start(open_run(directory), directory, n_phases=2)
-    return log.read(directory / "metrics.jsonl")
+    return jsonl.read(directory / "metrics.jsonl")
 
 
 class File:
@@ -64,7 +65,7 @@ def test_a_tracker_gets_every_row_once(tmp_path, monkeypatch):
 
     register(monkeypatch, open_service)
     rows = interrupted_and_resumed(short_run("training.tracker=wandb"), tmp_path / "run")
-    tracked = log.read(tmp_path / "tracked.jsonl")
+    tracked = jsonl.read(tmp_path / "tracked.jsonl")
     assert [row for row in tracked if "finished" in row] == [{"finished": True}] * 2
     assert tracked.pop() == {"finished": True}
     got = [row for row in tracked if "finished" not in row]
@@ -97,7 +98,7 @@ def test_a_tracker_that_fails_is_warned_of_once(method, tmp_path, monkeypatch):
     start(short_run("training.tracker=wandb"), tmp_path / "run", console=Recording(quiet=True), n_phases=1)
     assert len(warnings) == 1
     assert "wandb failed and gets no more rows (no route to host)" in warnings[0]
-    assert len(log.read(tmp_path / "run" / "metrics.jsonl")) == 13
+    assert len(jsonl.read(tmp_path / "run" / "metrics.jsonl")) == 13
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])

@@ -9,7 +9,7 @@ from short_runs import AfterStep, assert_same_run, short_run, start
 from mlx_moe.analysis.plots import expert_load
 from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import _data
-from mlx_moe.training import checkpoint, log
+from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training.phases import open_run
 
 WAYS = [
@@ -40,7 +40,7 @@ def test_both_boundaries_are_lossless(finished):
 
 def test_the_load_of_every_layer_with_experts_is_logged(finished):
     directory, _ = finished
-    rows = [row for row in log.read(directory / "metrics.jsonl") if row["phase"] > 1 and "expert_load" in row]
+    rows = [row for row in jsonl.read(directory / "metrics.jsonl") if row["phase"] > 1 and "expert_load" in row]
     assert {np.shape(row["expert_load"]) for row in rows} == {(2, 8)}
     assert all(row["loss"] < 5 for row in rows)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlx_moe import tensor_files
-from mlx_moe.tensor_files import read_header, stored_weights, write_file
+from mlx_moe.storage import tensor_files
+from mlx_moe.storage.tensor_files import read_header, stored_weights, write_file
 
 ARRAYS = {
     "matrix": np.arange(35, dtype=np.float32).reshape(5, 7),

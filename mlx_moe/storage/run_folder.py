@@ -5,7 +5,6 @@ Of several processes only the first touches it, and tells the others what it rea
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,22 +12,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol
 
 import numpy as np
 
 from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig, RunConfig
-from mlx_moe.data.tokenizers import copy_tokenizer
-from mlx_moe.data.tokens import SPLITS, TokenData
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
-from mlx_moe.training import checkpoint, log
-from mlx_moe.training.backend import Alone, World
-from mlx_moe.training.checkpoint import TrainerState
-from mlx_moe.training.files import flush, make_folder, replacing, sweep
-from mlx_moe.training.trackers import Tracker, open_tracker
-from mlx_moe.validation import read_mapping, validate
+from mlx_moe.processes import Alone, World
+from mlx_moe.storage import checkpoint, jsonl, locks
+from mlx_moe.storage.atomic import clean_leftovers, flush, make_folder, new_folder, replacing
+from mlx_moe.storage.checkpoint import TrainerState
+from mlx_moe.storage.reading import read_mapping
+from mlx_moe.storage.records import HistoryRow, MetricsRow, Provenance, read_record
+from mlx_moe.storage.tokenizer_files import copy_tokenizer
+from mlx_moe.validation import validate
 
 CONFIG, DATA, ENVIRONMENT = "config.yaml", "data.json", "environment.json"
 METRICS, HISTORY, SAMPLES = "metrics.jsonl", "history.jsonl", "samples.md"
@@ -36,6 +35,17 @@ METRICS, HISTORY, SAMPLES = "metrics.jsonl", "history.jsonl", "samples.md"
 TOKENIZER = "tokenizer"
 
 P = ParamSpec("P")
+
+if TYPE_CHECKING:
+    from mlx_moe.data.tokens import TokenData
+
+
+class Tracker(Protocol):
+    """What gets the rows of `metrics.jsonl` too."""
+
+    def log(self, row: dict[str, Any]) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 def read_run(path: Path, values: dict[str, Any]) -> RunConfig:
@@ -79,6 +89,7 @@ class RunFolder:
     world: World = Alone()
     tracker: Tracker | None = None
     lock: int | None = None  # a file descriptor
+    warn: Callable[[str], None] | None = None  # gets a line where rows of a log could not be read
 
     def open(self) -> RunConfig:
         """The config of a run to resume. Raises InputError where there is none."""
@@ -88,7 +99,7 @@ class RunFolder:
 
     def check_data(self, data: TokenData) -> None:
         """Raise InputError where a run began with other tokens: its weights would mean nothing for these."""
-        hashes = [data.provenance[split]["sha256"] for split in SPLITS]
+        hashes = [data.provenance[split]["sha256"] for split in ("train", "validation")]
         if hashes != self._told(lambda: hashes):
             raise InputError(
                 f"process {self.world.rank} has other tokens than process 0; give all of them the same text, tokenizer "
@@ -96,8 +107,8 @@ class RunFolder:
             )
         if not self._is_ours or not (self.path / DATA).is_file():
             return
-        before = read_mapping(self.path / DATA)
-        if any(before[split]["sha256"] != data.provenance[split]["sha256"] for split in SPLITS):
+        before = read_record(Provenance, self.path / DATA)
+        if [before.train.sha256, before.validation.sha256] != hashes:
             source = data.provenance["source"]["description"]
             raise InputError(
                 f"cannot resume {self.path}: {source} gives other tokens than the run began with ({DATA}); put the "
@@ -108,10 +119,9 @@ class RunFolder:
         """Keep other processes out until `close`, or the end of this one. Raises InputError where one is in already."""
         if not self._is_ours or self.lock is not None or not self.path.is_dir():
             return
-        self.lock = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self.lock = locks.acquire(self.path)
+        except locks.Busy:
             raise InputError(f"another process is training in {self.path}; wait for it, or stop it first") from None
 
     @_by_the_first
@@ -121,22 +131,17 @@ class RunFolder:
             make_folder(self.path)
             self.hold()
             for folder in (self.path, self.path / "boundaries"):
-                sweep(folder)
+                clean_leftovers(folder)
             with replacing(self.path / CONFIG) as partial:
                 configs.save(run, partial)
             if not (self.path / TOKENIZER).is_dir():
-                with replacing(self.path / TOKENIZER) as partial:
+                with new_folder(self.path / TOKENIZER) as partial:
                     if run.start is None:
                         data.tokenizer.save(partial)
                     else:  # with all that came with the model
                         copy_tokenizer(Path(run.data.tokenizer), partial)
             self._write_json(DATA, data.provenance)
             self._write_json(ENVIRONMENT, environment)
-
-    @_by_the_first
-    def open_tracker(self, run: RunConfig, rows: list[dict[str, Any]], warn: Callable[[str], None]) -> None:
-        """`rows`: what the tracker has got already."""
-        self.tracker = open_tracker(run, self.path, rows, warn)
 
     def close(self) -> None:
         if self.tracker is not None:
@@ -146,35 +151,35 @@ class RunFolder:
             self.lock = None
 
     def metrics(self) -> list[dict[str, Any]]:
-        return self._told(lambda: log.read(self.path / METRICS))
+        return self._told(lambda: jsonl.read(self.path / METRICS, MetricsRow, self.warn))
 
     def history(self) -> list[dict[str, Any]]:
-        return self._told(lambda: log.read(self.path / HISTORY))
+        return self._told(lambda: jsonl.read(self.path / HISTORY, HistoryRow, self.warn))
 
     @_by_the_first
     def log_step(self, row: dict[str, Any]) -> None:
         with self._writing():
-            log.append(self.path / METRICS, row)
+            jsonl.append(self.path / METRICS, row)
         if self.tracker is not None:
             self.tracker.log(row)
 
     @_by_the_first
     def log_event(self, row: dict[str, Any]) -> None:
         with self._writing():
-            log.append(self.path / HISTORY, row)
+            jsonl.append(self.path / HISTORY, row)
 
     @_by_the_first
     def rewind(self, phase: int, step: int) -> None:
         """Drop the rows after a step, so that nothing is there twice."""
         with self._writing():
-            for name in (METRICS, HISTORY):
-                log.rewind(self.path / name, phase, step)
+            jsonl.rewind(self.path / METRICS, phase, step, MetricsRow)
+            jsonl.rewind(self.path / HISTORY, phase, step, HistoryRow)
 
     @_by_the_first
     def rewind_metrics(self, phase: int) -> None:
         """Drop the rows of a phase that starts over."""
         with self._writing():
-            log.rewind(self.path / METRICS, phase, -1)
+            jsonl.rewind(self.path / METRICS, phase, -1, MetricsRow)
 
     def save_boundary(self, name: str, record: dict[str, Any]) -> Path:
         file = self.path / "boundaries" / f"{name}.json"

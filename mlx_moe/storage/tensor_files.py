@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mlx_moe.errors import InputError, one_line
-from mlx_moe.validation import read_mapping
+from mlx_moe.storage.reading import read_mapping
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers' own limit is 50 GB, the hub asks for 5 GB

@@ -11,9 +11,9 @@ from short_runs import AfterStep, assert_same_run, short_run, start
 
 from mlx_moe.data.tokens import prepare
 from mlx_moe.errors import InputError
-from mlx_moe.training import checkpoint, log
+from mlx_moe.storage import checkpoint, jsonl
+from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.phases import open_run
-from mlx_moe.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +129,12 @@ def test_going_on_with_other_data_is_refused(tmp_path):
     text.write_text("Once there was a text of no great length. " * 40)
     run = short_run(f"data.source={text}")
     start(run, tmp_path / "run", n_phases=1)
-    rows = log.read(tmp_path / "run" / "metrics.jsonl")
+    rows = jsonl.read(tmp_path / "run" / "metrics.jsonl")
     text.write_text("Once there was another text of some length. " * 40)
     message = refusal(start, open_run(tmp_path / "run"), tmp_path / "run")
     for part in (str(text), "data.json", "another run"):
         assert part in message
-    assert log.read(tmp_path / "run" / "metrics.jsonl") == rows
+    assert jsonl.read(tmp_path / "run" / "metrics.jsonl") == rows
 
 
 def test_going_on_past_a_damaged_checkpoint(whole, tmp_path):

@@ -1,0 +1,287 @@
+"""Writing that a kill cannot tear and that destroys nothing of others.
+
+Files and folders are written in a scratch folder beside their place and appear by one rename, once they are on the
+disk. A file takes the place of a file, never of a folder; a folder takes the place of nothing. A scratch folder is
+locked by the process that made it, so what a dead process left can be told from what another is writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mlx_moe.errors import InputError, one_line
+from mlx_moe.storage import locks
+
+SCRATCH = ".mlxmoe-partial-"
+# Every file that a command writes says so in its first bytes: only such a file does it write over.
+SIGNATURE = "written by mlxmoe"
+SIGNATURE_WITHIN = 4096
+STALE_SECONDS = 60
+# What operating systems put into folders by themselves.
+SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name to write a file under; whole and on the disk, it takes the place of the file at `path`.
+
+    A link stays: what it points to is replaced. Raises IsADirectoryError where a folder stands there. On an error
+    nothing of it is kept, and what was at `path` stays.
+    """
+    target = path.resolve() if path.is_symlink() else path
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with _scratch(target.parent) as scratch:
+        partial = scratch / target.name
+        yield partial
+        flush(partial)
+        partial.replace(target)
+        flush(target.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, aside: str | None = None) -> Iterator[Path]:
+    """Yield a folder to fill; whole and on the disk, it appears at `path`, where nothing may be but an empty folder.
+
+    Raises FileExistsError where something is, or came in the meantime; with `aside`, what is there is set aside under
+    that ending. On an error nothing of it is kept.
+    """
+    if aside is None:
+        check_free(path)
+    with _scratch(path.parent) as scratch:
+        partial = scratch / "folder"
+        partial.mkdir()
+        yield partial
+        for entry in [*partial.rglob("*"), partial]:
+            flush(entry)
+        if aside is not None and os.path.lexists(path):
+            set_aside(path, aside)
+        try:
+            partial.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            raise
+        flush(path.parent)
+
+
+def check_free(path: Path) -> None:
+    """Raise FileExistsError unless there is nothing at `path`, or an empty folder that nobody works in."""
+    if not os.path.lexists(path):
+        return
+    is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if not is_empty or path.samefile(Path.cwd()):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, name: str | None, is_own_place: bool = False, remedy: str = "name another --out"
+) -> Iterator[Path]:
+    """Hold the place of a command's file while it works; yield a name to write it under, which then takes that place.
+
+    Enter it before the work begins: what makes the place impossible is said at once. A folder as `path` means the file
+    `name` in it; without a `name` it is refused. What is there already is written over only if a command of ours wrote
+    it (SIGNATURE), or if the place is ours by definition (`is_own_place`: the default name in a run's folder). Raises
+    InputError, with the `remedy`, where the place is taken, cannot be written, or is held by another process.
+    """
+    with _reported(path, remedy):
+        target = output_file(path, name) if name else absolute(path)
+        _check_replaceable(target, is_own_place, remedy)
+        with _made_folders(target.parent), _held(target), replacing(target) as partial:
+            yield partial
+
+
+@contextlib.contextmanager
+def creating(path: Path, remedy: str = "name a folder that does not exist") -> Iterator[Path]:
+    """Hold the place of a command's folder while it works; yield a folder to fill, which then appears there.
+
+    Enter it before the work begins. Raises InputError where something is at `path` already, where it cannot be written,
+    or where another process holds the place.
+    """
+    with _reported(path, "nothing of it was kept; make room, or name another place"):
+        target = absolute(path)
+        try:
+            check_free(target)
+        except FileExistsError:
+            raise InputError(f"{path} exists already; {remedy}") from None
+        with _made_folders(target.parent), _held(target), new_folder(target) as partial:
+            yield partial
+
+
+def signature(command: str) -> str:
+    """What a file that a command writes must say near its beginning, so that the command may write over it."""
+    return f"{SIGNATURE} {command}"
+
+
+def output_file(path: Path, name: str) -> Path:
+    """The file that a command's `--out` means: `name` in it where it is a folder, else the path itself."""
+    target = absolute(path)
+    return target / name if target.is_dir() else target
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root, `~` expanded. Raises InputError for a `~user` that does not exist, and for NUL bytes."""
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r} holds a NUL byte, which no path may; leave it out")
+    try:
+        return Path(os.path.abspath(path.expanduser()))  # `..` goes by the text, as the shell's `cd` does
+    except RuntimeError as error:
+        raise InputError(f"{path}: {one_line(error)}; write the folder out") from None
+    except FileNotFoundError:
+        raise InputError("the working folder was deleted; go to another one") from None
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder and those above it, each on the disk when this returns; returns those that were not there."""
+    if path.is_dir():
+        return []
+    made = make_folder(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+        made.append(path)
+        flush(path.parent)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    return made
+
+
+def remove_folder(folder: Path, is_ours: Callable[[Path], bool]) -> bool:
+    """Delete a folder of ours so that a kill in the middle leaves none that looks whole; False where it stays.
+
+    It stays where another process reads it (`locks.acquire(folder, shared=True)`), and where it holds anything for
+    which `is_ours` (given the path relative to it) is not true.
+    """
+    try:
+        descriptor = locks.acquire(folder)
+    except (locks.Busy, FileNotFoundError):
+        return False
+    try:
+        inside = [entry.relative_to(folder) for entry in folder.rglob("*") if entry.name not in SYSTEM_FILES]
+        if not all(is_ours(entry) for entry in inside):
+            return False
+        with _scratch(folder.parent) as scratch:
+            folder.rename(scratch / "removed")
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(path: Path, reason: str) -> Path:
+    """Rename a file or folder to `NAME.REASON`, or `NAME.REASON-2` and so on; returns the new path."""
+    number = 1
+    while True:
+        aside = path.with_name(f"{path.name}.{reason}" + (f"-{number}" if number > 1 else ""))
+        if not os.path.lexists(aside):
+            path.rename(aside)
+            return aside
+        number += 1
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Delete the scratch folders and lock files that processes which are no longer alive left in a folder."""
+    scratch = [path for path in folder.glob(f"{SCRATCH}*") if path.is_dir() and not path.is_symlink()]
+    # A younger lock file may be one that its maker has not locked yet.
+    stale = [path for path in folder.glob(f"{locks.LOCK_PREFIX}*{locks.LOCK_SUFFIX}") if _is_old_file(path)]
+    for leftover in [*scratch, *stale]:
+        with contextlib.suppress(OSError, locks.Busy):
+            descriptor = locks.acquire(leftover)
+            try:
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A folder of this process's own in `parent`, locked, and deleted at the end with all that is in it."""
+    while True:
+        scratch = parent / f"{SCRATCH}{secrets.token_hex(6)}"
+        scratch.mkdir()
+        try:
+            descriptor = locks.acquire(scratch)
+            break
+        except (locks.Busy, FileNotFoundError):  # taken for a leftover in the moment before it was locked
+            continue
+    try:
+        yield scratch
+    finally:
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _made_folders(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it for the time of the work; those of them that are empty afterwards go."""
+    made = make_folder(folder)
+    clean_leftovers(folder)
+    try:
+        yield
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # not empty: the work came to something
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _held(target: Path) -> Iterator[None]:
+    try:
+        with locks.holding(target):
+            yield
+    except locks.Busy:
+        raise InputError(f"another process is writing {target}; wait for it, or name another place") from None
+
+
+@contextlib.contextmanager
+def _reported(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what the file system refuses into one line."""
+    try:
+        yield
+    except FileExistsError:
+        raise InputError(f"{path} came into being in the meantime; nothing of it was changed; {remedy}") from None
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or one_line(error)}; {remedy}") from None
+
+
+def _is_old_file(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        status = path.lstat()
+        return stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > STALE_SECONDS
+    return False
+
+
+def _check_replaceable(target: Path, is_own_place: bool, remedy: str) -> None:
+    if not os.path.lexists(target):
+        return
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; {remedy}")
+    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+        raise InputError(f"{target} is no regular file; {remedy}")
+    if target.exists() and not is_own_place and not is_signed(target):
+        raise InputError(f"{target} exists and was not written by this command; delete it first, or {remedy}")
+
+
+def is_signed(file: Path) -> bool:
+    """Whether a file says in its first bytes that a command of ours wrote it; an empty one holds nothing to lose."""
+    with file.open("rb") as stream:
+        head = stream.read(SIGNATURE_WITHIN)
+    return not head or SIGNATURE.encode() in head

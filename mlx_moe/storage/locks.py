@@ -1,0 +1,79 @@
+"""Locks between processes, by `flock`: the system lets go of them when their holder ends, however it ends.
+
+Where a file system knows no `flock`, nothing is locked: what is written is whole all the same, because it appears by
+one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+# Several processes of one run share a machine, and a sweep's run is started by the sweep that holds its folder.
+LOCK_PREFIX, LOCK_SUFFIX = ".mlxmoe-", ".lock"
+
+
+class Busy(Exception):
+    """Another process holds the lock."""
+
+
+def acquire(path: Path, shared: bool = False) -> int:
+    """Lock a file or a folder that exists, and return the descriptor that holds it; `os.close` lets go.
+
+    Raises Busy where another process holds it, FileNotFoundError where it was renamed or deleted in the meantime.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(str(path)) from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+        if not _is_at(descriptor, path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Hold the place of `path`, which need not exist, by a hidden lock file beside it that goes at the end.
+
+    Raises Busy where another process holds it.
+    """
+    lock = lock_file(path)
+    while True:
+        os.close(os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
+        try:
+            descriptor = acquire(lock)
+            break
+        except FileNotFoundError:  # its last holder deleted it in the meantime
+            continue
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
+
+
+def lock_file(path: Path) -> Path:
+    """The lock file of a place: hidden, beside it, and never too long a name."""
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    return path.with_name(f"{LOCK_PREFIX}{digest}{LOCK_SUFFIX}")
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    return False

@@ -1,0 +1,25 @@
+"""The files of a tokenizer, copied as they are."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mlx_moe.storage.reading import own_file
+
+# What may come with a tokenizer: its own files, and how to talk to the model.
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files, and nothing else, out of a folder that may hold more.
+
+    Raises InputError where one is a link to somewhere outside the folder.
+    """
+    target.mkdir(exist_ok=True)
+    for name in FILES:
+        if (file := own_file(source, name)) is not None:
+            shutil.copyfile(file, target / name)

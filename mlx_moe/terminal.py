@@ -1,0 +1,125 @@
+"""What a command says in the terminal: text of others cannot steer it, and one that is gone does not stop the work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import traceback
+import unicodedata
+from pathlib import Path
+from typing import Any, TextIO
+
+from mlx_moe.errors import one_line
+
+KEPT = "\n\t"
+# Characters that turn the direction of what follows: a name could show as another.
+TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+LINE_SEPARATORS = {"\u2028", "\u2029"}
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out, so that it cannot move the cursor, colour, or hide anything."""
+    return "".join(character if _is_harmless(character) else _written_out(character) for character in text)
+
+
+def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
+    """Print a text, made printable, to standard output or, with `err`, to standard error."""
+    stream = sys.stderr if err else sys.stdout
+    stream.write(printable(str(text)) + ("\n" if nl else ""))
+    stream.flush()
+
+
+def prepare_streams() -> None:
+    """Make standard output and error such that writing to them never fails.
+
+    What an encoding does not have is written as an escape. Where the reader is gone, or the disk behind a log is full,
+    what is said is dropped from then on, and the work goes on.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started the process
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Unfailing(stream))
+
+
+class _Unfailing:
+    """A text stream whose writing never raises."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError):  # a ValueError where it is closed
+            self._give_up()
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Send all that follows, and what is still in the buffer, to nowhere."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def describe_crash(error: BaseException) -> tuple[str, int]:
+    """One line for an error that nobody expected, and the exit code.
+
+    What the file system refuses is bad input (2), without a traceback. All else ends with 1 and has its traceback in a
+    file that the line names.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot use{where}: {error.strerror or one_line(error)}", 2
+    if isinstance(error, MemoryError):
+        return (
+            f"out of memory{_said(error)}; take a smaller model, batch (training.batch_size) or context, or a machine "
+            "with more; mlxmoe plan says what a run needs",
+            1,
+        )
+    try:
+        kept = f"; the traceback is in {_keep_traceback(error)}"
+    except (OSError, MemoryError):
+        kept = ""
+    return f"unexpected {type(error).__name__}: {one_line(error)}{kept}; please report it", 1
+
+
+def _said(error: BaseException) -> str:
+    return f": {one_line(error)}" if str(error) else ""
+
+
+def _keep_traceback(error: BaseException) -> Path:
+    descriptor, name = tempfile.mkstemp(prefix="mlxmoe-error-", suffix=".txt")
+    with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(" ".join(sys.argv) + "\n\n")
+        traceback.print_exception(error, file=stream)
+    return Path(name)
+
+
+def _is_harmless(character: str) -> bool:
+    if character in KEPT:
+        return True
+    return unicodedata.category(character) not in ("Cc", "Cs") and character not in TURNING | LINE_SEPARATORS
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
