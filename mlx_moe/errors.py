@@ -1,8 +1,24 @@
 """What a user can get wrong."""
 
+import re
+
 
 class InputError(ValueError):
     """Bad input. The message is one line that names the value, the limit and the way out; exit code 2."""
+
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|insufficient memory|not enough memory|can't allocate|cannot allocate|unable to allocate|bad_alloc"
+    r"|attempting to allocate|failed to allocate",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in Python's words or in those of PyTorch, MLX or NumPy."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | ValueError | OSError) and bool(OUT_OF_MEMORY.search(str(error)))
+    )
 
 
 def one_line(error: BaseException, limit: int | None = 200) -> str:

@@ -11,7 +11,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any, TextIO
 
-from mlx_moe.errors import one_line
+from mlx_moe.errors import is_out_of_memory, one_line
 
 KEPT = "\n\t"
 # Characters that turn the direction of what follows: a name could show as another.
@@ -21,6 +21,8 @@ LINE_SEPARATORS = {"\u2028", "\u2029"}
 
 def printable(text: str) -> str:
     """The text with control characters written out, so that it cannot move the cursor, colour, or hide anything."""
+    if text.isprintable():
+        return text
     return "".join(character if _is_harmless(character) else _written_out(character) for character in text)
 
 
@@ -86,15 +88,15 @@ def describe_crash(error: BaseException) -> tuple[str, int]:
     What the file system refuses is bad input (2), without a traceback. All else ends with 1 and has its traceback in a
     file that the line names.
     """
-    if isinstance(error, OSError) and error.errno is not None:
-        where = f" {error.filename}" if error.filename else ""
-        return f"cannot use{where}: {error.strerror or one_line(error)}", 2
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return (
             f"out of memory{_said(error)}; take a smaller model, batch (training.batch_size) or context, or a machine "
             "with more; mlxmoe plan says what a run needs",
             1,
         )
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot use{where}: {error.strerror or one_line(error)}", 2
     try:
         kept = f"; the traceback is in {_keep_traceback(error)}"
     except (OSError, MemoryError):

@@ -57,5 +57,15 @@ def usable_bytes(device: str = "auto") -> int:
     return int(METAL_SHARE * installed) if place.type == "mps" else installed
 
 
+def threads() -> int | None:
+    """How many threads a product takes on the CPU."""
+    return torch.get_num_threads()
+
+
+def set_threads(n: int) -> None:
+    """Let products take so many threads on the CPU."""
+    torch.set_num_threads(n)
+
+
 def _wait(product: torch.Tensor) -> None:
     product[0, 0].item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +13,7 @@ import typer
 from mlx_moe.commands.ending import stop
 from mlx_moe.commands.options import AllowLossy, BackendOption, ConfigFile, DeviceOption, Json, Overrides, Preset
 from mlx_moe.errors import InputError
+from mlx_moe.storage.atomic import absolute
 
 if TYPE_CHECKING:
     from mlx_moe.config import RunConfig
@@ -55,8 +58,9 @@ def train(
     from mlx_moe.presets import as_overrides
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.console import Console
-    from mlx_moe.training.phases import Options, open_run
+    from mlx_moe.training.phases import Options
     from mlx_moe.training.phases import train as run_phases
+    from mlx_moe.training.resume import resume_run
     from mlx_moe.training.start import start_from
     from mlx_moe.training.stopping import TrainingStopped
 
@@ -66,10 +70,16 @@ def train(
     if steps is not None:
         shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
     overrides = as_overrides({key: value for key, value in shortcuts.items() if value is not None})
-    chosen = choose_backend(backend)
-    if resume is not None and (preset or config or overrides or override or out or source):
-        raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")
-    if resume is None:
+    if resume is not None:
+        if preset or config or overrides or override or out or source:
+            raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")
+        absolute(resume)
+        directory = resume.expanduser()
+        resumed = resume_run(directory, backend, device, allow_lossy)
+        run, chosen, options = resumed.run, resumed.backend, resumed.options
+        last_phase = _last_phase(named, run) if named else resumed.last_phase
+    else:
+        chosen = choose_backend(backend)
         layers = preset or "three-phase", config, [*overrides, *(override or [])]
         if source is None:
             run = _load_run(*layers)
@@ -81,18 +91,31 @@ def train(
         else:
             run = start_from(open_model(find_model(source)), named, *layers)
         directory = out or Path("runs") / f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}"
-        if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
-            raise InputError(f"{directory} is not empty; name another folder, or go on with it: --resume {directory}")
-    world = chosen.connect()
-    if resume is not None:
-        run, directory = open_run(resume, world), resume
-    elif out is None and world.size > 1:
-        raise InputError(f"{world.size} processes need one folder between them; name it with --out")
-    options = Options(device, allow_lossy, open_model)
+        absolute(directory)
+        directory = directory.expanduser()
+        _check_new(directory)
+        if out is None and chosen.connect().size > 1:
+            raise InputError(f"{chosen.connect().size} processes need one folder between them; name it with --out")
+        last_phase = _last_phase(named, run)
+        options = Options(device, allow_lossy, is_new=True)
+    console = Console(quiet=chosen.connect().rank > 0)
     try:
-        run_phases(run, directory, chosen, _last_phase(named, run), options, Console(quiet=world.rank > 0))
+        run_phases(run, directory, chosen, last_phase, replace(options, open_model=open_model), console)
     except TrainingStopped as stopped:
         stop(str(stopped), stopped.exit_code)
+
+
+def _check_new(directory: Path) -> None:
+    """Raise InputError where a run cannot begin: its folder may be there, but must hold nothing that can be seen."""
+    from mlx_moe.storage.identity import IDENTITY
+    from mlx_moe.storage.run_folder import CONFIG, resume_command
+
+    if directory.is_dir():
+        if any(not path.name.startswith(".") and path.name != IDENTITY for path in directory.iterdir()):
+            advice = f", or resume it: {resume_command(directory)}" if (directory / CONFIG).is_file() else ""
+            raise InputError(f"{directory} is not empty; name another folder{advice}")
+    elif os.path.lexists(directory):
+        raise InputError(f"{directory} is no folder; name another place with --out")
 
 
 def params(
@@ -137,8 +160,10 @@ def _phases(text: str) -> list[int]:
 
 def _last_phase(named: list[int] | None, run: RunConfig) -> int:
     """One number by itself stands for all phases up to it."""
+    from mlx_moe.training.phases import last_planned_phase
+
     if named is None:
-        return run.start.phases[-1] if run.start else 3
+        return last_planned_phase(run)
     if named[-1] < run.first_phase or (len(named) > 1 and named[0] != run.first_phase):
         raise InputError(
             f"--phases {','.join(map(str, named))}: the run begins with phase {run.first_phase}; take --phases "

@@ -25,6 +25,28 @@ def load_fast_blas() -> str:
     return "OpenBLAS (libopenblas.so.0)"
 
 
+def threads() -> int | None:
+    """How many threads the loaded OpenBLAS takes; None without one."""
+    count = getattr(_openblas(), "openblas_get_num_threads", None)
+    return None if count is None else int(count())
+
+
+def set_threads(n: int) -> None:
+    """Let the loaded OpenBLAS take so many threads; nothing without one."""
+    choose = getattr(_openblas(), "openblas_set_num_threads", None)
+    if choose is not None:
+        choose(n)
+
+
+def _openblas() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        return ctypes.CDLL("libopenblas.so.0", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        return None
+
+
 def _openblas_kernel() -> str | None:
     # Debian's OpenBLAS falls back to kernels of 2004 on a CPU newer than itself, at a fifth of the speed.
     try:

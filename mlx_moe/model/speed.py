@@ -9,6 +9,7 @@ import time
 
 import mlx.core as mx
 
+from mlx_moe.model import blas
 from mlx_moe.model.elementwise import widened
 from mlx_moe.model.trainer import DTYPES, choose_device
 from mlx_moe.precision import PrecisionName
@@ -50,3 +51,13 @@ def usable_bytes(device: str = "auto") -> int:
             if limit in information:
                 return int(information[limit])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def threads() -> int | None:
+    """How many threads a product takes on the CPU; None where the BLAS does not say (Accelerate)."""
+    return blas.threads()
+
+
+def set_threads(n: int) -> None:
+    """Let products take so many threads on the CPU, where that can be said."""
+    blas.set_threads(n)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from mlx_moe.processes import Alone, World
 from mlx_moe.storage import checkpoint, jsonl, locks
 from mlx_moe.storage.atomic import clean_leftovers, flush, make_folder, new_folder, replacing
 from mlx_moe.storage.checkpoint import TrainerState
+from mlx_moe.storage.identity import IDENTITY, RunIdentity, read_identity
 from mlx_moe.storage.reading import read_mapping
 from mlx_moe.storage.records import HistoryRow, MetricsRow, Provenance, read_record
 from mlx_moe.storage.tokenizer_files import copy_tokenizer
@@ -35,6 +37,12 @@ METRICS, HISTORY, SAMPLES = "metrics.jsonl", "history.jsonl", "samples.md"
 TOKENIZER = "tokenizer"
 
 P = ParamSpec("P")
+
+
+def resume_command(run: Path, *options: str) -> str:
+    """What a user types to go on with a run, quoted for the shell."""
+    return shlex.join(["mlxmoe", "train", "--resume", str(run), *options])
+
 
 if TYPE_CHECKING:
     from mlx_moe.data.tokens import TokenData
@@ -97,6 +105,16 @@ class RunFolder:
             raise InputError(f"cannot resume {self.path}: there is no {CONFIG} in it; name a run's folder")
         return read_run(self.path, self._told(lambda: read_mapping(self.path / CONFIG)))
 
+    def identity(self) -> RunIdentity | None:
+        """What a run was begun with; None where it was not begun, or before this was kept."""
+        saved = self._told(lambda: found.model_dump(mode="json") if (found := read_identity(self.path)) else None)
+        return None if saved is None else validate(RunIdentity, saved)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a run in the folder."""
+        return bool(self._told(lambda: (self.path / CONFIG).is_file()))
+
     def check_data(self, data: TokenData) -> None:
         """Raise InputError where a run began with other tokens: its weights would mean nothing for these."""
         hashes = [data.provenance[split]["sha256"] for split in ("train", "validation")]
@@ -125,15 +143,20 @@ class RunFolder:
             raise InputError(f"another process is training in {self.path}; wait for it, or stop it first") from None
 
     @_by_the_first
-    def introduce(self, run: RunConfig, data: TokenData, environment: dict[str, Any]) -> None:
-        """Write what the run is. The config comes first: from then on a killed run can be resumed."""
+    def introduce(self, run: RunConfig, identity: RunIdentity, data: TokenData, environment: dict[str, Any]) -> None:
+        """Write what the run is. Once its identity and its config are there, a killed run can be resumed."""
         with self._writing():
             make_folder(self.path)
             self.hold()
             for folder in (self.path, self.path / "boundaries"):
                 clean_leftovers(folder)
-            with replacing(self.path / CONFIG) as partial:
-                configs.save(run, partial)
+            self._write_json(IDENTITY, identity.model_dump(mode="json"))
+            try:
+                with replacing(self.path / CONFIG) as partial:
+                    configs.save(run, partial)
+            finally:
+                if not (self.path / CONFIG).exists():  # then there is no run that this could be of
+                    (self.path / IDENTITY).unlink()
             if not (self.path / TOKENIZER).is_dir():
                 with new_folder(self.path / TOKENIZER) as partial:
                     if run.start is None:
@@ -234,6 +257,13 @@ class RunFolder:
         return f"the last checkpoint is {saved.relative_to(self.path)}" if saved else "there is no checkpoint yet"
 
     @property
+    def resume_command(self) -> str:
+        """What a user types to go on with the run."""
+        if self.world.size == 1:
+            return resume_command(self.path)
+        return f"{resume_command(self.path)} under the launcher, with {self.world.size} processes as before"
+
+    @property
     def _is_ours(self) -> bool:
         return self.world.rank == 0
 
@@ -264,4 +294,4 @@ class RunFolder:
     def _way_out(self) -> str:
         if not (self.path / CONFIG).is_file():
             return "nothing was begun; name another folder with --out"
-        return f"{self.last_saved()}; go on, once this is mended, with: mlxmoe train --resume {self.path}"
+        return f"{self.last_saved()}; once there is room, resume with: {self.resume_command}"

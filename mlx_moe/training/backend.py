@@ -183,16 +183,21 @@ class Backend:
         return TRAINERS[self.name].rpartition(".")[0]
 
 
+def launcher() -> tuple[str, BackendName] | None:
+    """The program that started this process beside others, and the backend that it is for; None of a process alone."""
+    return next((found for variable, found in LAUNCHERS.items() if variable in os.environ), None)
+
+
 def choose_backend(requested: str = "auto") -> Backend:
     """MLX on Apple Silicon, else PyTorch; or the one requested, or the one whose launcher started this process.
 
     Raises InputError where it is not installed.
     """
-    for variable, (launcher, name) in LAUNCHERS.items():
-        if variable in os.environ:
-            if requested not in ("auto", name):
-                raise InputError(f"--backend {requested}: {launcher} starts {name}; leave --backend out")
-            return Backend(name, f"{name}, as {launcher} started it")
+    if (launched := launcher()) is not None:
+        program, name = launched
+        if requested not in ("auto", name):
+            raise InputError(f"--backend {requested}: {program} starts {name}; leave --backend out")
+        return Backend(name, f"{name}, as {program} started it")
     if requested == "auto":
         apple = sys.platform == "darwin" and platform.machine() == "arm64"
         order: list[BackendName] = ["mlx", "torch"] if apple else ["torch", "mlx"]

@@ -208,7 +208,7 @@ def _dropout_seed(seed: int, phase: int, step: int) -> int:
 
 
 def _go_on(folder: RunFolder) -> str:
-    return f"go on with: mlxmoe train --resume {folder.path}"
+    return f"resume with: {folder.resume_command}"
 
 
 def _not_finite(folder: RunFolder, phase: Phase, step: int, what: str) -> TrainingStopped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ from mlx_moe.accounting.memory import step_memory
 from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.data.sources import BUILTIN
 from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, is_out_of_memory, one_line
 from mlx_moe.parameters import Weights, initialize, merged, start_adapters, table
 from mlx_moe.processes import Alone, World
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
-from mlx_moe.storage.environment import environment
-from mlx_moe.storage.run_folder import CONFIG, RunFolder
+from mlx_moe.storage.environment import environment, library_versions
+from mlx_moe.storage.identity import RunIdentity, differences
+from mlx_moe.storage.run_folder import CONFIG, RunFolder, resume_command
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.boundary import (
     PROBE_TOKENS,
@@ -45,6 +47,7 @@ from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptio
 from mlx_moe.training.trackers import Tracker, check_installed, open_tracker
 from mlx_moe.transfer.centroids import Routers
 from mlx_moe.transfer.upcycling import LOSSY_METHOD, ZERO_ROUTER_WARNING
+from mlx_moe.validation import by_path
 
 
 def train(
@@ -53,28 +56,40 @@ def train(
     """Run the phases from the run's first to `last_phase` in its directory, or go on where its latest whole checkpoint
     stands.
 
-    Raises InputError on what a user can mend, TrainingStopped on an interruption, a loss that is not finite, or a
-    boundary that failed.
+    Raises InputError on what a user can mend, TrainingStopped on an interruption, a loss that is not finite, memory
+    that ran out, or a boundary that failed.
     """
-    folder = RunFolder(directory, backend.connect(), warn=console.warn)
+    folder, doing = RunFolder(directory, backend.connect(), warn=console.warn), "before training began"
     try:
         with stopping_at_once():
             experiment = begin(run, folder, backend, last_phase, options, console)
             folder.hold()
+            if options.is_new and folder.is_begun:  # by another process, since the command looked
+                raise InputError(f"{directory} has become a run in the meantime; name another folder")
             rows = folder.metrics()
             phase, trainer, step = experiment.where_it_stands()
-            experiment.introduce(trainer)
+            experiment.introduce(trainer, last_phase)
             experiment.warn_of_memory(trainer, range(max(phase, run.first_phase), last_phase + 1))
             folder.tracker = experiment.open_tracker(rows)
         with interruptions() as interruption:
             while True:
+                doing = f"in phase {phase}"
                 if phase >= run.first_phase:
                     experiment.train(phase, trainer, step, interruption)
                 if phase >= last_phase:
                     break
+                doing = f"at boundary {phase}-{phase + 1}"
                 trainer = experiment.cross_boundary(phase, trainer)
                 phase, step = phase + 1, 0
         summarize(folder, console)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingStopped(
+            f"out of memory {doing} ({one_line(error)}); {folder.last_saved()}; a smaller training.batch_size, "
+            "engine.accumulation_steps and engine.activation_checkpointing help; mlxmoe plan says what a run needs",
+            exit_code=1,
+        ) from None
     finally:
         folder.close()
 
@@ -85,6 +100,7 @@ class Options:
 
     device: str = "auto"
     allow_lossy: bool = False
+    is_new: bool = False  # there must be no run in the folder yet
     open_model: Callable[[Path], Checkpoint] = checkpoint.load  # of what a run starts from
 
 
@@ -101,9 +117,11 @@ class Experiment:
         """(phase, trainer, steps done in it): the latest whole checkpoint, or the model that the run starts from."""
         saved = self.folder.load_latest(self.console.warn)
         if saved is None:
+            self.folder.rewind(0, 0)  # what an earlier try wrote before its first checkpoint
             phase = start_phase(self.run)
             trainer = self._trainer(self.run.model, self._first_weights())
             return phase, self._adapted(trainer, phase) if phase >= self.run.first_phase else trainer, 0
+        self._check_config(saved.config, saved.state.phase)
         trainer = self._trainer(saved.config, saved.weights)
         if saved.optimizer_state is not None:
             trainer.load_optimizer_state(saved.optimizer_state)
@@ -112,10 +130,39 @@ class Experiment:
         self.console.line(f"resuming from {path.relative_to(self.folder.path)}")
         return saved.state.phase, trainer, saved.state.step
 
-    def introduce(self, trainer: Trainer) -> None:
-        """Write down what the run is, and say it."""
-        self.folder.introduce(self.run, self.data, environment(self.backend, trainer))
+    def _check_config(self, saved: ModelConfig, phase: int) -> None:
+        """Raise InputError where the config of the run has become that of another model than its checkpoints are of."""
+        asked = by_path(trained_model(self.run, phase).model_dump())
+        for key, value in by_path(saved.model_dump()).items():
+            if asked.get(key) != value:
+                raise InputError(
+                    f"cannot resume {self.folder.path}: {CONFIG} says {key} {asked.get(key)} for phase {phase}, its "
+                    f"checkpoint {value}; put {CONFIG} back as it was, or begin another run"
+                )
+
+    def introduce(self, trainer: Trainer, last_phase: int) -> None:
+        """Write down what the run is, and say it; where it was begun otherwise, what that changes."""
+        before, now = self.folder.identity(), self._identity(trainer, last_phase)
+        self.folder.introduce(self.run, now, self.data, environment(self.backend, trainer))
         self.console.facts(facts(self.run, self.folder.path, self.data, self.backend, trainer))
+        if before is not None and (differing := differences(before, now)):
+            self.console.line(f"not bit for bit: {'; '.join(differing)}")
+
+    def _identity(self, trainer: Trainer, last_phase: int) -> RunIdentity:
+        place: Literal["cpu", "gpu"] = "cpu" if trainer.device == "CPU" else "gpu"
+        libraries = {self.backend.name, "numpy"}
+        return RunIdentity(
+            backend=self.backend.name,
+            device=place,
+            device_label=trainer.device,
+            precision=trainer.precision.name,
+            threads=self.backend.speed.threads() if place == "cpu" else None,
+            processes=trainer.world.size,
+            machine=platform.machine(),
+            versions={name: version for name, version in library_versions().items() if name in libraries and version},
+            last_phase=last_phase,
+            allow_lossy=self.options.allow_lossy,
+        )
 
     def warn_of_memory(self, trainer: Trainer, phases: Iterable[int]) -> None:
         """Say at the start which phases will hardly fit; for several processes there is no estimate."""
@@ -158,7 +205,7 @@ class Experiment:
             report_phase(self.run, phase, trainer, self.data, self.folder, self.console)
         if interruption.came(trainer.world):
             raise interruption.stopped(
-                f"after phase {number}, which is saved; go on with: mlxmoe train --resume {self.folder.path}"
+                f"after phase {number}, which is saved; resume with: {self.folder.resume_command}"
             )
 
     def cross_boundary(self, phase: int, trainer: Trainer) -> Trainer:
@@ -184,8 +231,8 @@ class Experiment:
         file = self.folder.save_boundary(f"{phase}-{phase + 1}", record)
         if not certificate.passed and not allow_lossy:
             raise TrainingStopped(
-                f"boundary {phase}-{phase + 1} changed the model (see {file}); phase {phase + 1} was not started; "
-                "--allow-lossy goes on all the same",
+                f"boundary {phase}-{phase + 1} changed the model (see {file}); phase {phase + 1} was not started; to "
+                f"start it nevertheless: {resume_command(self.folder.path, '--allow-lossy')}",
                 exit_code=1,
             )
         # Before the birth is saved: resuming without it drops this row and crosses again; after it, both are there.
@@ -226,6 +273,11 @@ class Experiment:
 
     def _trainer(self, model: ModelConfig, weights: Weights) -> Trainer:
         return self.backend.trainer(model, self.run.optimizer, weights, self.options.device, self.run.engine)
+
+
+def last_planned_phase(run: RunConfig) -> int:
+    """The last phase of a run for which nobody named another."""
+    return run.start.phases[-1] if run.start else 3
 
 
 def open_run(directory: Path, world: World = Alone()) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_moe.config import RunConfig
@@ -33,7 +34,8 @@ def start_from(
     if source.config.moe is None and phases[0] == 3:
         raise InputError(f"--phases 3 grows experts, and {source.path} is dense; --phases 2,3 upcycles it first")
     tokenizer = str(source.tokenizer_folder.resolve())
-    lineage = lineage_so_far(source.state) or (source.config.display_name,)
+    origin = source.state.lineage or (source.config.display_name,)
+    lineage = lineage_so_far(replace(source.state, lineage=origin))
     settled = {
         "name": lineage[0].rpartition("/")[2],
         "start": {"model": str(source.path.resolve()), "phases": phases, "lineage": lineage},

@@ -11,10 +11,12 @@ from typing import Any
 
 from mlx_moe.processes import World
 
-# What they do by default. A shell starts its background jobs with SIGINT ignored, but who sends one means it.
+# What they do by default. A shell starts its background jobs with SIGINT ignored, but who sends one means it; SIGHUP is
+# ignored where nohup asked for that.
 SIGNALS: dict[signal.Signals, Callable[[int, FrameType | None], Any] | signal.Handlers] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,  # the terminal was closed
 }
 
 
@@ -48,13 +50,13 @@ class Interruption:
 
 @contextmanager
 def interruptions() -> Iterator[Interruption]:
-    """Note SIGINT and SIGTERM, so that the work at hand can finish; a second one ends the program at once."""
-    interruption = Interruption()
+    """Note SIGINT, SIGTERM and SIGHUP, so that the work at hand can finish; a second one ends the program at once."""
+    interruption, handled = Interruption(), _handled()
 
     def receive(number: int) -> None:
         interruption.received = number
-        for either, at_once in SIGNALS.items():
-            signal.signal(either, at_once)
+        for either in handled:
+            signal.signal(either, SIGNALS[either])
 
     with _handling(receive):
         yield interruption
@@ -62,7 +64,7 @@ def interruptions() -> Iterator[Interruption]:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """Raise TrainingStopped on SIGINT and SIGTERM, while there is nothing to save."""
+    """Raise TrainingStopped on SIGINT, SIGTERM and SIGHUP, while there is nothing to save."""
     interruption = Interruption()
 
     def receive(number: int) -> None:
@@ -76,14 +78,19 @@ def stopping_at_once() -> Iterator[None]:
             raise interruption.stopped("before training began; nothing was lost") from None
 
 
+def _handled() -> list[signal.Signals]:
+    is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not is_nohup]
+
+
 @contextmanager
 def _handling(receive: Callable[[int], None]) -> Iterator[None]:
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {number: signal.getsignal(number) for number in _handled()}
 
     def handle(number: int, frame: FrameType | None) -> None:
         receive(number)
 
-    for number in SIGNALS:
+    for number in previous:
         signal.signal(number, handle)
     try:
         yield

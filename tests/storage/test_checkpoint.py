@@ -446,6 +446,79 @@ def test_what_is_damaged_is_not_the_best(tmp_path, content):
     assert checkpoint.best(run) == folder(run, 2, 10)
 
 
+# What is no checkpoint of the run, whatever it looks like
+
+
+def test_a_copied_phase_is_not_the_latest(run):
+    shutil.copytree(run / "phases" / "2-moe", run / "phases" / "backup-of-moe")
+    shutil.copytree(run / "phases" / "2-moe", run / "phases" / "9-moe")
+    assert resolve(run) == folder(run, 2, 10)
+    assert checkpoint.load_latest(run, pytest.fail).path == folder(run, 2, 10)
+
+
+def test_a_checkpoint_under_another_name_is_not_the_latest(run):
+    shutil.copytree(folder(run, 2, 9), folder(run, 2, 99))
+    shutil.copytree(folder(run, 2, 9), folder(run, 3, 9))
+    assert resolve(run) == folder(run, 2, 10)
+    assert "is not what its place says: trainer.json names phase 2, step 9" in refusal(load, folder(run, 3, 9))
+    warnings = []
+    assert checkpoint.load_latest(run, warnings.append).path == folder(run, 2, 10)
+    assert len(warnings) == 2
+
+
+@pytest.mark.parametrize("change", ["altered", "gone", "gone from the manifest only"])
+def test_an_optimizer_state_that_the_manifest_leaves_out(saved, change):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    del manifest["optimizer.safetensors"]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    if change == "altered":
+        (saved / "optimizer.safetensors").write_bytes((saved / "optimizer.safetensors").read_bytes()[:-4] + b"\0\0\0\0")
+    if change == "gone":
+        (saved / "optimizer.safetensors").unlink()
+    assert "optimizer.safetensors" in refusal(load, saved)
+
+
+@pytest.mark.parametrize("name", ["../step-3/config.json", "/etc/passwd", ""])
+def test_a_manifest_that_points_elsewhere(saved, name):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest[name] = manifest["config.json"]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    assert "manifest.json" in refusal(load, saved)
+
+
+def test_a_checkpoint_that_is_read_is_not_pruned(run):
+    held = load(folder(run, 2, 9))
+    keep_last(folder(run, 2, 0).parent, 1)
+    assert folder(run, 2, 9).is_dir()
+    assert_same_arrays(held.weights, WEIGHTS)
+    del held
+    keep_last(folder(run, 2, 0).parent, 1)
+    assert not folder(run, 2, 9).exists()
+
+
+def test_pruning_deletes_nothing_that_is_not_ours(run):
+    (folder(run, 2, 9) / "notes.txt").write_text("precious")
+    keep_last(folder(run, 2, 0).parent, 1)
+    assert (folder(run, 2, 9) / "notes.txt").read_text() == "precious"
+    assert_same_arrays(load(folder(run, 2, 9)).weights, WEIGHTS)
+
+
+def test_a_checkpoint_that_goes_while_it_is_opened(run, monkeypatch):
+    """By a run that trains: the one that took its place is opened."""
+
+    def pruned(path, **options):
+        monkeypatch.undo()
+        shutil.rmtree(path)
+        return acquire(path, **options)
+
+    acquire = checkpoint.locks.acquire
+    monkeypatch.setattr(checkpoint.locks, "acquire", pruned)
+    assert load(run).path == folder(run, 2, 9)
+    monkeypatch.setattr(checkpoint.locks, "acquire", pruned)
+    with pytest.raises(checkpoint.Pruned):
+        load(folder(run, 2, 9))
+
+
 # Going on past damage
 
 

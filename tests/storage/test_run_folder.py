@@ -12,6 +12,7 @@ from short_runs import AfterStep, assert_same_run, short_run, start
 from mlx_moe.data.tokens import prepare
 from mlx_moe.errors import InputError
 from mlx_moe.storage import checkpoint, jsonl
+from mlx_moe.storage.identity import RunIdentity
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.phases import open_run
 
@@ -33,6 +34,19 @@ def whole(cache, tmp_path_factory):
         patch.setenv("MLXMOE_CACHE", str(cache))
         start(short_run(), directory, n_phases=2)
     return directory
+
+
+IDENTITY = RunIdentity(
+    backend="torch",
+    device="cpu",
+    device_label="CPU",
+    precision="fp32",
+    threads=1,
+    processes=1,
+    machine="arm64",
+    versions={},
+    last_phase=3,
+)
 
 
 @contextlib.contextmanager
@@ -108,7 +122,7 @@ def test_a_folder_that_may_not_be_written():
     with tempfile.TemporaryDirectory() as parent:
         Path(parent).chmod(0o555)
         with as_nobody():  # root may write everywhere
-            message = refusal(RunFolder(Path(parent) / "run").introduce, run, data, {})
+            message = refusal(RunFolder(Path(parent) / "run").introduce, run, IDENTITY, data, {})
     assert message == f"cannot write {parent}/run: Permission denied; nothing was begun; name another folder with --out"
 
 

@@ -79,8 +79,10 @@ def test_one_begins_two_go_on_one_ends(mlxmoe, tmp_path, backend, strategy, over
     assert mlxmoe(*arguments(shared, *overrides), "--backend", backend, "--phases", 1).code == 0
     said = launched(backend, tmp_path / "cache", "train", "--resume", shared, "--phases", "2")
     assert f"2 processes, {strategy}" in said
+    assert "not bit for bit: " in said
+    assert "processes 2, was 1" in said
     assert said.count("Phase 2: mixture of experts, results") == 1
-    assert mlxmoe("train", "--resume", shared, "--backend", backend).code == 0
+    assert mlxmoe("train", "--resume", shared, "--phases", "3").code == 0
     assert_same_losses(rows(alone), rows(shared))
 
 

@@ -1,0 +1,54 @@
+"""What a run was begun with and its config does not say: backend, device, threads, how far it goes (`run.json`).
+
+Resuming takes it from here, so that the same numbers come out. What differs all the same is said: `differences`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mlx_moe.storage.records import Open, Phase, read_record
+
+IDENTITY = "run.json"
+
+
+class RunIdentity(Open):
+    """`threads`: of products on CPU, None where nobody counts them; `versions`: of what computes."""
+
+    backend: Literal["mlx", "torch"]
+    device: Literal["cpu", "gpu"]
+    device_label: str
+    precision: str
+    threads: Annotated[int, Field(ge=1, le=2**16)] | None
+    processes: Annotated[int, Field(ge=1, le=2**20)]
+    machine: str
+    versions: dict[str, str]
+    last_phase: Phase
+    allow_lossy: bool = False
+
+
+def read_identity(run: Path) -> RunIdentity | None:
+    """The identity of a run; None where it was begun before there were any. Raises InputError where it is damaged."""
+    file = run / IDENTITY
+    return read_record(RunIdentity, file) if file.is_file() else None
+
+
+def differences(before: RunIdentity, now: RunIdentity) -> list[str]:
+    """What makes a resumed run round differently from the run that was begun, each in a few words."""
+    named = {"backend": "backend", "device_label": "device", "precision": "precision", "machine": "machine"}
+    found = [
+        f"{name} {getattr(now, key)}, was {getattr(before, key)}"
+        for key, name in named.items()
+        if getattr(now, key) != getattr(before, key)
+    ]
+    for name in ("threads", "processes"):
+        was, is_now = getattr(before, name), getattr(now, name)
+        if was != is_now and None not in (was, is_now) and before.backend == now.backend:
+            found.append(f"{name} {is_now}, was {was}")
+    for library, version in now.versions.items():
+        if before.versions.get(library, version) != version:
+            found.append(f"{library} {version}, was {before.versions[library]}")
+    return found

@@ -1,0 +1,47 @@
+"""Going on with a run as it was begun: its backend, device, threads, last phase, unless others are asked for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_moe.config import RunConfig
+from mlx_moe.errors import InputError
+from mlx_moe.storage.identity import read_identity
+from mlx_moe.storage.run_folder import RunFolder
+from mlx_moe.training.backend import Backend, choose_backend, launcher
+from mlx_moe.training.phases import Options, last_planned_phase
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a user's word on how many threads to take
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run to go on with."""
+
+    run: RunConfig
+    backend: Backend
+    last_phase: int
+    options: Options
+
+
+def resume_run(path: Path, backend: str, device: str, allow_lossy: bool) -> Resumed:
+    """What goes on in a run's folder. `auto` stands for what the run was begun with.
+
+    The number of threads is set as it was, unless the environment says another. Raises InputError where there is no
+    run, where its files are damaged, or where what it was begun with is not to be had here.
+    """
+    if not path.is_dir():
+        raise InputError(f"cannot resume {path}: there is no such folder")
+    before = None if launcher() else read_identity(path)  # under a launcher only the first process may see the folder
+    chosen = choose_backend(before.backend if before and backend == "auto" else backend)
+    folder = RunFolder(path, chosen.connect())
+    run, identity = folder.open(), folder.identity()
+    if identity is None:
+        return Resumed(run, chosen, last_planned_phase(run), Options(device, allow_lossy))
+    same_backend = chosen.name == identity.backend
+    if same_backend and identity.threads and not any(name in os.environ for name in THREADS):
+        chosen.speed.set_threads(identity.threads)
+    place = identity.device if same_backend and device == "auto" else device
+    return Resumed(run, chosen, identity.last_phase, Options(place, allow_lossy or identity.allow_lossy))
