@@ -13,7 +13,6 @@ import numpy as np
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.flops import flops_per_token
-from mlx_moe.accounting.memory import step_memory
 from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.data.sources import BUILTIN
 from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
@@ -41,6 +40,7 @@ from mlx_moe.training.boundary import (
 from mlx_moe.training.console import Console, millions
 from mlx_moe.training.introduction import facts
 from mlx_moe.training.loop import Phase, train_phase
+from mlx_moe.training.memory import check_address_space, needed_bytes
 from mlx_moe.training.results import report_phase, summarize
 from mlx_moe.training.start import check_model
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
@@ -63,6 +63,8 @@ def train(
     try:
         with stopping_at_once():
             experiment = begin(run, folder, backend, last_phase, options, console)
+            phases = range(run.first_phase, last_phase + 1)
+            check_address_space(experiment.run, phases, backend, options.device)
             folder.hold()
             if options.is_new and folder.is_begun:  # by another process, since the command looked
                 raise InputError(f"{directory} has become a run in the meantime; name another folder")
@@ -166,12 +168,9 @@ class Experiment:
 
     def warn_of_memory(self, trainer: Trainer, phases: Iterable[int]) -> None:
         """Say at the start which phases will hardly fit; for several processes there is no estimate."""
-        place: Literal["cpu", "gpu"] = "cpu" if trainer.device == "CPU" else "gpu"
-        usable = self.backend.speed.usable_bytes(place)
-        engine = self.run.engine.model_copy(update={"precision": trainer.precision.name})
+        usable = self.backend.speed.usable_bytes("cpu" if trainer.device == "CPU" else "gpu")
         for phase in phases if trainer.world.size == 1 else ():
-            work = trained_model(self.run, phase), self.run.optimizer, engine, self.run.training.batch_size
-            needed = step_memory(*work, self.backend.name, place).peak
+            needed = needed_bytes(self.run, phase, self.backend, self.options.device)
             if needed > usable:
                 self.console.warn(
                     f"phase {phase} will need about {needed / 1e9:.1f} GB, and {usable / 1e9:.1f} GB are usable; what "

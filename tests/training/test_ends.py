@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from short_runs import SIZE
+from short_runs import SIZE, short_run, start
 
 from mlx_moe.storage import checkpoint, jsonl
+from mlx_moe.training import phases
+from mlx_moe.training.phases import open_run
+from mlx_moe.training.stopping import TrainingStopped
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -107,17 +110,34 @@ def test_a_terminal_of_another_encoding_stops_nothing(encoding, cache, tmp_path)
     assert rb"max |\u0394logit|" in result.stdout
 
 
-def test_memory_that_runs_out_is_one_line(cache, tmp_path):
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_memory_that_runs_out_is_one_line(backend, cache, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 
-    words = ["-o", "training.batch_size=40000", "-o", "model.d_model=256"]
+    words = ["-o", "training.batch_size=40000", "-o", "model.d_model=256", "--backend", backend]
     environment = os.environ | {"MLXMOE_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [*WORDS, "--steps", "2", "--out", tmp_path / "run", *words],
         env=environment, capture_output=True, text=True, timeout=120, check=False, preexec_fn=limit,
     )  # fmt: skip
-    assert result.returncode in (1, 2), result.stderr
-    assert "memory" in result.stderr
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "phase 1 will need about" in result.stderr
+    assert not (tmp_path / "run").exists()
     assert "Traceback" not in result.stderr
     assert "batch_size" in result.stderr
+
+
+def test_memory_that_runs_out_while_training_keeps_what_was_saved(tmp_path, monkeypatch):
+    def refused(*arguments, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setenv("MLXMOE_CACHE", str(tmp_path / "cache"))
+    start(short_run(), tmp_path / "run", n_phases=1)
+    monkeypatch.setattr(phases, "certify", refused)
+    with pytest.raises(TrainingStopped) as caught:
+        start(open_run(tmp_path / "run"), tmp_path / "run", n_phases=2)
+    assert caught.value.exit_code == 1
+    for text in ("out of memory at boundary 1-2", "step-12", "mlxmoe plan"):
+        assert text in str(caught.value)

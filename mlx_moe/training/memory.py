@@ -1,0 +1,54 @@
+"""Whether a run's phases fit into memory, asked before they begin."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from mlx_moe.accounting.memory import step_memory
+from mlx_moe.config import RunConfig
+from mlx_moe.errors import InputError
+from mlx_moe.precision import choose_precision
+from mlx_moe.training.backend import Backend
+from mlx_moe.training.boundary import trained_model
+
+MARGIN = 1.1  # of an estimate that is right within a tenth
+
+
+def needed_bytes(run: RunConfig, phase: int, backend: Backend, device: str) -> int:
+    """The peak of a phase's step on a device (`auto`, `cpu`, `gpu`), estimated."""
+    kind = backend.speed.device_kind(device)
+    place: Literal["cpu", "gpu"] = "cpu" if kind == "CPU" else "gpu"
+    precision = choose_precision(run.engine.precision, kind, has_bf16=True).name
+    engine = run.engine.model_copy(update={"precision": precision})
+    work = trained_model(run, phase), run.optimizer, engine, run.training.batch_size
+    return step_memory(*work, backend.name, place).peak
+
+
+def check_address_space(run: RunConfig, phases: Iterable[int], backend: Backend, device: str) -> None:
+    """Raise InputError where a phase takes more than this process may have (`ulimit -v`).
+
+    MLX ends with a segmentation fault where memory is refused, so it must not come to that.
+    """
+    left = address_space_left()
+    if left is None:
+        return
+    for phase in phases:
+        needed = MARGIN * needed_bytes(run, phase, backend, device)
+        if needed > left:
+            raise InputError(
+                f"phase {phase} will need about {needed / 1e9:.1f} GB of memory, and this process may take "
+                f"{max(left, 0) / 1e9:.1f} GB more (ulimit -v); raise that limit, or lower training.batch_size "
+                f"({run.training.batch_size})"
+            )
+
+
+def address_space_left() -> int | None:
+    """Bytes that this process may still map; None where there is no limit, or no system that enforces one."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    sizes = Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY or not sizes.exists():
+        return None
+    return limit - int(sizes.read_text().split()[0]) * resource.getpagesize()
