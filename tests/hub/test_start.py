@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -240,3 +241,27 @@ def test_a_source_that_changed_before_the_first_checkpoint_is_refused(published,
     with pytest.raises(InputError, match=r"model\.architecture llama: .* has mixtral"):
         start(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_boundary_stands_in_the_history_once(published, text, mlxmoe, tmp_path, monkeypatch):
+    """Also where the run was killed after it was written down and before the first checkpoint."""
+    run = tmp_path / "run"
+    arguments = ["--from", published / "llama-tied", "--phases", 2, "--data", text, "--backend", "torch", *OPTIONS]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *arguments, **options: sys.exit(137))
+        assert mlxmoe("train", *arguments, "--out", run).code == 137
+    assert [row["event"] for row in jsonl.read(run / "history.jsonl")] == ["boundary"]
+    assert mlxmoe("train", "--resume", run).code == 0
+    assert [row["event"] for row in jsonl.read(run / "history.jsonl")] == ["boundary", "phase"]
+
+
+def test_a_run_is_named_after_the_model_that_it_starts_from(published, text, mlxmoe, tmp_path):
+    first = tmp_path / "first"
+    options = [*OPTIONS, "--data", text, "--tokenizer", "char", "-o", "model.d_model=32", "-o", "model.n_layers=1"]
+    result = mlxmoe("train", "--preset", "nano", *options, "--phases", 1, "--backend", "torch", "--out", first)
+    assert result.code == 0, result.err
+    second = mlxmoe("train", "--from", first, "--phases", 2, "--data", text, *OPTIONS, "--out", tmp_path / "second")
+    assert second.code == 0, second.err
+    name = checkpoint.load(first).config.display_name
+    assert checkpoint.load(tmp_path / "second").state.lineage[:2] == (name, "trained for 12 steps")
+    assert f"run        {name}, seed 0" in second.out
