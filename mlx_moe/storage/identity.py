@@ -1,6 +1,6 @@
 """What a run was begun with and its config does not say: backend, device, threads, how far it goes (`run.json`).
 
-Resuming takes it from here, so that the same numbers come out. What differs all the same is said: `differences`.
+Resuming takes it from here, so that the same numbers come out. What differs nevertheless is said: `differences`.
 """
 
 from __future__ import annotations

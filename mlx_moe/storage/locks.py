@@ -1,6 +1,6 @@
 """Locks between processes, by `flock`: the system lets go of them when their holder ends, however it ends.
 
-Where a file system knows no `flock`, nothing is locked: what is written is whole all the same, because it appears by
+Where a file system knows no `flock`, nothing is locked; what is written is still whole, because it appears by
 one rename.
 """
 

@@ -32,9 +32,11 @@ def resume_run(path: Path, backend: str, device: str, allow_lossy: bool) -> Resu
     The number of threads is set as it was, unless the environment says another. Raises InputError where there is no
     run, where its files are damaged, or where what it was begun with is not to be had here.
     """
-    if not path.is_dir():
-        raise InputError(f"cannot resume {path}: there is no such folder")
-    before = None if launcher() else read_identity(path)  # under a launcher only the first process may see the folder
+    before = None
+    if launcher() is None:  # under one, only the first process may see the folder
+        if not path.is_dir():
+            raise InputError(f"cannot resume {path}: there is no such folder")
+        before = read_identity(path)
     chosen = choose_backend(before.backend if before and backend == "auto" else backend)
     folder = RunFolder(path, chosen.connect())
     run, identity = folder.open(), folder.identity()
