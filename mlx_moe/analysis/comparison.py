@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import stat
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,15 @@ import numpy as np
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.flops import flops_per_token
 from mlx_moe.accounting.parameters import non_embedding_parameters
-from mlx_moe.analysis.record import Record, read_record
+from mlx_moe.analysis.record import Record, Row, read_record
 from mlx_moe.errors import InputError
 from mlx_moe.storage.run_folder import CONFIG
 from mlx_moe.training.console import Console, millions
 from mlx_moe.validation import by_path
 
 BUDGETS = ("tokens", "flops", "seconds")
+NATS, BITS = "nats per token", "bits per byte"
+LONGEST_VALUE = 200  # characters of a config's value in the table
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ class Comparison:
     """Runs, the best first. `differences`: the config keys in which they differ, with the value of each run.
 
     `equal`: for each budget the largest that all runs spent, and the loss of each at it. `speedup`, of two runs: the
-    lowest loss that both reach, and for each budget how many times what the best spends on it the other does.
+    lowest loss that both reach, and for each budget how many times what the best spends on it the other does. Both are
+    in `unit`: nats per token; bits per byte where the tokenizers differ, and then a token is no budget, because it is
+    not the same text. Where they differ and the bytes are not known, nothing is compared.
     """
 
     runs: list[ComparedRun]
@@ -67,6 +74,7 @@ class Comparison:
     equal: dict[str, dict[str, Any]]
     speedup: dict[str, Any] | None
     warnings: list[str]
+    unit: str | None = NATS
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,10 +82,20 @@ class Comparison:
 
 def latest_runs(folder: Path, n: int) -> list[Path]:
     """The n runs in a folder that were begun last. Raises InputError where there are fewer than two."""
-    found = [path for path in folder.glob("*") if (path / CONFIG).is_file()] if folder.is_dir() else []
-    if len(found) < 2:
-        raise InputError(f"{folder} holds {len(found)} runs; name runs to compare, or their folder with --folder")
-    return sorted(found, key=lambda path: (path / CONFIG).stat().st_mtime)[-n:]
+    begun: dict[Path, float] = {}
+    try:
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError):  # no run, or one that was deleted a moment ago
+                status = os.stat(folder / name / CONFIG)
+                if stat.S_ISREG(status.st_mode) and not name.startswith("."):
+                    begun[folder / name] = status.st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise InputError(f"cannot look for runs in {folder}: {error.strerror}; name another --folder") from None
+    if len(begun) < 2:
+        raise InputError(f"{folder} holds {len(begun)} runs; name runs to compare, or their folder with --folder")
+    return sorted(begun, key=lambda path: (begun[path], path))[-n:]
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
@@ -87,16 +105,17 @@ def compare(paths: Sequence[Path]) -> Comparison:
     """
     records = [read_record(path) for path in paths]
     pairs = list(zip(records, [summarize(record) for record in records], strict=True))
-    identities = {record.data.get("tokenizer", {}).get("identity") for record in records}
-    by_byte = len(identities) > 1 and all(run.bits_per_byte is not None for _, run in pairs)
-    pairs.sort(key=lambda pair: (pair[1].bits_per_byte if by_byte else None) or pair[1].validation_loss)
-    runs = [run for _, run in pairs]
+    unit = _unit(records)
+    pairs.sort(key=lambda pair: (pair[1].bits_per_byte if unit == BITS else None, pair[1].validation_loss))
+    compared = [_in_unit(record, run, unit) for record, run in pairs]
+    budgets = [budget for budget in BUDGETS if unit == NATS or (unit == BITS and budget != "tokens")]
     return Comparison(
-        runs=runs,
+        runs=[run for _, run in pairs],
         differences=_differences([record.run.model_dump(mode="json") for record, _ in pairs]),
-        equal={budget: _at_equal(runs, budget) for budget in BUDGETS},
-        speedup=_speedup(*runs) if len(runs) == 2 else None,
-        warnings=_warnings([record for record, _ in pairs], by_byte),
+        equal={budget: _at_equal(compared, budget) for budget in budgets},
+        speedup=_speedup(compared[0], compared[1], budgets) if len(compared) == 2 and budgets else None,
+        warnings=_warnings([record for record, _ in pairs], unit),
+        unit=unit,
     )
 
 
@@ -145,6 +164,21 @@ def nats_to_bits_per_byte(data: dict[str, Any]) -> float | None:
     return split["tokens"] / split["bytes"] / math.log(2) if split.get("bytes") else None
 
 
+def _unit(records: Sequence[Record]) -> str | None:
+    """In what the losses of runs compare; None where that is not known."""
+    identities = {record.data.get("tokenizer", {}).get("identity") for record in records}
+    if None not in identities and len(identities) == 1:
+        return NATS
+    return BITS if all(nats_to_bits_per_byte(record.data) for record in records) else None
+
+
+def _in_unit(record: Record, run: ComparedRun, unit: str | None) -> ComparedRun:
+    """A run with all losses of its curve in a unit."""
+    scale = (nats_to_bits_per_byte(record.data) or 1.0) if unit == BITS else 1.0
+    points = [replace(point, validation_loss=scale * point.validation_loss) for point in run.curve]
+    return replace(run, curve=points, lowest_validation_loss=scale * run.lowest_validation_loss)
+
+
 def spent_to_reach(points: Sequence[CurvePoint], loss: float, budget: str) -> float:
     """How much of a budget a run spent when its curve first fell to a loss; straight between what was measured."""
     for before, after in pairwise(points):
@@ -157,7 +191,7 @@ def spent_to_reach(points: Sequence[CurvePoint], loss: float, budget: str) -> fl
 
 def show(comparison: Comparison) -> None:
     console, runs = Console(), comparison.runs
-    labels = [Path(run.run).name for run in runs]
+    labels = _labels([run.run for run in runs])
     console.table(
         ["run", "parameters", "active", "tokens", "FLOPs", "time", "val. loss", "bits/byte"],
         [
@@ -178,19 +212,28 @@ def show(comparison: Comparison) -> None:
     if comparison.differences:
         console.title("In what they differ")
         console.table(["key", *labels], [[key, *map(_text, row)] for key, row in comparison.differences.items()])
-    console.title("Validation loss for the same")
-    console.table(
-        ["", "of each", *labels],
-        [
-            [budget, f"{row['budget']:.3g}", *("" if loss is None else f"{loss:.4f}" for loss in row["losses"])]
-            for budget, row in comparison.equal.items()
-        ],
-    )
-    if (speedup := comparison.speedup) is not None:
-        ratios = ", ".join(f"{speedup[budget]:.2f} × the {budget}" for budget in BUDGETS if speedup[budget])
-        console.line(f"to a loss of {speedup['loss']:.4f}, {labels[1]} takes {ratios or 'nothing'} of {labels[0]}")
+    if comparison.equal:
+        console.title(f"Validation loss for the same{'' if comparison.unit == NATS else f', {comparison.unit}'}")
+        console.table(
+            ["", "of each", *labels],
+            [
+                [budget, f"{row['budget']:.3g}", *(f"{loss:.4f}" for loss in row["losses"])]
+                for budget, row in comparison.equal.items()
+            ],
+        )
+    speedup = comparison.speedup or {}
+    ratios = [f"{speedup[budget]:.2f} × the {budget}" for budget in BUDGETS if speedup.get(budget)]
+    if ratios:
+        loss = f"{speedup['loss']:.4f}" + ("" if comparison.unit == NATS else f" {comparison.unit}")
+        console.line(f"to a loss of {loss}, {labels[1]} takes {', '.join(ratios)} of {labels[0]}")
     for warning in comparison.warnings:
         console.warn(warning)
+
+
+def _labels(runs: Sequence[str]) -> list[str]:
+    """The names of the runs' folders, or their paths where two have the same."""
+    names = [Path(os.path.abspath(run)).name for run in runs]
+    return names if len(set(names)) == len(names) and all(names) else list(runs)
 
 
 def _differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -205,33 +248,46 @@ def _at_equal(runs: Sequence[ComparedRun], budget: str) -> dict[str, Any]:
     common = min(getattr(run, budget) for run in runs)
     losses = []
     for run in runs:
-        spent = [getattr(point, budget) for point in run.curve]
-        losses.append(float(np.interp(common, spent, [point.validation_loss for point in run.curve])))
+        spent = [float(getattr(point, budget)) for point in run.curve]  # FLOPs are integers beyond NumPy's
+        losses.append(float(np.interp(float(common), spent, [point.validation_loss for point in run.curve])))
     return {"budget": common, "losses": losses}
 
 
-def _speedup(ahead: ComparedRun, behind: ComparedRun) -> dict[str, Any]:
+def _speedup(ahead: ComparedRun, behind: ComparedRun, budgets: Sequence[str] = BUDGETS) -> dict[str, Any]:
     """How many times what `ahead` spends on the lowest loss that both reach does `behind` spend on it."""
     loss = max(ahead.lowest_validation_loss, behind.lowest_validation_loss)
     ratios: dict[str, Any] = {"loss": loss}
-    for budget in BUDGETS:
+    for budget in budgets:
         spent = spent_to_reach(ahead.curve, loss, budget)
         ratios[budget] = spent_to_reach(behind.curve, loss, budget) / spent if spent else None
     return ratios
 
 
-def _warnings(records: list[Record], by_byte: bool) -> list[str]:
-    """Where the losses are not of the same text."""
+def _warnings(records: list[Record], unit: str | None) -> list[str]:
+    """Where the losses are not of the same text, and what of the runs cannot be read or is no whole run."""
     found = []
-    if len({record.data.get("validation", {}).get("sha256") for record in records}) > 1 and not by_byte:
+    if len({_held_out(record.data, unit) for record in records}) > 1:
         found.append("the runs hold out different text, so their losses do not compare; see mlxmoe eval")
-    if by_byte:
+    if unit == BITS:
         found.append("the tokenizers differ, so runs are ranked by bits per byte; losses per token do not compare")
+    if unit is None:
+        found.append("the tokenizers differ or are not known, so losses per token do not compare; see mlxmoe eval")
     windows = {(r.run.training.eval_sequences, r.run.model.context_length) for r in records}
     if len(windows) > 1:
         found.append("the runs measure on different windows (eval_sequences, context_length); see mlxmoe eval")
+    for record in records:
+        found += [f"{record.path}: {phase.unfinished}" for phase in record.phases if phase.diverged is not None]
+        found += [line if str(record.path) in line else f"{record.path}: {line}" for line in record.unread]
     return found
 
 
+def _held_out(data: Row, unit: str | None) -> Any:
+    """What tells whether runs hold out the same text. The tokens' hash only tells it for the same tokenizer."""
+    if unit == NATS:
+        return data["validation"]["sha256"]
+    return unit and (data["source"]["identity"], data["validation_fraction"], data["validation"]["documents"])
+
+
 def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+    text = "" if value is None else str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} …"

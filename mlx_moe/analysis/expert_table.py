@@ -35,7 +35,7 @@ def summary(one: dict[str, Any]) -> list[str]:
     load_LE, distance_LEE, clones = (
         np.array([layer["load"] for layer in one["layers"]]),
         np.array([layer["distance"] for layer in one["layers"]]),
-        [layer["clones"] for layer in one["layers"] if "clones" in layer],
+        [layer["clones"] for layer in one["layers"] if layer.get("clones")],
     )
     n_experts = load_LE.shape[1]
     pairs = np.triu_indices(n_experts, k=1)
@@ -48,5 +48,5 @@ def summary(one: dict[str, Any]) -> list[str]:
         f"{np.mean([layer['entropy'] for layer in one['layers']]):.3f}",
         f"{sum(len(layer['twins']) for layer in one['layers'])}/{len(load_LE) * len(pairs[0])}",
         f"{distance_LEE[:, *pairs].min(initial=np.inf):.3f}",
-        f"{sum(layer.get('twin_neurons', 0) for layer in clones)}/{copied}" if copied else "",
+        f"{sum(layer.get('twin_neurons') or 0 for layer in clones)}/{copied}" if copied else "",
     ]

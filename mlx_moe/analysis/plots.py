@@ -5,6 +5,7 @@ L layers, E experts, S logged steps.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from mlx_moe.analysis.one_run import SWEEP
 from mlx_moe.analysis.record import PhaseRecord, Record, read_record
 from mlx_moe.analysis.scaling_plot import read_fits, scaling
 from mlx_moe.analysis.sweep_plot import choices
+from mlx_moe.errors import InputError
 from mlx_moe.storage.atomic import signature, writing
 
 # Okabe and Ito's colours: distinct to all kinds of colour vision, and of different lightness.
@@ -48,22 +50,31 @@ STYLE: dict[Any, Any] = {
 }
 ZOOM = 0.4  # shown on both sides of a boundary: this part of the shorter phase
 HIGHEST_LOAD = 2.0  # of the fair share, where the colours end
+MOST_LAYERS = 48  # in a figure
+NARROWEST = 0.25  # of the widest column
 
 
-def plot(path: Path, out: Path | None) -> list[Path]:
-    """Draw a run, or a sweep and its fits, into a folder; the files written. Raises InputError where it is neither."""
-    fits, folder = (path / FITS, path) if path.is_dir() else (path, path.parent)
+def plot(path: Path, out: Path | None, warn: Callable[[str], None] = lambda line: None) -> list[Path]:
+    """Draw a run, or a sweep and its fits, into a folder; the files written.
+
+    `warn` gets a line for what of a run cannot be read. Raises InputError where it is neither.
+    """
+    fits, folder = (path / FITS, path) if os.path.isdir(path) else (path, path.parent)
     figures: dict[str, Figure | None] = {}
     with mpl.rc_context(STYLE):
-        if (path / SWEEP).is_file():
+        if os.path.isfile(path / SWEEP):
             figures["choices"] = choices(path)
-        if fits.is_file():
+        if os.path.isfile(fits):
             counted, fitted = read_fits(fits)
             figures |= {f"scaling-{one.law}": scaling(one, counted) for one in fitted}
         if not figures:
             record = read_record(path)
+            for line in record.unread:
+                warn(line)
             figures |= {name: draw(record) for name, draw in FIGURES.items()}
         drawn = {name: figure for name, figure in figures.items() if figure is not None}
+        if not drawn:
+            raise InputError(f"no row of {path} has a figure to draw yet; train on: mlxmoe train --resume {path}")
         return [
             file for name, figure in drawn.items() for file in save(figure, out or folder / "plots", name, out is None)
         ]
@@ -79,8 +90,11 @@ def save(figure: Figure, out: Path, name: str, is_own_place: bool = False) -> li
     return files
 
 
-def loss(record: Record) -> Figure:
+def loss(record: Record) -> Figure | None:
     """Training and validation loss of the whole run, and below it what is near each boundary."""
+    losses = [value for phase in record.phases for name in LOSSES for _, value in phase.column(name)]
+    if not losses:
+        return None
     boundaries = list(pairwise(record.phases))
     figure = Figure(figsize=(7.2, 5.4 if boundaries else 3.2))
     heights = [1.15, 1] if boundaries else [1]
@@ -88,9 +102,11 @@ def loss(record: Record) -> Figure:
     whole = rows[0].subplots()
     _draw_losses(whole, record)
     _mark_phases(whole, record)
-    whole.set_yscale("log")
-    _label_log_axis(whole)
-    whole.set(xlabel="step of the run", ylabel="cross entropy (nats per token, log)")
+    if min(losses) > 0:
+        whole.set_yscale("log")
+        _label_log_axis(whole)
+    scale = ", log" if min(losses) > 0 else ""
+    whole.set(xlabel="step of the run", ylabel=f"cross entropy (nats per token{scale})")
     whole.legend(loc="lower left")
     if boundaries:
         zooms = np.atleast_1d(rows[1].subplots(1, len(boundaries)))
@@ -100,24 +116,30 @@ def loss(record: Record) -> Figure:
     return figure
 
 
-def learning_rate(record: Record) -> Figure:
+def learning_rate(record: Record) -> Figure | None:
     return _by_step(record, "learning_rate", "learning rate")
 
 
-def gradient_norm(record: Record) -> Figure:
+def gradient_norm(record: Record) -> Figure | None:
     figure = _by_step(record, "grad_norm", "norm of the gradient, before clipping")
-    limit = record.run.optimizer.max_grad_norm
-    figure.axes[0].axhline(limit, color="black", linewidth=0.8, linestyle=":")
-    figure.axes[0].annotate(
+    if figure is None:
+        return None
+    axes, limit = figure.axes[0], record.run.optimizer.max_grad_norm
+    if limit > axes.get_ylim()[1]:  # a line up there would press all norms to the bottom
+        axes.set_ylabel(f"{axes.get_ylabel()} at {limit:g}")
+        return figure
+    axes.axhline(limit, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate(
         f"clipped at {limit:g}", (1, limit), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
         ha="right", va="bottom", fontsize=8,
     )  # fmt: skip
     return figure
 
 
-def speed(record: Record) -> Figure:
+def speed(record: Record) -> Figure | None:
     figure = _by_step(record, "tokens_per_s", "tokens per second")
-    figure.axes[0].yaxis.set_major_formatter(EngFormatter(sep=""))
+    if figure is not None:
+        figure.axes[0].yaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
 
@@ -126,15 +148,18 @@ def expert_load(record: Record) -> Figure | None:
     phases = [phase for phase in record.phases if phase.column("expert_load")]
     if not phases:
         return None
-    figure = Figure(figsize=(7.2, 1.0 + 0.45 * max(len(phase.model.expert_layers) for phase in phases)))
-    columns = figure.subfigures(1, len(phases), squeeze=False, width_ratios=[phase.steps + 1 for phase in phases])[0]
+    shown = {phase.number: _evenly(len(phase.model.expert_layers), MOST_LAYERS) for phase in phases}
+    figure = Figure(figsize=(7.2, 1.0 + 0.45 * max(map(len, shown.values()))))
+    longest = max(phase.steps + 1 for phase in phases)
+    widths = [max(phase.steps + 1, NARROWEST * longest) for phase in phases]
+    columns = figure.subfigures(1, len(phases), squeeze=False, width_ratios=widths)[0]
     for phase, column in zip(phases, columns, strict=True):
         loads = phase.column("expert_load")
-        load_LES = np.array([load for _, load in loads]).transpose(1, 2, 0)
+        load_LES = np.array([[load[place] for place in shown[phase.number]] for _, load in loads]).transpose(1, 2, 0)
         edges = _edges([row["step"] for row, _ in loads])
         layers = np.atleast_1d(column.subplots(len(load_LES), 1, sharex=True))
-        for layer, axes, load_ES in zip(phase.model.expert_layers, layers, load_LES, strict=True):
-            n_experts = len(load_ES)
+        for place, axes, load_ES in zip(shown[phase.number], layers, load_LES, strict=True):
+            layer, n_experts = phase.model.expert_layers[place], len(load_ES)
             mesh = axes.pcolormesh(
                 edges, np.arange(n_experts + 1), n_experts * load_ES,
                 cmap="cividis", norm=Normalize(0, HIGHEST_LOAD), rasterized=True,
@@ -161,13 +186,13 @@ FIGURES: dict[str, Callable[[Record], Figure | None]] = {
 }
 
 
+LOSSES = {"cross_entropy": ("training, single batches", "-"), "validation_loss": ("validation", "o--")}
+
+
 def _draw_losses(axes: Axes, record: Record) -> None:
     for phase in record.phases:
         first = phase is record.phases[0]
-        for name, label, style in (
-            ("cross_entropy", "training, single batches", "-"),
-            ("validation_loss", "validation", "o--"),
-        ):
+        for name, (label, style) in LOSSES.items():
             axes.plot(
                 *_points(phase, name), style, label=label if first else None, color=ORANGE if "o" in style else BLUE,
                 linewidth=1.1, markersize=4, markeredgecolor="black", markeredgewidth=0.6,
@@ -182,13 +207,13 @@ def _zoom(axes: Axes, record: Record, before: PhaseRecord, after: PhaseRecord) -
     visible = [
         row[name]
         for phase in (before, after)
-        for name in ("cross_entropy", "validation_loss")
+        for name in LOSSES
         for row, _ in phase.column(name)
         if abs(row["run_step"] - boundary) <= reach
     ]
-    low, high = min(visible), max(visible)
-    margin = 0.08 * (high - low) or 0.01
-    axes.set(xlim=(boundary - reach, boundary + reach), ylim=(low - margin, high + margin), xlabel="step of the run")
+    if visible:
+        axes.set_ylim(*_with_margin(min(visible), max(visible)))
+    axes.set(xlim=(boundary - reach, boundary + reach), xlabel="step of the run")
     verb = "upcycled" if after.number == 2 else "grown"
     certificate = record.boundaries.get(f"{before.number}-{after.number}", {})
     jump = certificate.get("loss_jump")
@@ -196,7 +221,17 @@ def _zoom(axes: Axes, record: Record, before: PhaseRecord, after: PhaseRecord) -
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-def _by_step(record: Record, name: str, label: str) -> Figure:
+def _with_margin(low: float, high: float) -> tuple[float, float]:
+    """Limits of an axis around values, which may all be the same."""
+    size = max(abs(low), abs(high))
+    margin = 0.08 * (high - low) if high - low > 1e-9 * size else 0.01 * (size or 1)
+    return low - margin, high + margin
+
+
+def _by_step(record: Record, name: str, label: str) -> Figure | None:
+    """One quantity, which is never negative; None where no row has it."""
+    if not any(phase.column(name) for phase in record.phases):
+        return None
     figure = Figure()
     axes = figure.subplots()
     for phase in record.phases:
@@ -236,6 +271,10 @@ def _power_of_ten(value: float) -> str:
 def _points(phase: PhaseRecord, name: str) -> tuple[list[int], list[float]]:
     pairs = phase.column(name)
     return [row["run_step"] for row, _ in pairs], [value for _, value in pairs]
+
+
+def _evenly(n: int, most: int) -> list[int]:
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
 
 
 def _edges(steps: list[int]) -> list[float]:

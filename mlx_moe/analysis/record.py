@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from functools import cached_property
+import math
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from mlx_moe.accounting import ParameterCount, count_parameters
 from mlx_moe.config import ModelConfig, RunConfig
-from mlx_moe.errors import InputError
-from mlx_moe.storage import jsonl
-from mlx_moe.storage.reading import read_mapping
+from mlx_moe.errors import InputError, one_line
+from mlx_moe.storage import jsonl, records
+from mlx_moe.storage.reading import LARGEST_CONFIG, read_mapping
 from mlx_moe.storage.run_folder import CONFIG, DATA, ENVIRONMENT, HISTORY, METRICS, read_run
 from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.loop import TITLES
-from mlx_moe.training.results import PhaseResult, phase_result
 
 Row = dict[str, Any]
 EXPERTS = "experts.json"
+BOUNDARIES = ("1-2", "2-3")
+LONGEST_LINE = 300  # characters of what is said about a file
 
 
 @dataclass(frozen=True)
 class PhaseRecord:
     """A phase that has begun.
 
-    `rows` are those of `metrics.jsonl`, each with where it stands in the run as a whole: `run_step` (steps),
-    `run_tokens` and `run_seconds` (of steps; validation and saving left out).
+    `rows` are those of `metrics.jsonl`, by rising steps, each with where it stands in the run as a whole: `run_step`
+    (steps), `run_tokens` and `run_seconds` (of steps; validation and saving left out). A key is there only with a
+    value, and all numbers are finite.
     """
 
     number: int
@@ -35,6 +41,7 @@ class PhaseRecord:
     planned_steps: int
     rows: list[Row]
     event: Row | None  # its row of `history.jsonl`; None until it is finished
+    diverged: Row | None = None  # the row that says at which `step` it ended, and for what `reason`
 
     @property
     def name(self) -> str:
@@ -51,14 +58,23 @@ class PhaseRecord:
     def parameters(self) -> ParameterCount:
         return count_parameters(self.model)
 
-    @cached_property
-    def result(self) -> PhaseResult | None:
-        """So far; None before the first step."""
-        return phase_result(self.rows, self.number) if self.steps else None
+    @property
+    def seconds(self) -> float:
+        """Of its steps so far."""
+        seconds: float = self.rows[-1]["run_seconds"] - self.rows[0]["run_seconds"]
+        return seconds
+
+    @property
+    def unfinished(self) -> str:
+        """How far it got, in a few words, where it is not finished."""
+        if self.diverged is None:
+            return f"phase {self.number} stopped at step {self.steps} of {self.planned_steps}"
+        step, reason = self.diverged["step"], self.diverged["reason"]
+        return f"phase {self.number} diverged at step {step} of {self.planned_steps}: {reason}"
 
     def column(self, name: str) -> list[tuple[Row, Any]]:
         """The rows that have a value under a name, with it."""
-        return [(row, row[name]) for row in self.rows if row.get(name) is not None]
+        return [(row, row[name]) for row in self.rows if name in row]
 
 
 @dataclass(frozen=True)
@@ -72,56 +88,194 @@ class Record:
     environment: Row
     data: Row
     experts: Row | None  # what `mlxmoe experts` wrote
-
-    @property
-    def starts(self) -> dict[int, int]:
-        """The steps of the run at which its phases begin."""
-        return {phase.number: phase.rows[0]["run_step"] - phase.rows[0]["step"] for phase in self.phases}
+    unread: tuple[str, ...] = ()  # what was left out because it cannot be read, a line each
 
     @property
     def missing(self) -> list[str]:
         """What a whole run of three phases would have and this one has not, each in a few words."""
         begun = {phase.number: phase for phase in self.phases}
         missing = [
-            f"phase {number} was not begun"
-            if number not in begun
-            else f"phase {number} stopped at step {begun[number].steps} of {begun[number].planned_steps}"
+            begun[number].unfinished if number in begun else self._without_rows(number)
             for number in (self.run.start.phases if self.run.start else TITLES)
             if number not in begun or begun[number].event is None
         ]
-        missing += [f"no {name}" for name, there in ((ENVIRONMENT, self.environment), (DATA, self.data)) if not there]
-        if self.experts is None and any(phase.model.moe for phase in self.phases):
+        files = {ENVIRONMENT: self.environment, DATA: self.data}
+        missing += [f"no {name}" for name, values in files.items() if not (values or self._is_unread(name))]
+        if any(phase.model.moe for phase in self.phases) and not (self.experts or self._is_unread(EXPERTS)):
             missing.append(f"no {EXPERTS} (mlxmoe experts {self.path} writes it)")
         return missing
 
+    def _is_unread(self, name: str) -> bool:
+        return any(str(self.path / name) in line for line in self.unread)
+
+    def _without_rows(self, number: int) -> str:
+        if number < self.phases[-1].number:
+            return f"phase {number} has no rows in {METRICS}"
+        return f"phase {number} was not begun"
+
 
 def read_record(path: Path) -> Record:
-    """Read a run's folder. Raises InputError where it is none, or where a file of it cannot be read."""
+    """Read a run's folder, each file checked against its type and against the others.
+
+    What cannot be read is left out, and `unread` says so. Raises InputError where that leaves no config, or no row of
+    `metrics.jsonl`.
+    """
     run = read_config(path)
-    rows, history = _rows(path / METRICS), _rows(path / HISTORY)
-    events = {row["phase"]: row for row in history if row["event"] == "phase"}
-    phases: list[PhaseRecord] = []
-    for number in TITLES:
-        own = [row for row in rows if row["phase"] == number]
-        if own:
-            before = phases[-1].rows[-1] if phases else {}
-            model, planned = phase_model(run, number), phase_config(run, number).steps
-            phases.append(PhaseRecord(number, model, planned, _in_the_run(own, before), events.get(number)))
+    unread = list[str]()
+    phases = _phases(run, _log(path / METRICS, records.MetricsRow, unread), unread)
     if not phases:
+        if unread:
+            raise InputError(f"cannot read any row of {path / METRICS}; {unread[0]}")
         raise InputError(f"{path} has no rows in {METRICS} yet; wait for the first, or go on with it: --resume {path}")
-    boundaries = {file.stem: _json(file) for file in sorted((path / "boundaries").glob("*.json"))}
-    experts = _json(path / EXPERTS) or None
-    return Record(path, run, phases, boundaries, _json(path / ENVIRONMENT), _json(path / DATA), experts)
+    _add_history(phases, _log(path / HISTORY, records.HistoryRow, unread), unread)
+    return Record(
+        path=path,
+        run=run,
+        phases=phases,
+        boundaries=_boundaries(path / "boundaries", unread),
+        environment=_file(records.Environment, path / ENVIRONMENT, unread),
+        data=_file(records.Provenance, path / DATA, unread),
+        experts=_file(records.ExpertsRecord, path / EXPERTS, unread, records.LARGEST_EXPERTS) or None,
+        unread=tuple(unread),
+    )
 
 
 def read_config(path: Path) -> RunConfig:
-    """The config of a run. Raises InputError where there is none."""
-    if not (path / CONFIG).is_file():
+    """The config of a run. Raises InputError where there is none, or none that can be read."""
+    file = path / CONFIG
+    try:
+        is_there = stat.S_ISREG(os.stat(file).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_there = False
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {file}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+    if not is_there:
         raise InputError(f"no run at {path}: there is no {CONFIG} in it; name a folder that mlxmoe train wrote")
-    return read_run(path, read_mapping(path / CONFIG))
+    values = read_mapping(file)
+    try:
+        return read_run(path, values)
+    except InputError as error:
+        raise InputError(f"cannot read {file}: {_one_line(error)}") from None
 
 
-def _in_the_run(rows: list[Row], before: Row) -> list[Row]:
+def _log(file: Path, kind: Any, unread: list[str]) -> list[Row]:
+    """The rows of a log that are of a kind."""
+    said = list[str]()
+    try:
+        rows = jsonl.read(file, kind, said.append)
+    except InputError as error:
+        rows, said = [], [str(error)]
+    unread += map(_one_line, said)
+    return rows
+
+
+def _file(kind: type[BaseModel], file: Path, unread: list[str], at_most: int = LARGEST_CONFIG) -> Row:
+    """A file's values; none where there is no file, or none of that kind."""
+    if not os.path.lexists(file):
+        return {}
+    try:
+        return records.read_record(kind, file, at_most).model_dump()
+    except InputError as error:
+        unread.append(_one_line(error))
+        return {}
+
+
+def _boundaries(folder: Path, unread: list[str]) -> dict[str, Row]:
+    files = sorted(folder.glob("*.json"))
+    if odd := [file.name for file in files if file.stem not in BOUNDARIES]:
+        unread.append(
+            f"{folder}: {len(odd)} files were left out; the first: {odd[0]} is not {' or '.join(BOUNDARIES)}.json"
+        )
+    read = {file.stem: _file(records.Certificate, file, unread) for file in files if file.stem in BOUNDARIES}
+    return {name: certificate for name, certificate in read.items() if certificate}
+
+
+def _phases(run: RunConfig, rows: Sequence[Row], unread: list[str]) -> list[PhaseRecord]:
+    """The phases that have rows; those of a phase that the config does not allow are left out."""
+    phases: list[PhaseRecord] = []
+    n_not_finite = 0
+    for number in TITLES:
+        own = []
+        for row in rows:
+            if row["phase"] == number:
+                own.append({name: value for name, value in row.items() if _is_figure(value)})
+                n_not_finite += sum(value is not None for value in row.values()) - len(own[-1])
+        if not own:
+            continue
+        try:
+            model, planned = phase_model(run, number), phase_config(run, number).steps
+        except InputError as error:
+            unread.append(_one_line(f"{METRICS}: phase {number} was left out, which {CONFIG} does not allow: {error}"))
+            continue
+        tokens_per_step = run.training.batch_size * model.context_length
+        faults = list[str]()
+        if usable := list(_usable(own, model, planned, tokens_per_step, faults)):
+            before = phases[-1].rows[-1] if phases else {}
+            phases.append(PhaseRecord(number, model, planned, _in_the_run(usable, before), None))
+        if faults:
+            unread.append(
+                f"{METRICS}: {len(faults)} of {len(own)} rows of phase {number} were left out; the first: {faults[0]}"
+            )
+    if n_not_finite:
+        unread.append(f"{METRICS}: {n_not_finite} figures are not finite and were left out")
+    return phases
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a row's value is there, and finite throughout."""
+    if isinstance(value, list):
+        return all(map(_is_figure, value))
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _usable(
+    rows: Iterable[Row], model: ModelConfig, planned_steps: int, tokens_per_step: int, faults: list[str]
+) -> Iterator[Row]:
+    """The rows of a phase that fit its model and each other, by rising steps; of two of one step the later."""
+    by_step: dict[int, Row] = {}
+    shape = [model.moe.n_experts if model.moe else 0] * len(model.expert_layers)
+    for row in rows:
+        step, tokens = row["step"], row.get("tokens", 0)
+        load_LE, entropy_L = row.get("expert_load"), row.get("router_entropy")
+        if step in by_step:
+            faults.append(f"step {step} comes twice")
+        if step > planned_steps:
+            faults.append(f"step {step} is beyond the phase's {planned_steps}")
+        elif tokens > step * tokens_per_step:
+            faults.append(f"{tokens} tokens at step {step}, where {tokens_per_step} are in a batch")
+        elif load_LE is not None and not (shape and [len(load_E) for load_E in load_LE] == shape):
+            faults.append(f"the expert_load of step {step} is not that of {_experts(model)}")
+        elif entropy_L is not None and not (shape and len(entropy_L) == len(shape)):
+            faults.append(f"the router_entropy of step {step} is not that of {_experts(model)}")
+        else:
+            by_step[step] = row
+    most = 0
+    for step, row in sorted(by_step.items()):
+        if row.get("tokens", 0) < most:
+            faults.append(f"step {step} has fewer tokens than one before it")
+        else:
+            most = row.get("tokens", 0)
+            yield row
+
+
+def _experts(model: ModelConfig) -> str:
+    n_experts = model.moe.n_experts if model.moe else 0
+    return f"{len(model.expert_layers)} layers of {n_experts} experts"
+
+
+def _add_history(phases: list[PhaseRecord], history: Sequence[Row], unread: list[str]) -> None:
+    """Give the phases what became of them."""
+    rows = {event: {row["phase"]: row for row in history if row["event"] == event} for event in ("phase", "diverged")}
+    for i, phase in enumerate(phases):
+        diverged = rows["diverged"].get(phase.number)
+        if diverged and diverged["step"] < phase.steps:  # it was resumed and got past that
+            diverged = None
+        phases[i] = replace(phase, event=rows["phase"].get(phase.number), diverged=diverged)
+    for number in sorted(rows["phase"].keys() - {phase.number for phase in phases}):
+        unread.append(f"{HISTORY}: phase {number} is finished, and {METRICS} has no row of it that can be used")
+
+
+def _in_the_run(rows: Sequence[Row], before: Row) -> list[Row]:
     """The rows of a phase with their places in the run, given the last row of the phase before."""
     step, tokens = before.get("run_step", 0), before.get("run_tokens", 0)
     seconds, last_step = before.get("run_seconds", 0.0), 0
@@ -134,18 +288,6 @@ def _in_the_run(rows: list[Row], before: Row) -> list[Row]:
     return placed
 
 
-def _rows(file: Path) -> list[Row]:
-    bad: list[str] = []
-    rows = jsonl.read(file, warn=bad.append)
-    if bad and not rows:
-        raise InputError(f"cannot read {bad[0]}")
-    return rows
-
-
-def _json(file: Path) -> Row:
-    """A file's values; none where there is no file."""
-    try:
-        values: Row = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file}: {error}") from None
-    return values
+def _one_line(error: object) -> str:
+    line = " ".join(str(error).split())
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} …"

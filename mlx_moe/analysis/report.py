@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_moe.analysis.expert_table import SUMMARY_COLUMNS, SUMMARY_LEGEND, summa
 from mlx_moe.analysis.record import PhaseRecord, Record, Row, read_record
 from mlx_moe.storage.atomic import output_file, writing
 from mlx_moe.storage.checkpoint import PHASE_FOLDERS
+from mlx_moe.storage.reading import read_text
 from mlx_moe.storage.run_folder import CONFIG
 from mlx_moe.training.boundary import lineage
 from mlx_moe.training.console import millions
@@ -31,11 +33,17 @@ CURVES = (
 PLACES = ("run_step", "run_tokens", "run_seconds")
 
 
-def write_report(path: Path, out: Path) -> Path:
-    """Write the page about a run. Raises InputError where `path` is no run, or `out` cannot be written."""
+def write_report(path: Path, out: Path, warn: Callable[[str], None] = lambda line: None) -> Path:
+    """Write the page about a run; `warn` gets a line for all that is not there or cannot be read.
+
+    Raises InputError where `path` is no run, or `out` cannot be written.
+    """
     record = read_record(path)
+    for line in record.unread:
+        warn(line)
     with writing(out, REPORT, is_own_place=out == path / REPORT) as partial:
-        partial.write_text(render(record), encoding="utf-8")
+        # A path may hold bytes that are no UTF-8.
+        partial.write_text(render(record), encoding="utf-8", errors="backslashreplace")
     return output_file(out, REPORT)
 
 
@@ -48,6 +56,7 @@ def render(record: Record) -> str:
         title=record.run.name,
         lede=_lede(record),
         missing=record.missing,
+        unread=record.unread,
         tiles=_tiles(record),
         boundaries=[_boundary(name, values) for name, values in record.boundaries.items()],
         decades=[{"power": power, "at": _at(10.0**power)} for power in range(DECADES[0] + 2, DECADES[1], 2)],
@@ -59,7 +68,7 @@ def render(record: Record) -> str:
         expert_legend=SUMMARY_LEGEND,
         samples=_samples(record),
         facts=_facts(record),
-        config=(record.path / CONFIG).read_text(encoding="utf-8"),
+        config=read_text(record.path / CONFIG),
         data=_data(record),
     )
 
@@ -81,6 +90,8 @@ def _lede(record: Record) -> str:
         f"{', '.join(steps)}. {last['run_step']:,} steps, {_count(last['run_tokens'])} tokens{made_of} in "
         f"{_duration(last['run_seconds'])}{place}."
     )
+    if (diverged := record.phases[-1].diverged) is not None:
+        text += f" It diverged at step {diverged['step']:,} of phase {diverged['phase']}: {diverged['reason']}."
     return text[0].upper() + text[1:]
 
 
@@ -110,7 +121,9 @@ def _boundary(name: str, values: Row) -> Row:
     before, after = name.split("-")
     verdict = "lossless ✓" if values["passed"] else "changed the model ✗"
     limits = values["limit_logit_difference"], values["limit_loss_jump"]
-    notes = [f"Same likeliest token at {100 * values['argmax_agreement']:.2f} % of the positions."]
+    notes = []
+    if values["argmax_agreement"] is not None:
+        notes.append(f"Same likeliest token at {100 * values['argmax_agreement']:.2f} % of the positions.")
     if values["routing_flips"]:
         notes.append(
             f"{values['routing_flips']} routing ties were flipped by rounding ({_size(values['router_difference'])} in "
@@ -151,26 +164,30 @@ PHASE_COLUMNS = ["phase", "parameters", "active per token", "steps", "training l
 
 
 def _phase_row(phase: PhaseRecord) -> Row:
-    count, result = phase.parameters, phase.result
+    count = phase.parameters
     steps = f"{phase.steps:,}" if phase.steps == phase.planned_steps else f"{phase.steps:,} of {phase.planned_steps:,}"
-    cells = [millions(count.total), millions(count.active), steps]
-    if result is not None:
-        cells += [
-            f"{result.first_loss:.4f} → {result.last_loss:.4f}",
-            f"{result.first_validation_loss:.4f} → {result.last_validation_loss:.4f}",
-            _duration(result.seconds),
-        ]
+    losses = [_first_to_last(phase, name) for name in ("cross_entropy", "validation_loss")]
+    cells = [millions(count.total), millions(count.active), steps, *losses, _duration(phase.seconds)]
     return {"name": phase.name, "architecture": phase.model.display_name, "cells": cells}
+
+
+def _first_to_last(phase: PhaseRecord, name: str) -> str:
+    values = [value for _, value in phase.column(name)]
+    return f"{values[0]:.4f} → {values[-1]:.4f}" if values else "–"
 
 
 def _samples(record: Record) -> list[Row]:
     """For every prompt what each finished phase makes of it."""
     finished = [(phase.name, phase.event["samples"]) for phase in record.phases if phase.event]
-    prompts = finished[0][1] if finished else {}
+    prompts = dict.fromkeys(prompt for _, texts in finished for prompt in texts)
     return [
         {
             "prompt": prompt,
-            "texts": [{"phase": name, "text": texts[prompt].strip() or "(nothing)"} for name, texts in finished],
+            "texts": [
+                {"phase": name, "text": texts[prompt].strip() or "(nothing)"}
+                for name, texts in finished
+                if prompt in texts
+            ],
         }
         for prompt in prompts
     ]
@@ -213,9 +230,14 @@ def _data(record: Record) -> Row:
 
 
 def _thinned(rows: list[Row]) -> list[Row]:
-    """Evenly spaced ones where there are too many; those with a validation loss all stay."""
-    kept = {round(i) for i in np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS))}
-    return [row for i, row in enumerate(rows) if i in kept or "validation_loss" in row]
+    """Evenly spaced ones where there are too many, and as many of those with a validation loss."""
+    validated = [i for i, row in enumerate(rows) if "validation_loss" in row]
+    kept = {indices[round(i)] for indices in (range(len(rows)), validated) for i in _evenly(len(indices), MOST_ROWS)}
+    return [rows[i] for i in sorted(kept)]
+
+
+def _evenly(n: int, most: int) -> list[float]:
+    return np.linspace(0, n - 1, min(n, most)).tolist()
 
 
 def _figure(value: Any) -> Any:

@@ -35,7 +35,7 @@ def plot(
     """Draw a run's curves and its experts' load, or a sweep and its scaling law, as SVG and PNG."""
     from mlx_moe.analysis.plots import plot as draw
 
-    for file in draw(path, out):
+    for file in draw(path, out, _warn):
         echo(file)
 
 
@@ -46,4 +46,8 @@ def report(
     """Write one HTML page about a run; it opens in any browser, without a network."""
     from mlx_moe.analysis.report import write_report
 
-    echo(write_report(run, out or run / "report.html"))
+    echo(write_report(run, out or run / "report.html", _warn))
+
+
+def _warn(line: str) -> None:
+    echo(f"warning: {line}", err=True)

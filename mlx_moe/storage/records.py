@@ -1,28 +1,51 @@
 """What each file of ours holds, as types: a file is checked against its type where it is read, and nowhere else.
 
-Keys that are not named here are let through, so that a later version may add some.
+Keys that are not named here are let through, so that a later version may add some. Nothing is converted: a number in
+quotes is no number.
+
+L layers, E experts.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sized
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from mlx_moe.errors import InputError
-from mlx_moe.storage.reading import read_json
+from mlx_moe.storage.reading import LARGEST_CONFIG, read_json
 from mlx_moe.validation import validate
 
 Record = TypeVar("Record")
+
+LARGEST_FIGURE = 1e39  # what is computed in float32 ends at 3.4e38
+LONGEST_FAULT = 150  # characters of a message; it repeats what was read
+LARGEST_EXPERTS = 1 << 30  # bytes of experts.json: two E × E maps for every layer of every checkpoint
+
+
+def _missing_unless_finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 Phase = Annotated[int, Field(ge=1, le=3)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Figure = Annotated[float, Field(ge=-LARGEST_FIGURE, le=LARGEST_FIGURE)]
+Amount = Annotated[float, Field(ge=0, le=LARGEST_FIGURE)]
+Milliseconds = Annotated[float, Field(ge=0, le=1e12)]  # of a step: at most thirty years
+Share = Annotated[float, Field(ge=0, le=1)]
+# Of a log: one that is not finite is no figure, and the row holds all the same.
+LoggedFigure = Annotated[Figure | None, BeforeValidator(_missing_unless_finite)]
+LoggedAmount = Annotated[Amount | None, BeforeValidator(_missing_unless_finite)]
+LoggedShare = Annotated[Share | None, BeforeValidator(_missing_unless_finite)]
 
 
 class Open(BaseModel):
     """Keys beyond those named are kept as they are."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, frozen=True, strict=True)
 
 
 class SplitRecord(Open):
@@ -49,11 +72,25 @@ class Provenance(Open):
 
     source: SourceRecord
     tokenizer: TokenizerRecord
-    validation_fraction: float
+    validation_fraction: Share
     split: Literal["by document", "by token"]
     dtype: Literal["uint16", "uint32"]
     train: SplitRecord
     validation: SplitRecord
+
+
+class Environment(Open):
+    """`environment.json` of a run."""
+
+    command: list[str]
+    git_sha: str | None
+    python: str
+    platform: str
+    libraries: dict[str, str | None]
+    backend: str
+    backend_reason: str
+    device: str
+    precision: str
 
 
 class MetricsRow(Open):
@@ -61,20 +98,20 @@ class MetricsRow(Open):
 
     phase: Phase
     step: Count
-    loss: float | None = None
-    cross_entropy: float | None = None
-    auxiliary_loss: float | None = None
-    learning_rate: float | None = None
-    grad_norm: float | None = None
+    loss: LoggedFigure = None
+    cross_entropy: LoggedFigure = None
+    auxiliary_loss: LoggedFigure = None
+    learning_rate: LoggedAmount = None
+    grad_norm: LoggedAmount = None
     tokens: Count = 0
-    tokens_per_s: float | None = None
-    step_ms: Annotated[float, Field(ge=0)] = 0
-    mfu: float | None = None
+    tokens_per_s: LoggedAmount = None
+    step_ms: Annotated[Milliseconds | None, BeforeValidator(_missing_unless_finite)] = None
+    mfu: LoggedAmount = None
     peak_memory_bytes: Count | None = None
-    validation_loss: float | None = None
-    expert_load: list[list[float]] | None = None
-    load_imbalance: float | None = None
-    router_entropy: list[float] | None = None
+    validation_loss: LoggedFigure = None
+    expert_load: list[list[LoggedShare]] | None = None  # (L, E), the layers with experts only
+    load_imbalance: LoggedAmount = None
+    router_entropy: list[LoggedAmount] | None = None  # (L,)
 
 
 class Parameters(Open):
@@ -88,12 +125,12 @@ class PhaseRow(Open):
     event: Literal["phase"]
     phase: Phase
     step: Count
-    first_loss: float
-    last_loss: float
-    first_validation_loss: float
-    last_validation_loss: float
+    first_loss: Figure
+    last_loss: Figure
+    first_validation_loss: Figure
+    last_validation_loss: Figure
     tokens: Count
-    seconds: float
+    seconds: Amount
     parameters: Parameters
     samples: dict[str, str]
 
@@ -102,18 +139,18 @@ class Certificate(Open):
     """A file of `boundaries/`, and a row of `history.jsonl`. None stands for what is not finite."""
 
     passed: bool
-    logit_differences: list[float | None]
-    max_logit_difference: float | None
-    limit_logit_difference: float
-    loss_before: float | None
-    loss_after: float | None
-    loss_jump: float | None
-    limit_loss_jump: float
-    argmax_agreement: float | None
+    logit_differences: list[Figure | None]
+    max_logit_difference: Figure | None
+    limit_logit_difference: Figure
+    loss_before: Figure | None
+    loss_after: Figure | None
+    loss_jump: Figure | None
+    limit_loss_jump: Figure
+    argmax_agreement: Share | None
     routing_flips: Count = 0
-    router_difference: float | None = None
-    free_logit_difference: float | None = None
-    rounding_floor: float | None = None
+    router_difference: Figure | None = None
+    free_logit_difference: Figure | None = None
+    rounding_floor: Figure | None = None
     allowed_lossy: bool = False
 
 
@@ -124,19 +161,94 @@ class BoundaryRow(Certificate):
     phase: Phase
 
 
+class DivergedRow(Open):
+    """A row of `history.jsonl` for a phase that ended because something was no longer finite; `reason` says what."""
+
+    event: Literal["diverged"]
+    phase: Phase
+    step: Count
+    reason: str
+
+
 def _event(values: Any) -> str:
     return str(values.get("event") if isinstance(values, dict) else getattr(values, "event", ""))
 
 
 HistoryRow = Annotated[
-    Annotated[PhaseRow, Tag("phase")] | Annotated[BoundaryRow, Tag("boundary")], Discriminator(_event)
+    Annotated[PhaseRow, Tag("phase")]
+    | Annotated[BoundaryRow, Tag("boundary")]
+    | Annotated[DivergedRow, Tag("diverged")],
+    Discriminator(_event),
 ]
 
 
-def read_record(kind: type[Record], file: Path) -> Record:
-    """A JSON file of ours, checked against its type. Raises InputError, which names the file and what is wrong."""
-    values = read_json(file)
+class TakenTokenRecord(Open):
+    text: str
+    occurrences: Count
+    share: Share
+    lift: Amount
+
+
+class ClonesRecord(Open):
+    neurons: Count
+    neuron_distance: list[Amount] | None = None
+    twin_neurons: Count | None = None
+    copy_of: Count | None = None
+    same_experts: Share | None = None
+
+
+class LayerRecord(Open):
+    """The experts of a layer."""
+
+    layer: Count
+    load: list[Share]  # (E,)
+    entropy: Figure
+    together: list[list[Share]]  # (E, E)
+    distance: list[list[Amount]]  # (E, E)
+    dead: list[Count]
+    twins: list[list[Count]]
+    tokens: list[list[TakenTokenRecord]]  # of each expert
+    clones: ClonesRecord | None = None
+
+    @model_validator(mode="after")
+    def _experts_agree(self) -> LayerRecord:
+        n_experts = len(self.load)
+        rows: list[Sized] = [self.together, self.distance, self.tokens, *self.together, *self.distance]
+        lengths = {len(row) for row in rows}
+        if not n_experts or lengths != {n_experts}:
+            raise ValueError(f"load is that of {n_experts} experts, and the rest is not")
+        return self
+
+
+class CheckpointRecord(Open):
+    checkpoint: str
+    phase: Phase
+    step: Count
+    layers: Annotated[list[LayerRecord], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _layers_agree(self) -> CheckpointRecord:
+        if len({len(layer.load) for layer in self.layers}) > 1:
+            raise ValueError("the layers have different numbers of experts")
+        return self
+
+
+class ExpertsRecord(Open):
+    """`experts.json` of a run."""
+
+    tokens: Count
+    twin_distance: Amount
+    checkpoints: list[CheckpointRecord]
+
+
+def read_record(kind: type[Record], file: Path, at_most: int = LARGEST_CONFIG) -> Record:
+    """A JSON file of ours, of `at_most` so many bytes, checked against its type.
+
+    Raises InputError, which names the file and what is wrong.
+    """
+    values = read_json(file, at_most)
     try:
         return validate(kind, values)
     except InputError as error:
-        raise InputError(f"cannot read {file}: {'; '.join(str(error).splitlines()[:3])}") from None
+        faults = [fault[:LONGEST_FAULT] for fault in str(error).splitlines()[:3]]
+        raise InputError(f"cannot read {file}: {'; '.join(faults)}") from None

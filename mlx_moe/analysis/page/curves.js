@@ -43,6 +43,7 @@ const place = (axis, value) => (axis === "time" ? duration(value) : `${compact(v
 
 // Ticks at 1, 2 or 5 times a power of ten; on a log scale, where it spans enough, some of every decade.
 function ticks(low, high, count, log) {
+  if (!(high - low > 1e-9 * Math.max(Math.abs(low), Math.abs(high)))) return [low]; // steps too small to add up
   if (log && high / low > 4) {
     const found = [];
     const subs = high / low > 1e4 ? [1] : high / low > 30 ? [1, 3] : [1, 1.5, 2, 3, 5, 7];
@@ -127,9 +128,10 @@ class Chart {
     const [x0, x1] = xs.length ? extent(xs) : [0, 1];
     let [y0, y1] = ys.length ? extent(ys) : [0.1, 1];
     if (!this.log) {
-      const margin = 0.05 * (y1 - y0) || 0.05 * Math.abs(y1) || 1;
+      const spread = y1 - y0 > 1e-9 * Math.abs(y1) ? y1 - y0 : Math.abs(y1);
+      const margin = 0.05 * spread || 1;
       [y0, y1] = [y0 >= 0 && y0 < 0.3 * y1 ? 0 : y0 - margin, y1 + margin];
-    } else if (y0 === y1) [y0, y1] = [y0 / 2, y1 * 2];
+    } else if (y0 === y1) [y0, y1] = [y0 / 2 || y0, y1 * 2];
     this.x = (value) => box.left + ((value - x0) / (x1 - x0 || 1)) * (box.right - box.left);
     this.y = (value) => box.bottom - ((scale(value) - scale(y0)) / (scale(y1) - scale(y0))) * (box.bottom - box.top);
     this.box = box;
@@ -204,4 +206,5 @@ class Chart {
   }
 }
 
-new Chart();
+if (Object.values(METRICS).some(({ lines }) => lines.some(([, key]) => DATA.rows[key].some((y) => y !== null)))) new Chart();
+else byId("reading").textContent = "No row has a figure.";
