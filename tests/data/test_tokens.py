@@ -29,7 +29,7 @@ def data(tmp_path_factory):
 def split_documents(data):
     return [
         set(data.tokenizer.decode(tokens.tolist()).split("<|endoftext|>")[:-1])
-        for tokens in (data.train, data.validation)
+        for tokens in (data.train[:], data.validation[:])
     ]
 
 
@@ -48,7 +48,7 @@ def test_every_document_is_there_once_and_whole(data):
     assert not train & validation
     assert len(train) + len(validation) == 150
     assert 1 <= len(validation) <= 20
-    for tokens in (data.train, data.validation):
+    for tokens in (data.train[:], data.validation[:]):
         assert tokens[-1] == data.tokenizer.eot_id
         assert tokens.ndim == 1
         assert tokens.dtype == np.uint16
@@ -62,7 +62,7 @@ def test_provenance_adds_up(data):
     assert facts["tokenizer"] == {"spec": "bpe:300", "identity": data.tokenizer.identity, "vocab_size": 300}
     assert facts["train"]["bytes"] + facts["validation"]["bytes"] == sum(len(text.encode()) for text in stories(150))
     for name, tokens, documents in zip(
-        ("train", "validation"), (data.train, data.validation), split_documents(data), strict=True
+        ("train", "validation"), (data.train[:], data.validation[:]), split_documents(data), strict=True
     ):
         assert facts[name]["tokens"] == len(tokens)
         assert facts[name]["documents"] == len(documents) == (tokens == data.tokenizer.eot_id).sum()
@@ -113,7 +113,7 @@ def test_neither_side_is_ever_empty(tmp_path, fraction, documents):
     small = prepare(DataConfig(source=str(path), tokenizer="char", validation_fraction=fraction), tmp_path / "cache")
     assert len(small.train) >= 1
     assert len(small.validation) >= 1
-    whole = small.tokenizer.decode([*small.train.tolist(), *small.validation.tolist()])
+    whole = small.tokenizer.decode([*small.train[:].tolist(), *small.validation[:].tolist()])
     assert sorted(part.strip() for part in whole.split("<|endoftext|>")) == sorted(["", *documents])
 
 
@@ -122,7 +122,7 @@ def test_long_documents_are_encoded_in_pieces(tmp_path, monkeypatch):
     path.write_text("\n".join(stories(40)) + "x" * 3000)
     monkeypatch.setattr(tokenizers_module, "CHARACTERS_PER_PIECE", 500)
     pieces = prepare(DataConfig(source=str(path), tokenizer="bpe:300"), tmp_path / "cache")
-    ids = [*pieces.train.tolist(), *pieces.validation.tolist()]
+    ids = [*pieces.train[:].tolist(), *pieces.validation[:].tolist()]
     assert pieces.tokenizer.decode(ids) == path.read_text() + "<|endoftext|>"
 
 
@@ -178,7 +178,7 @@ def test_damaged_entry_is_made_again(tmp_path, damage):
         (entry / "tokenizer" / "tokenizer.json").write_text("{}")
     again = prepare(STORIES, tmp_path)
     assert again.provenance == whole.provenance
-    assert hashlib.sha256(again.train.tobytes()).hexdigest() == again.provenance["train"]["sha256"]
+    assert hashlib.sha256(again.train[:].tobytes()).hexdigest() == again.provenance["train"]["sha256"]
     assert entries(tmp_path) == [name]
 
 
