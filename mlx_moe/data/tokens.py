@@ -70,16 +70,16 @@ def prepare(
     Raises InputError where the text, the tokenizer or the cache cannot be had.
     """
     root = cache or _default_cache()
-    source = open_source(config)
-    entry = root / _key(config, source)
+    wanted = _Wanted(config, open_source(config), _local_tokenizer(config.tokenizer))
+    entry = root / _key(wanted)
     clean_leftovers(root)
     try:
         if os.path.lexists(entry):
             with contextlib.suppress(InputError):
-                return _open(entry, config, source)
+                return _open(entry, wanted)
         make_folder(root)
         with _held(entry, progress):
-            return _open_or_build(entry, config, source, progress)
+            return _open_or_build(entry, wanted, progress)
     except OSError as error:
         raise InputError(
             f"cannot write the token cache {root}: {error.strerror or one_line(error)}; set MLXMOE_CACHE to a folder "
@@ -161,19 +161,29 @@ def _default_cache() -> Path:
         raise InputError(f"cannot use the token cache ({error}); set MLXMOE_CACHE to a folder you can write") from None
 
 
-def _key(config: DataConfig, source: Source) -> str:
-    tokenizer = config.tokenizer
-    if tokenizer != "char" and _is_folder(folder := absolute(Path(tokenizer))):
-        tokenizer = f"folder:{Tokenizer.load(folder).identity}"
-    parts = [LAYOUT, source.identity, tokenizer, config.validation_fraction]
+@dataclass(frozen=True)
+class _Wanted:
+    """What tokens are to be made of. `tokenizer` is there already where it comes from a folder."""
+
+    config: DataConfig
+    source: Source
+    tokenizer: Tokenizer | None
+
+
+def _local_tokenizer(spec: str) -> Tokenizer | None:
+    folder = absolute(Path(spec))
+    with contextlib.suppress(OSError):  # too long a name for a folder
+        if spec != "char" and folder.is_dir():
+            return Tokenizer.load(folder)
+    return None
+
+
+def _key(wanted: _Wanted) -> str:
+    """The name of a cache entry, from all that its tokens depend on: a tokenizer's contents where it is a folder."""
+    config = wanted.config
+    tokenizer = config.tokenizer if wanted.tokenizer is None else f"folder:{wanted.tokenizer.identity}"
+    parts = [LAYOUT, wanted.source.identity, tokenizer, config.validation_fraction]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # its name is too long for any
-        return False
 
 
 @contextlib.contextmanager
@@ -193,29 +203,30 @@ def _held(entry: Path, progress: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _open_or_build(entry: Path, config: DataConfig, source: Source, progress: Callable[[str], None]) -> TokenData:
+def _open_or_build(entry: Path, wanted: _Wanted, progress: Callable[[str], None]) -> TokenData:
     if os.path.lexists(entry):
         try:
-            return _open(entry, config, source)  # made by another process in the meantime
+            return _open(entry, wanted)  # made by another process in the meantime
         except InputError as error:
             progress(f"the token cache is damaged and is made anew: {error}")
             _remove(entry)
     # Where nothing can be locked, another process may have been faster.
     with contextlib.suppress(FileExistsError), new_folder(entry) as partial:
-        _build(partial, config, source, progress)
+        _build(partial, wanted, progress)
     try:
-        return _open(entry, config, source)
+        return _open(entry, wanted)
     except InputError as error:
         raise InputError(f"the token cache was damaged as soon as it was written: {error}; check the disk") from None
 
 
-def _open(entry: Path, config: DataConfig, source: Source) -> TokenData:
-    """A cache entry. Raises InputError where it is not what was written, and OSError where it cannot be read.
+def _open(entry: Path, wanted: _Wanted) -> TokenData:
+    """A cache entry. Raises InputError where it is not what was written, or cannot be read.
 
     What it was made from is described as it is named now: the same text may have been elsewhere before.
     """
+    config, source = wanted.config, wanted.source
     meta = read_record(Provenance, entry / META)
-    tokenizer = Tokenizer.load(entry / TOKENIZER)
+    tokenizer = wanted.tokenizer or Tokenizer.load(entry / TOKENIZER)
     recorded = meta.tokenizer
     if (tokenizer.identity, tokenizer.vocab_size) != (recorded.identity, recorded.vocab_size):
         raise InputError(f"{entry / TOKENIZER} is not the tokenizer that {META} names")
@@ -261,9 +272,10 @@ def _is_ours(inside: Path) -> bool:
     return str(inside) in [*ours, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES)]
 
 
-def _build(folder: Path, config: DataConfig, source: Source, progress: Callable[[str], None]) -> None:
+def _build(folder: Path, wanted: _Wanted, progress: Callable[[str], None]) -> None:
+    config, source = wanted.config, wanted.source
     progress(f"reading {source.description}; tokenizer {config.tokenizer}")
-    tokenizer = make_tokenizer(config.tokenizer, source.documents)
+    tokenizer = wanted.tokenizer or make_tokenizer(config.tokenizer, source.documents)
     tokenizer.save(folder / TOKENIZER)
     provenance, contents = _write_splits(folder, config, source, tokenizer, progress)
     (folder / META).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
