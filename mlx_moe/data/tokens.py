@@ -72,8 +72,8 @@ def prepare(
     root = cache or _default_cache()
     wanted = _Wanted(config, open_source(config), _local_tokenizer(config.tokenizer))
     entry = root / _key(wanted)
-    clean_leftovers(root)
     try:
+        clean_leftovers(root)
         if os.path.lexists(entry):
             with contextlib.suppress(InputError):
                 return _open(entry, wanted)
@@ -390,7 +390,13 @@ def _encode(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> Ite
         for index, ids in enumerate(encoded, start):
             number = pieces[index][0]
             is_last = index + 1 == len(pieces) or pieces[index + 1][0] != number
-            yield number, np.array([*ids, tokenizer.eot_id] if is_last else ids, dtype=dtype)
+            array = np.array([*ids, tokenizer.eot_id] if is_last else ids, dtype=np.uint32)
+            if array.max(initial=0) >= tokenizer.vocab_size:
+                raise InputError(
+                    f"the tokenizer gives token {array.max()}, and its vocabulary has {tokenizer.vocab_size}; save it "
+                    "anew, or take another one"
+                )
+            yield number, array.astype(dtype)
 
 
 def _starts(lengths: list[int]) -> Iterator[int]:

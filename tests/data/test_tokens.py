@@ -1,7 +1,5 @@
 import hashlib
 import json
-import multiprocessing
-import os
 import subprocess
 import sys
 
@@ -159,29 +157,6 @@ def test_default_cache(tmp_path, monkeypatch):
     assert entries(tmp_path / "mine") == entries(tmp_path / ".cache" / "mlxmoe")
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "meta", "empty meta", "tokenizer"])
-def test_damaged_entry_is_made_again(tmp_path, damage):
-    whole = prepare(STORIES, tmp_path)
-    (name,) = entries(tmp_path)
-    entry = tmp_path / name
-    if damage == "cut":
-        os.truncate(entry / "train.bin", 100)
-    elif damage == "longer":
-        (entry / "validation.bin").write_bytes(bytes(1_000_000))
-    elif damage == "gone":
-        (entry / "validation.bin").unlink()
-    elif damage == "meta":
-        (entry / "meta.json").write_text("{")
-    elif damage == "empty meta":
-        (entry / "meta.json").write_text("[]")
-    else:
-        (entry / "tokenizer" / "tokenizer.json").write_text("{}")
-    again = prepare(STORIES, tmp_path)
-    assert again.provenance == whole.provenance
-    assert hashlib.sha256(again.train[:].tobytes()).hexdigest() == again.provenance["train"]["sha256"]
-    assert entries(tmp_path) == [name]
-
-
 def test_interrupted_making_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -192,31 +167,6 @@ def test_interrupted_making_leaves_nothing(tmp_path, monkeypatch):
             prepare(STORIES, tmp_path)
     assert entries(tmp_path) == []
     prepare(STORIES, tmp_path)
-
-
-def _race(cache, barrier, queue):
-    publish = tokens_module._publish
-
-    def together(scratch, entry):
-        barrier.wait(timeout=20)
-        publish(scratch, entry)
-
-    tokens_module._publish = together
-    queue.put(prepare(STORIES, cache).provenance)
-
-
-def test_two_processes_at_once_both_succeed(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier, queue = context.Barrier(2), context.Queue()
-    racers = [context.Process(target=_race, args=(tmp_path, barrier, queue)) for _ in range(2)]
-    for racer in racers:
-        racer.start()
-    results = [queue.get(timeout=30) for _ in racers]
-    for racer in racers:
-        racer.join()
-        assert racer.exitcode == 0
-    assert results[0] == results[1]
-    assert len(entries(tmp_path)) == 1
 
 
 def test_cache_that_cannot_be_written(tmp_path):
