@@ -266,11 +266,15 @@ def _text(value: object, where: str, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InputError(f"{where}: field {field!r} holds {type(value).__name__}, not text; {FIELD_HINT}")
+        raise InputError(f"{where}: field {_names([field])} holds {type(value).__name__}, not text; {FIELD_HINT}")
     if len(value) > LONGEST_LINE:
-        raise InputError(f"{where}: field {field!r} has {len(value):,} characters; at most {LONGEST_LINE:,}; split it")
+        raise InputError(
+            f"{where}: field {_names([field])} has {len(value):,} characters; at most {LONGEST_LINE:,}; split it"
+        )
     if not is_unicode(value):
-        raise InputError(f"{where}: field {field!r} is not valid Unicode (half of a surrogate pair); mend or drop it")
+        raise InputError(
+            f"{where}: field {_names([field])} is not valid Unicode (half of a surrogate pair); mend or drop it"
+        )
     return value
 
 
@@ -287,10 +291,10 @@ def _not_blank(documents: Iterator[str], n: int | None, name: str) -> Iterator[s
 
 
 def _missing_field(where: str, field: str, text_fields: list[str], fields: list[str]) -> InputError:
-    what = "has no field" if field not in fields else "has no text in field"
+    what = f"{where} has no {'field' if field not in fields else 'text in field'} {_names([field])}"
     if text_fields:
-        return InputError(f"{where} {what} {field!r}; {FIELD_HINT}, here {_names(text_fields)}")
-    return InputError(f"{where} {what} {field!r}, nor text in any of {_names(fields)}; write the text to a field of it")
+        return InputError(f"{what}; {FIELD_HINT}, here {_names(text_fields)}")
+    return InputError(f"{what}, nor text in any of {_names(fields)}; write the text to a field of it")
 
 
 def _names(names: list[str]) -> str:
