@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_moe.config import DataConfig
-from mlx_moe.data import stories
+from mlx_moe.data import parquet, stories
 from mlx_moe.errors import InputError, one_line
-from mlx_moe.storage.tensor_files import sha256
+from mlx_moe.storage.atomic import absolute
+from mlx_moe.storage.reading import NOT_JSON, is_unicode
+from mlx_moe.storage.regular_files import fingerprint, open_regular
 from mlx_moe.validation import nearest
 
 BUILTIN = ("stories", "tinystories")
 ENDINGS = (".txt", ".jsonl", ".parquet")
 END_OF_TEXT = "<|endoftext|>"
 TINYSTORIES = "roneneldan/TinyStories"
+MOST_STORIES = 10_000_000
+MOST_FILES, MOST_ENTRIES = 100_000, 1_000_000  # of a folder: those that are data, and all
+LONGEST_LINE = 64 << 20  # bytes; also characters of a value
+FEWEST_SPARSE = 1 << 30  # bytes; a text as large as this has no holes unless somebody only set its size
+FIELD_HINT = "name one that holds text with -o data.text_field=NAME"
+NAMES_SHOWN, LONGEST_NAME_SHOWN = 10, 60
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _stories(n: int) -> Source:
+    if n > MOST_STORIES:
+        raise InputError(f"data.n_documents {n:,}: there are at most {MOST_STORIES:,} embedded stories; take fewer")
     return Source(
         f"stories:v{stories.VERSION}:{n}", f"{n:,} embedded stories", lambda: stories.stories(n), "MIT (part of mlxmoe)"
     )
@@ -86,39 +97,42 @@ def _stream_tinystories() -> Iterator[str]:
 
 
 def _files(config: DataConfig) -> Source:
+    absolute(Path(config.source))  # refuses what is no path
     top, field = Path(config.source).expanduser(), config.text_field
     try:
         paths = _find(top, config.source)
     except OSError as error:
         raise _unreadable(top, error) from None
     identity = hashlib.sha256(repr(config.n_documents).encode())
+    states = []
     for path in paths:
         ending = path.suffix.lower()
-        identity.update(repr((ending, None if ending == ".txt" else field, _hash(path))).encode())
+        sha256, state = _hash(path)
+        states.append(state)
+        identity.update(repr((ending, None if ending == ".txt" else field, sha256)).encode())
 
     def documents() -> Iterator[str]:
-        for path in paths:
-            yield from _READERS[path.suffix.lower()](path, field)
+        texts = (text for path in paths for text in _READERS[path.suffix.lower()](path, field))
+        yield from _not_blank(texts, config.n_documents, config.source)
+        for path, state in zip(paths, states, strict=True):  # the identity is to be that of what was read
+            if _state(path) != state:
+                raise _changed(path)
 
     limit = "" if config.n_documents is None else f", at most {config.n_documents:,} documents"
     where = config.source if top.is_file() else f"{config.source} ({len(paths)} files)"
-    return Source(
-        f"files:{identity.hexdigest()}",
-        f"{where}{limit}",
-        lambda: _not_blank(documents(), config.n_documents, config.source),
-    )
+    # A name may hold bytes that are not UTF-8.
+    description = f"{where}{limit}".encode(errors="backslashreplace").decode()
+    return Source(f"files:{identity.hexdigest()}", description, documents)
 
 
 def _find(top: Path, name: str) -> list[Path]:
     kinds = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
     if top.is_dir():
-        inside = sorted(path for path in top.rglob("*") if path.suffix.lower() in ENDINGS and not path.is_dir())
-        # Hidden files are the file system's own: macOS writes a binary ._x.txt beside x.txt on foreign disks.
-        paths = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(top).parts)]
+        paths = sorted(_walk(top))
         if not paths:
             raise InputError(f"folder {name!r} holds no {kinds} file; put one there or name another folder")
         return paths
-    if not top.exists():
+    if not os.path.lexists(top):
         hint = nearest(top.name.lower(), BUILTIN, cutoff=0.6)
         raise InputError(
             f"no file or folder {name!r}; {hint}data is {', '.join(BUILTIN)}, a {kinds} file, or a folder of them"
@@ -128,11 +142,59 @@ def _find(top: Path, name: str) -> list[Path]:
     return [top]
 
 
-def _hash(path: Path) -> str:
+def _walk(top: Path) -> Iterator[Path]:
+    """The data files in a folder and those below. Hidden ones are left out, and links to folders not followed.
+
+    Hidden files are the file system's own: macOS writes a binary ._x.txt beside x.txt on foreign disks.
+    """
+    folders, entries, files = [top], 0, 0
+    while folders:
+        with os.scandir(folders.pop()) as inside:
+            for entry in inside:
+                entries += 1
+                path = Path(entry.path)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                elif path.suffix.lower() in ENDINGS and not path.is_dir():
+                    files += 1
+                    yield path
+                if entries > MOST_ENTRIES or files > MOST_FILES:
+                    raise InputError(
+                        f"folder {str(top)!r} holds more than {MOST_ENTRIES:,} entries or {MOST_FILES:,} files to "
+                        "read; join them to fewer, e.g. in JSONL"
+                    )
+
+
+def _hash(path: Path) -> tuple[str, list[int]]:
+    """The SHA-256 of a file and its state. Raises InputError where it changes meanwhile, or is not there to be read."""
     try:
-        return sha256(path)
+        with open(open_regular(path), "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if status.st_size > FEWEST_SPARSE and os.lseek(stream.fileno(), 0, os.SEEK_HOLE) < status.st_size:
+                raise InputError(
+                    f"{path} has {status.st_size:,} bytes, some of which were never written; write it anew, whole"
+                )
+            os.lseek(stream.fileno(), 0, os.SEEK_SET)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(path, error) from None
+    state = fingerprint(status)[:3]  # links to the file may come and go
+    if _state(path) != state:
+        raise _changed(path)
+    return digest, state
+
+
+def _state(path: Path) -> list[int] | None:
+    try:
+        return fingerprint(path.stat())[:3]
+    except OSError:
+        return None
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(f"{path} changed while it was read; run this again once it is whole")
 
 
 def _read_txt(path: Path, field: str) -> Iterator[str]:
@@ -153,30 +215,24 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except NOT_JSON as error:
             raise InputError(f"{where} is not JSON ({one_line(error)}); every line must be one JSON object") from None
         if not isinstance(row, dict):
             raise InputError(f"{where} holds {type(row).__name__}; every line must be one JSON object")
         if field not in row:
-            raise _missing_field(where, field, list(row))
+            fields = [key for key, value in row.items() if isinstance(value, str)]
+            raise _missing_field(where, field, fields, list(row))
         yield _text(row[field], where, field)
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise _missing_field(str(path), field, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(batch_size=1000, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield _text(value, f"{path} row {number}", field)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path} is not a whole Parquet file ({one_line(error)}); write it anew") from None
+        with parquet.opened(path) as file:
+            fields = parquet.text_columns(file)
+            if field not in fields:
+                raise _missing_field(str(path), field, fields, file.schema_arrow.names)
+            for number, value in enumerate(parquet.values(path, file, field), start=1):
+                yield _text(value, f"{path} row {number}", field)
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -187,8 +243,13 @@ _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines from 1 on, ending in \\n on every system, without a byte order mark."""
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open(open_regular(path), "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise InputError(
+                        f"{path} line {number} has more than {LONGEST_LINE:,} bytes; break it up, since a tokenizer "
+                        "takes a line at a time"
+                    )
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -205,13 +266,15 @@ def _text(value: object, where: str, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
+        raise InputError(f"{where}: field {_names([field])} holds {type(value).__name__}, not text; {FIELD_HINT}")
+    if len(value) > LONGEST_LINE:
         raise InputError(
-            f"{where}: field {field!r} holds {type(value).__name__}, not text; set data.text_field to one that does"
+            f"{where}: field {_names([field])} has {len(value):,} characters; at most {LONGEST_LINE:,}; split it"
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: field {field!r} is not valid Unicode ({error.reason}); mend or drop it") from None
+    if not is_unicode(value):
+        raise InputError(
+            f"{where}: field {_names([field])} is not valid Unicode (half of a surrogate pair); mend or drop it"
+        )
     return value
 
 
@@ -227,9 +290,16 @@ def _not_blank(documents: Iterator[str], n: int | None, name: str) -> Iterator[s
         raise InputError(f"{name!r} holds no text: every document in it is blank; name other data")
 
 
-def _missing_field(where: str, field: str, fields: list[str]) -> InputError:
-    known = ", ".join(map(repr, fields)) or "none"
-    return InputError(f"{where} has no field {field!r}; set data.text_field to one there is: {known}")
+def _missing_field(where: str, field: str, text_fields: list[str], fields: list[str]) -> InputError:
+    what = f"{where} has no {'field' if field not in fields else 'text in field'} {_names([field])}"
+    if text_fields:
+        return InputError(f"{what}; {FIELD_HINT}, here {_names(text_fields)}")
+    return InputError(f"{what}, nor text in any of {_names(fields)}; write the text to a field of it")
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(repr(name[:LONGEST_NAME_SHOWN]) for name in names[:NAMES_SHOWN])
+    return f"{shown} and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else shown or "none"
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:

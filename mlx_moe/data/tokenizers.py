@@ -62,7 +62,8 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write what `load` reads back, and transformers too."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._inner.save(str(folder / "tokenizer.json"))
+        # Not by the library, which says of a full disk only that it failed.
+        (folder / "tokenizer.json").write_text(self._inner.to_str(pretty=True), encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self._end_of_text,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,27 +19,41 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import DataConfig
 from mlx_moe.data.sources import Source, open_source
+from mlx_moe.data.token_file import Contents, TokenFile, Tokens, inspect
 from mlx_moe.data.tokenizers import Tokenizer, cut, make_tokenizer
-from mlx_moe.errors import InputError
-from mlx_moe.storage.tensor_files import sha256
-
-Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+from mlx_moe.errors import InputError, one_line
+from mlx_moe.storage import locks
+from mlx_moe.storage.atomic import (
+    absolute,
+    clean_leftovers,
+    make_folder,
+    new_folder,
+    remove_folder,
+    replacing,
+    set_aside,
+)
+from mlx_moe.storage.reading import read_json
+from mlx_moe.storage.records import Provenance, read_record
+from mlx_moe.storage.tokenizer_files import FILES as TOKENIZER_FILES
+from mlx_moe.validation import validate
 
 LAYOUT = 2  # of a cache entry: raise it with every change of what is written
 SPLITS = ("train", "validation")
+META, VERIFIED, TOKENIZER = "meta.json", "verified.json", "tokenizer"
+WAIT_SECONDS = 0.2  # between two looks whether another process has finished an entry
 DOCUMENTS_PER_BATCH, CHARACTERS_PER_BATCH = 1000, 1_000_000
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """Tokens of both splits, read-only and memory-mapped, with an end of text after every document.
+    """Tokens of both splits, read-only and on the disk, with an end of text after every document.
 
     `provenance` says what they were made from: `source`, `tokenizer`, and per split `documents`, `tokens`, `bytes` of
     UTF-8 text and `sha256` of the file.
     """
 
-    train: Tokens
-    validation: Tokens
+    train: TokenFile
+    validation: TokenFile
     tokenizer: Tokenizer
     provenance: dict[str, Any]
 
@@ -46,33 +61,30 @@ class TokenData:
 def prepare(
     config: DataConfig, cache: Path | None = None, progress: Callable[[str], None] = lambda line: None
 ) -> TokenData:
-    """The tokens of a config, made where the cache does not hold them. `progress` gets a line now and then.
+    """The tokens of a config, made where the cache does not hold them whole. `progress` gets a line now and then.
 
     The cache is `$MLXMOE_CACHE`, else `~/.cache/mlxmoe`. A document belongs to validation by the hash of its text, so
     it stays there when data grows and copies never fall on both sides; where that leaves one side empty, validation is
-    the last tokens instead.
+    the last tokens instead. Where another process is making the same tokens, they are waited for.
 
     Raises InputError where the text, the tokenizer or the cache cannot be had.
     """
-    root = cache or Path(os.environ.get("MLXMOE_CACHE") or "~/.cache/mlxmoe").expanduser()
-    source = open_source(config)
-    entry = root / _key(config, source)
-    data = _load(entry)
-    if data is None:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _build(entry, config, source, progress)
-        except OSError as error:
-            raise InputError(
-                f"cannot write the token cache {root}: {error.strerror or error}; set MLXMOE_CACHE to a folder "
-                "you can write"
-            ) from None
-        data = _load(entry)
-        if data is None:
-            raise InputError(
-                f"token cache entry {entry} was damaged as soon as it was written; check the disk, run again"
-            )
-    return data
+    root = cache or _default_cache()
+    wanted = _Wanted(config, open_source(config), _local_tokenizer(config.tokenizer))
+    entry = root / _key(wanted)
+    try:
+        clean_leftovers(root)
+        if os.path.lexists(entry):
+            with contextlib.suppress(InputError):
+                return _open(entry, wanted)
+        make_folder(root)
+        with _held(entry, progress):
+            return _open_or_build(entry, wanted, progress)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the token cache {root}: {error.strerror or one_line(error)}; set MLXMOE_CACHE to a folder "
+            "you can write"
+        ) from None
 
 
 def held_out(config: DataConfig, cache: Path | None = None) -> Iterator[str]:
@@ -93,14 +105,15 @@ def held_out(config: DataConfig, cache: Path | None = None) -> Iterator[str]:
     if found:
         return
     data = prepare(config, cache)
-    ends = [*np.flatnonzero(data.validation == data.tokenizer.eot_id), len(data.validation)]
+    tokens = data.validation[:]
+    ends = [*np.flatnonzero(tokens == data.tokenizer.eot_id), len(tokens)]
     for start, end in pairwise([-1, *ends]):
         if start + 1 < end:
-            yield data.tokenizer.decode(data.validation[start + 1 : end].tolist())
+            yield data.tokenizer.decode(tokens[start + 1 : end].tolist())
 
 
 def batch(
-    tokens: Tokens, *, seed: int, phase: int, step: int, rank: int = 0, batch_size: int, context_length: int
+    tokens: Tokens | TokenFile, *, seed: int, phase: int, step: int, rank: int = 0, batch_size: int, context_length: int
 ) -> NDArray[np.int32]:
     """Random windows, shape (batch_size, context_length + 1): a pure function of the arguments.
 
@@ -114,7 +127,7 @@ def batch(
     return _windows(tokens, starts.astype(np.int64), context_length)
 
 
-def fixed_windows(tokens: Tokens, n: int, context_length: int) -> NDArray[np.int32]:
+def fixed_windows(tokens: Tokens | TokenFile, n: int, context_length: int) -> NDArray[np.int32]:
     """Evenly spaced windows that do not overlap, shape (at most n, context_length + 1); fewer where no more fit.
 
     Raises InputError where there are fewer than context_length + 1 tokens.
@@ -126,11 +139,13 @@ def fixed_windows(tokens: Tokens, n: int, context_length: int) -> NDArray[np.int
     return _windows(tokens, starts, context_length)
 
 
-def _windows(tokens: Tokens, starts: NDArray[np.int64], context_length: int) -> NDArray[np.int32]:
+def _windows(tokens: Tokens | TokenFile, starts: NDArray[np.int64], context_length: int) -> NDArray[np.int32]:
+    if isinstance(tokens, TokenFile):
+        return tokens.windows(starts, context_length + 1)
     return tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int32)
 
 
-def check_length(tokens: Tokens, context_length: int) -> None:
+def check_length(tokens: Tokens | TokenFile, context_length: int) -> None:
     if len(tokens) < context_length + 1:
         raise InputError(
             f"{len(tokens)} tokens do not fill one window of context_length {context_length} + 1; take more data, a "
@@ -138,56 +153,133 @@ def check_length(tokens: Tokens, context_length: int) -> None:
         )
 
 
-def _key(config: DataConfig, source: Source) -> str:
-    tokenizer = config.tokenizer
-    folder = Path(tokenizer).expanduser()
-    if tokenizer != "char" and folder.is_dir():
-        tokenizer = f"folder:{Tokenizer.load(folder).identity}"
-    parts = [LAYOUT, source.identity, tokenizer, config.validation_fraction]
+def _default_cache() -> Path:
+    named = os.environ.get("MLXMOE_CACHE")
+    try:
+        return absolute(Path(named or "~/.cache/mlxmoe"))
+    except InputError as error:
+        raise InputError(f"cannot use the token cache ({error}); set MLXMOE_CACHE to a folder you can write") from None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What tokens are to be made of. `tokenizer` is there already where it comes from a folder."""
+
+    config: DataConfig
+    source: Source
+    tokenizer: Tokenizer | None
+
+
+def _local_tokenizer(spec: str) -> Tokenizer | None:
+    folder = absolute(Path(spec))
+    with contextlib.suppress(OSError):  # too long a name for a folder
+        if spec != "char" and folder.is_dir():
+            return Tokenizer.load(folder)
+    return None
+
+
+def _key(wanted: _Wanted) -> str:
+    """The name of a cache entry, from all that its tokens depend on: a tokenizer's contents where it is a folder."""
+    config = wanted.config
+    tokenizer = config.tokenizer if wanted.tokenizer is None else f"folder:{wanted.tokenizer.identity}"
+    parts = [LAYOUT, wanted.source.identity, tokenizer, config.validation_fraction]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _load(entry: Path) -> TokenData | None:
-    """A cache entry, or None where it is missing or damaged."""
+@contextlib.contextmanager
+def _held(entry: Path, progress: Callable[[str], None]) -> Iterator[None]:
+    """Hold the place of an entry. Another process that holds it is waited for: it makes the same tokens."""
+    with contextlib.ExitStack() as stack:
+        is_told = False
+        while True:
+            try:
+                stack.enter_context(locks.holding(entry))
+                break
+            except locks.Busy:
+                if not is_told:
+                    progress("another process is making these tokens; waiting for it")
+                is_told = True
+                time.sleep(WAIT_SECONDS)
+        yield
+
+
+def _open_or_build(entry: Path, wanted: _Wanted, progress: Callable[[str], None]) -> TokenData:
+    if os.path.lexists(entry):
+        try:
+            return _open(entry, wanted)  # made by another process in the meantime
+        except InputError as error:
+            progress(f"the token cache is damaged and is made anew: {error}")
+            _remove(entry)
+    # Where nothing can be locked, another process may have been faster.
+    with contextlib.suppress(FileExistsError), new_folder(entry) as partial:
+        _build(partial, wanted, progress)
     try:
-        provenance = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-        dtype = np.dtype(provenance["dtype"])
-        splits = []
-        for name in SPLITS:
-            path = entry / f"{name}.bin"
-            if path.stat().st_size != provenance[name]["tokens"] * dtype.itemsize:
-                return None
-            splits.append(np.memmap(path, dtype=dtype, mode="r"))
-        tokenizer = Tokenizer.load(entry / "tokenizer")
-        if tokenizer.identity != provenance["tokenizer"]["identity"]:
-            return None
-        return TokenData(splits[0], splits[1], tokenizer, provenance)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return _open(entry, wanted)
+    except InputError as error:
+        raise InputError(f"the token cache was damaged as soon as it was written: {error}; check the disk") from None
 
 
-def _build(entry: Path, config: DataConfig, source: Source, progress: Callable[[str], None]) -> None:
-    scratch = entry.parent / f".{entry.name}.{os.getpid()}.{secrets.token_hex(4)}"
-    scratch.mkdir()
+def _open(entry: Path, wanted: _Wanted) -> TokenData:
+    """A cache entry. Raises InputError where it is not what was written, or cannot be read.
+
+    What it was made from is described as it is named now: the same text may have been elsewhere before.
+    """
+    config, source = wanted.config, wanted.source
+    meta = read_record(Provenance, entry / META)
+    tokenizer = wanted.tokenizer or Tokenizer.load(entry / TOKENIZER)
+    recorded = meta.tokenizer
+    if (tokenizer.identity, tokenizer.vocab_size) != (recorded.identity, recorded.vocab_size):
+        raise InputError(f"{entry / TOKENIZER} is not the tokenizer that {META} names")
+    if (meta.source.identity, meta.validation_fraction) != (source.identity, config.validation_fraction):
+        raise InputError(f"{entry / META} is that of other data")
+    known = _verified(entry)
+    dtype, vocab_size = np.dtype(meta.dtype), tokenizer.vocab_size
+    files = {}
+    for name in SPLITS:
+        split = getattr(meta, name)
+        files[name] = TokenFile(entry / f"{name}.bin", dtype, split.tokens, split.sha256, vocab_size, known.get(name))
+    if (found := {name: file.contents for name, file in files.items()}) != known:
+        with contextlib.suppress(OSError):  # a cache that cannot be written is hashed each time
+            _note_verified(entry, found)
+    provenance = meta.model_dump(mode="json")
+    provenance["source"] |= {"description": source.description, "licence": source.licence}
+    provenance["tokenizer"] |= {"spec": config.tokenizer}
+    return TokenData(files["train"], files["validation"], tokenizer, provenance)
+
+
+def _verified(entry: Path) -> dict[str, Contents]:
+    """What the token files of an entry were found to hold when they were last hashed."""
     try:
-        progress(f"reading {source.description}; tokenizer {config.tokenizer}")
-        tokenizer = make_tokenizer(config.tokenizer, source.documents)
-        tokenizer.save(scratch / "tokenizer")
-        provenance = _write_splits(scratch, config, source, tokenizer, progress)
-        (scratch / "meta.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-        _publish(scratch, entry)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        return validate(dict[str, Contents], read_json(entry / VERIFIED))
+    except InputError:
+        return {}
 
 
-def _publish(scratch: Path, entry: Path) -> None:
-    """Rename a finished entry into place; where another process was faster, its entry stays."""
-    try:
-        scratch.rename(entry)
-    except OSError:
-        if _load(entry) is None:
-            shutil.rmtree(entry, ignore_errors=True)
-            scratch.rename(entry)
+def _note_verified(entry: Path, contents: dict[str, Contents]) -> None:
+    clean_leftovers(entry)
+    with replacing(entry / VERIFIED) as partial:
+        partial.write_text(json.dumps({name: asdict(value) for name, value in contents.items()}), encoding="utf-8")
+
+
+def _remove(entry: Path) -> None:
+    """Delete a damaged entry; set it aside where something is in it that is not ours."""
+    if entry.is_symlink() or not entry.is_dir() or not remove_folder(entry, _is_ours):
+        set_aside(entry, "damaged")
+
+
+def _is_ours(inside: Path) -> bool:
+    ours = [META, VERIFIED, TOKENIZER, *(f"{name}.bin" for name in SPLITS)]
+    return str(inside) in [*ours, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES)]
+
+
+def _build(folder: Path, wanted: _Wanted, progress: Callable[[str], None]) -> None:
+    config, source = wanted.config, wanted.source
+    progress(f"reading {source.description}; tokenizer {config.tokenizer}")
+    tokenizer = wanted.tokenizer or make_tokenizer(config.tokenizer, source.documents)
+    tokenizer.save(folder / TOKENIZER)
+    provenance, contents = _write_splits(folder, config, source, tokenizer, progress)
+    (folder / META).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    _note_verified(folder, contents)
 
 
 @dataclass
@@ -202,7 +294,7 @@ class _Split:
 
 def _write_splits(
     folder: Path, config: DataConfig, source: Source, tokenizer: Tokenizer, progress: Callable[[str], None]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Contents]]:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     fraction = config.validation_fraction
     with (folder / "train.bin").open("wb") as train_file, (folder / "validation.bin").open("wb") as validation_file:
@@ -224,15 +316,17 @@ def _write_splits(
     by_document = bool(train.documents and validation.documents)
     if not by_document:
         _split_by_token(folder, train, validation, fraction, dtype)
-    return {
+    contents = {name: _inspect(folder / f"{name}.bin", dtype) for name in SPLITS}
+    provenance = {
         "source": {"identity": source.identity, "description": source.description, "licence": source.licence},
         "tokenizer": {"spec": config.tokenizer, "identity": tokenizer.identity, "vocab_size": tokenizer.vocab_size},
         "validation_fraction": fraction,
         "split": "by document" if by_document else "by token",
         "dtype": dtype.name,
-        "train": _describe(folder / "train.bin", train),
-        "validation": _describe(folder / "validation.bin", validation),
+        "train": _describe(train, contents["train"]),
+        "validation": _describe(validation, contents["validation"]),
     }
+    return provenance, contents
 
 
 def _split_by_token(folder: Path, train: _Split, validation: _Split, fraction: float, dtype: np.dtype[Any]) -> None:
@@ -241,6 +335,8 @@ def _split_by_token(folder: Path, train: _Split, validation: _Split, fraction: f
         (folder / "validation.bin").replace(folder / "train.bin")
         train.documents, train.tokens, train.bytes = validation.documents, validation.tokens, validation.bytes
     total_tokens, total_bytes = train.tokens, train.bytes
+    if total_tokens < 2:
+        raise InputError("the tokenizer makes no tokens of this text; take another one, or other data")
     validation.documents = 0
     validation.tokens = min(max(1, round(total_tokens * fraction)), total_tokens - 1)
     validation.bytes = round(total_bytes * validation.tokens / total_tokens)
@@ -251,8 +347,18 @@ def _split_by_token(folder: Path, train: _Split, validation: _Split, fraction: f
         source.truncate(train.tokens * dtype.itemsize)
 
 
-def _describe(path: Path, split: _Split) -> dict[str, Any]:
-    return {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes, "sha256": sha256(path)}
+def _inspect(path: Path, dtype: np.dtype[Any]) -> Contents:
+    with path.open("rb") as file:
+        return inspect(file.fileno(), dtype)
+
+
+def _describe(split: _Split, contents: Contents) -> dict[str, Any]:
+    return {
+        "documents": split.documents,
+        "tokens": split.tokens,
+        "bytes": split.bytes,
+        "sha256": contents.sha256,
+    }
 
 
 def is_held_out(utf8: bytes, fraction: float) -> bool:
@@ -284,7 +390,13 @@ def _encode(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> Ite
         for index, ids in enumerate(encoded, start):
             number = pieces[index][0]
             is_last = index + 1 == len(pieces) or pieces[index + 1][0] != number
-            yield number, np.array([*ids, tokenizer.eot_id] if is_last else ids, dtype=dtype)
+            array = np.array([*ids, tokenizer.eot_id] if is_last else ids, dtype=np.uint32)
+            if array.max(initial=0) >= tokenizer.vocab_size:
+                raise InputError(
+                    f"the tokenizer gives token {array.max()}, and its vocabulary has {tokenizer.vocab_size}; save it "
+                    "anew, or take another one"
+                )
+            yield number, array.astype(dtype)
 
 
 def _starts(lengths: list[int]) -> Iterator[int]:

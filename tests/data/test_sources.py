@@ -73,8 +73,9 @@ def test_jsonl(tmp_path):
 def test_parquet(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"n": list(range(2500)), "text": [f"story {i}" for i in range(2500)]})
     assert documents(path) == [f"story {i}" for i in range(2500)]
-    assert "'n'" in refusal(path, text_field="n")
-    assert "there is: 'n', 'text'" in refusal(path, text_field="body")
+    hint = "name one that holds text with -o data.text_field=NAME, here 'text'"
+    assert f"has no text in field 'n'; {hint}" in refusal(path, text_field="n")
+    assert f"has no field 'body'; {hint}" in refusal(path, text_field="body")
 
 
 @pytest.mark.parametrize("damage", ["cut", "pages"])
@@ -163,7 +164,9 @@ def test_missing_field_names_those_there_are(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"story": "b", "id": 3}])
     message = refusal(path)
     assert "line 2 has no field 'text'" in message
-    assert "'story', 'id'" in message
+    assert "-o data.text_field=NAME, here 'story'" in message
+    message = refusal(write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user"}]}]))
+    assert "has no field 'text', nor text in any of 'messages'" in message
 
 
 @pytest.mark.parametrize("content", [b"fine\n\xe9t\xe9\n", "fine\nété\n".encode("utf-16")])

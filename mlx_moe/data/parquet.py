@@ -1,0 +1,135 @@
+"""Columns of text in a Parquet file, within bounds: a few bytes of one can stand for any amount of text.
+
+A value in a dictionary is repeated by a few bits, a prefix (DELTA_BYTE_ARRAY) by a number, and zeros compress to almost
+nothing. What a group of rows comes to is therefore bounded before it is read: by its metadata and the longest value in
+its dictionary, and where that could be too much, by counting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_moe.errors import InputError, one_line
+from mlx_moe.storage.regular_files import open_regular
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+ROWS_AT_ONCE, BYTES_AT_ONCE = 1000, 64 << 20
+BYTES_READ_AT_ONCE = 1 << 20
+# What a file may unpack to: so much anyhow, and beyond that so many times its size. Text compresses 3 to 20 times.
+UNPACKED_ANYHOW, UNPACKED_TIMES = 64 << 20, 256
+BYTES_OF_A_ROW = 32  # that a row counts beside its text: an empty one takes time, too
+LONGEST_LIST = 100_000  # columns, or groups of rows
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[ParquetFile]:
+    """A file while it is read. Raises InputError where it is damaged, then or later, and OSError as the system does."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with open(open_regular(path), "rb") as stream:
+            yield ParquetFile(stream, thrift_container_size_limit=LONGEST_LIST)
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise _damaged(path, one_line(error)) from None
+
+
+def text_columns(file: ParquetFile) -> list[str]:
+    """The names of the columns that hold text, in order."""
+    import pyarrow
+
+    def is_text(kind: Any) -> bool:
+        kind = getattr(kind, "storage_type", kind)
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        return kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null())
+
+    return [name for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types, strict=True) if is_text(kind)]
+
+
+def values(path: Path, file: ParquetFile, name: str) -> Iterator[str | None]:
+    """The values of a column of text, in order. Raises InputError where it unpacks to too much, or is not UTF-8."""
+    schema = file.metadata.schema
+    column = [schema.column(i).path for i in range(file.metadata.num_columns)].index(name)
+    size, packed, spare, row = path.stat().st_size, 0, UNPACKED_ANYHOW, 0
+    for group in range(file.num_row_groups):
+        chunk = file.metadata.row_group(group).column(column)
+        packed += chunk.total_compressed_size
+        if packed > size:
+            raise _damaged(path, "its groups of rows overlap")
+        allowed = UNPACKED_TIMES * chunk.total_compressed_size
+        repeated = _longest_repeated(path, file, group, column, name)
+        rows_at_once = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(1, repeated)))
+        if chunk.total_uncompressed_size + chunk.num_values * (repeated + BYTES_OF_A_ROW) > allowed:
+            counted = chunk.total_uncompressed_size
+            if counted <= allowed + spare:
+                counted = _count(file, group, name, rows_at_once, allowed + spare)
+            spare -= max(0, counted - allowed)
+            if spare < 0:
+                raise InputError(
+                    f"{path} has {size:,} bytes and unpacks to more than {UNPACKED_TIMES} times as much text, as a "
+                    "file does that is damaged or made to fill memory; if it is meant to, write its text as JSONL"
+                )
+        for batch in _batches(file, group, name, rows_at_once):
+            for value in batch:
+                row += 1
+                try:
+                    yield value.as_py()
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"{path} row {row}: field {name!r} is not UTF-8 ({error.reason}); mend or drop the row"
+                    ) from None
+
+
+def _longest_repeated(path: Path, file: ParquetFile, group: int, column: int, name: str) -> int:
+    """Bytes of the longest value that may be repeated at no cost, at most; 0 where every value is stored in full."""
+    import pyarrow
+    from pyarrow import compute
+    from pyarrow.parquet import ParquetFile
+
+    chunk = file.metadata.row_group(group).column(column)
+    if "DELTA_BYTE_ARRAY" in chunk.encodings:
+        return int(chunk.total_uncompressed_size)
+    if not chunk.has_dictionary_page:
+        return 0
+    with open(open_regular(path), "rb") as stream:
+        coded = ParquetFile(stream, metadata=file.metadata, read_dictionary=[name], buffer_size=BYTES_READ_AT_ONCE)
+        first = next(_batches(coded, group, name, 1), None)  # the dictionary comes with the first row
+        if isinstance(first, pyarrow.DictionaryArray):
+            return compute.max(compute.binary_length(first.dictionary)).as_py() or 0
+    return 0
+
+
+def _count(file: ParquetFile, group: int, name: str, rows_at_once: int, limit: int) -> int:
+    """Bytes that a group of rows counts; it is not counted further than to the limit."""
+    import pyarrow
+    from pyarrow import compute
+
+    counted = 0
+    for batch in _batches(file, group, name, rows_at_once):
+        decoded = batch.dictionary_decode() if isinstance(batch, pyarrow.DictionaryArray) else batch
+        lengths = compute.binary_length(decoded.cast(pyarrow.large_string()))
+        counted += (compute.sum(lengths).as_py() or 0) + len(batch) * BYTES_OF_A_ROW
+        if counted > limit:
+            break
+    return counted
+
+
+def _batches(file: ParquetFile, group: int, name: str, rows_at_once: int) -> Iterator[Any]:
+    """A column of a group of rows, in Arrow's arrays."""
+    for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=[name], use_threads=False):
+        array = batch.column(0)
+        yield getattr(array, "storage", array)
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is not a whole Parquet file ({why}); write it anew")
