@@ -53,10 +53,11 @@ def statuses(out):
 
 
 def test_an_interrupted_sweep_says_how_it_stands(stopped):
-    _, out, code, said = stopped
+    file, out, code, said = stopped
     assert code == 128 + signal.SIGINT, said
-    assert "the same command goes on with" in said
-    assert "waiting for 1 runs to save" in said
+    assert "waiting for 1 run to save" in said
+    assert f"resume with: mlxmoe sweep {file} -o model.d_model=32" in said
+    assert f"--jobs 2 --out {out} --backend torch --device cpu" in said
     assert statuses(out) == {"good": "finished", "explodes": "failed", "long": "interrupted"}
     assert list((out / "long").glob("phases/*/checkpoints/step-*")), "the interrupted run did not save"
 
