@@ -36,6 +36,7 @@ EXPONENTS = (1e-3, 5.0)  # the range searched
 MAX_STEPS, TOLERANCE, PATIENCE = 500, 1e-8, 8  # of each resample; the fit itself is followed to the end
 MOST_WORK, STEPS_AT_LEAST = 10_000_000, 40  # points times steps, so that noise without a law in it ends in seconds
 MOST_DRAWN = 2_000_000  # points in all resamples: a gigabyte of memory
+SAME_LOSS = 1e-12  # relative: rounding, and no difference
 SIZES, LOSSES = (1.0, 1e18), (1e-9, 1e9)  # what N and D, and losses, may be; beyond, their powers overflow
 OUT_OF_SIGHT = 12.0  # a term this far below the loss, as a logarithm, is none
 
@@ -170,7 +171,7 @@ def _check(points: Sequence[Point], law: LawName, resamples: int, level: float) 
         if (different := len(np.unique(column))) < 3:
             raise InputError(f"{FORMULAS[law]} needs runs of 3 different {name}; there are {different}")
     losses = [point.loss for point in points]
-    if min(losses) == max(losses):
+    if max(losses) - min(losses) < SAME_LOSS * max(losses):
         raise InputError(f"all {len(points)} runs have the loss {losses[0]:.4g}; a law needs some that differ")
     return np.log(np.stack(values, axis=1)), np.log(losses)
 

@@ -23,6 +23,7 @@ AXES = {"tokens": "tokens", "flops": "training FLOPs"}
 SHOWN_FROM = 0.25  # of the way; the steep beginning would flatten what tells the choices apart
 DASHES = ["-", "--", "-.", ":"]
 OUT_OF_SIGHT = 100.0  # times the height of what is shown; nothing is drawn beyond
+LEAST_HEIGHT = 1e-6  # of what is shown, in nats and relative to it
 LARGEST_LOSS = 1e100  # beyond it, sums overflow
 
 
@@ -41,7 +42,7 @@ def choices(folder: Path) -> Figure:
         if point.tokens >= SHOWN_FROM * longest
     ]
     low, high = min(shown), max(shown)
-    height = (high - low) or abs(high) or 1.0
+    height = max(high - low, LEAST_HEIGHT, LEAST_HEIGHT * abs(high))
     figure = Figure(figsize=(7.2, 3.4))
     for axes, (budget, label) in zip(figure.subplots(1, 2, sharey=True), AXES.items(), strict=True):
         for number, (choice, seeds) in enumerate(curves.items()):

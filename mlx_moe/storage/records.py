@@ -213,4 +213,4 @@ class FitsRecord(Exact):
     """`fits.json`, as `mlxmoe fit` writes it."""
 
     parameters: Literal["non_embedding", "active", "total"]
-    fits: list[FitRecord]
+    fits: Annotated[list[FitRecord], Field(min_length=1)]
