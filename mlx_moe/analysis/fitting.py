@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import cast, get_args
 
@@ -38,7 +39,7 @@ def fit_results(
         raise InputError(f"--parameters {parameters!r}: must be one of {', '.join(COUNTS)}")
     points = read_points(results, parameters)
     chosen = cast(LawName, law) if law != "auto" else _law_of(points)
-    file = out or (results if results.is_dir() else results.parent) / FITS
+    file = out or (results if os.path.isdir(results) else results.parent) / FITS
     with writing(file, FITS, is_own_place=out is None) as partial:
         fitted = fit(points, chosen, resamples, level, seed)
         values = {"generator": signature("fit"), "parameters": parameters, "fits": [fitted.to_json()]}

@@ -1,14 +1,24 @@
-"""One run of a sweep, as a process of its own: python -m mlx_moe.analysis.one_run FOLDER NAME BACKEND DEVICE."""
+"""One run of a sweep, as a process of its own: python -m mlx_moe.analysis.one_run FOLDER NAME BACKEND DEVICE [FDS].
+
+FDS are two descriptors that it gets from the sweep: the end of a pipe, which says when the sweep asks it to stop or has
+died, and the lock that tells the next sweep that this process is still there.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
-from mlx_moe.storage.reading import read_mapping
+from mlx_moe.storage import locks
+from mlx_moe.storage.reading import read_json
+from mlx_moe.storage.records import SweepRun
 from mlx_moe.storage.run_folder import CONFIG
+from mlx_moe.terminal import describe_crash, prepare_streams
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
 from mlx_moe.training.phases import Options, open_run, train
@@ -16,22 +26,74 @@ from mlx_moe.training.stopping import TrainingStopped
 from mlx_moe.validation import validate
 
 SWEEP = "sweep.json"
+LARGEST_SWEEP = 256 << 20  # bytes of sweep.json
+HELD_ELSEWHERE = os.EX_TEMPFAIL  # the exit code where another process trains in the run's folder
+
+
+def read_sweep(folder: Path) -> dict[str, SweepRun]:
+    """Read the runs of a sweep's folder. Raises InputError where `sweep.json` is missing or damaged."""
+    file = folder / SWEEP
+    values = read_json(file, LARGEST_SWEEP)
+    try:
+        return validate(dict[str, SweepRun], values)
+    except InputError as error:
+        raise InputError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process trains in a run's folder."""
+    try:
+        os.close(locks.acquire(folder, shared=True))
+    except locks.Busy:
+        return True
+    except OSError:  # there is none yet
+        return False
+    return False
 
 
 def train_one(out: Path, name: str, backend: str, device: str) -> int:
-    """Train, or go on with, one run of a sweep; its exit code. What went wrong is its last line."""
-    spec, folder = read_mapping(out / SWEEP)[name], out / name
+    """Train, or resume, one run of a sweep; returns its exit code. What went wrong is the last line that it prints."""
+    folder = out / name
     try:
-        run = open_run(folder) if (folder / CONFIG).is_file() else validate(RunConfig, spec["config"])
-        train(run, folder, choose_backend(backend), spec["n_phases"], Options(device), Console())
+        spec = read_sweep(out)[name]
+        run = open_run(folder) if (folder / CONFIG).is_file() else validate(RunConfig, spec.config)
+        train(run, folder, choose_backend(backend), spec.n_phases, Options(device), Console())
     except TrainingStopped as stopped:
-        print(stopped, flush=True)
+        print(stopped)
         return stopped.exit_code
     except InputError as error:
-        print(error, flush=True)
-        return 2
+        print(error)
+        return HELD_ELSEWHERE if is_held(folder) else 2
+    except KeyboardInterrupt:  # a second signal
+        print("interrupted")
+        return 128 + signal.SIGINT
+    except BaseException as error:  # panics of libraries in Rust are no Exception
+        line, code = describe_crash(error)
+        print(line)
+        return code
     return 0
 
 
+def stop_with_the_sweep(pipe: int) -> None:
+    """Send SIGTERM to this process, on which it saves, when the sweep closes its end of the pipe or dies."""
+
+    def wait() -> None:
+        os.read(pipe, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> int:
+    folder, name, backend, device, *descriptors = sys.argv[1:]
+    del sys.argv[5:]  # they mean nothing to who reads environment.json
+    for descriptor in map(int, descriptors):
+        os.set_inheritable(descriptor, False)
+    if descriptors:
+        stop_with_the_sweep(int(descriptors[0]))
+    prepare_streams()
+    return train_one(Path(folder), name, backend, device)
+
+
 if __name__ == "__main__":
-    sys.exit(train_one(Path(sys.argv[1]), *sys.argv[2:]))
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +21,21 @@ from mlx_moe.analysis.sweeps import PlannedRun
 from mlx_moe.errors import InputError
 from mlx_moe.storage import jsonl
 from mlx_moe.storage.atomic import replacing
-from mlx_moe.storage.reading import read_mapping
+from mlx_moe.storage.reading import parse_json, read_text
+from mlx_moe.storage.records import FailureRecord, HistoryRow, MetricsRow, ResultRow
+from mlx_moe.storage.records import read_record as read_file
 from mlx_moe.storage.run_folder import CONFIG, HISTORY, METRICS
 from mlx_moe.training.console import Console, millions
+from mlx_moe.validation import validate
 
 RESULTS, TABLE, SUMMARY, FAILURE = "results.jsonl", "results.csv", "summary.json", "failure.json"
+FINISHED, FAILED, INTERRUPTED, NOT_BEGUN, ELSEWHERE = (
+    *("finished", "failed", "interrupted", "not begun"),
+    "running elsewhere",  # another process trains in its folder
+)
 LEVEL = 0.95
+LARGEST_LOSS = 1e100  # beyond it, squares overflow
+LARGEST_RESULTS = 256 << 20  # bytes
 Row = dict[str, Any]
 
 
@@ -46,12 +56,35 @@ class Effect:
 
 
 def gather(planned: Sequence[PlannedRun], out: Path) -> list[Row]:
-    """A row per run: its choices, its status (finished, failed, interrupted, not begun) and what it came to."""
-    return [_row(run, out / run.name) for run in planned]
+    """Return a row per run: its choices, its status (finished, failed, interrupted, not begun) and what it came to."""
+    return [row_of(run, out / run.name) for run in planned]
+
+
+def row_of(run: PlannedRun, folder: Path) -> Row:
+    """Return a run's row, as its folder has it.
+
+    A run has finished once its last phase has. It failed if `failure.json` says so and is younger than all that the run
+    wrote: one that was resumed since is judged by that. A finished run whose files cannot be read is a failed one.
+    """
+    row: Row = {"run": run.name, "status": NOT_BEGUN, "reason": None, "choices": run.choices, "seed": run.config.seed}
+    try:
+        if (folder / CONFIG).is_file():
+            done = {event["phase"] for event in jsonl.read(folder / HISTORY, HistoryRow) if event["event"] == "phase"}
+            row["status"] = FINISHED if run.n_phases in done else INTERRUPTED
+        if row["status"] != FINISHED and (reason := _failure(folder)) is not None:
+            row |= {"status": FAILED, "reason": reason}
+        if row["status"] == FINISHED or jsonl.read(folder / METRICS, MetricsRow):
+            came_to = asdict(summarize(read_record(folder)))
+            del came_to["run"], came_to["curve"]
+            row |= came_to
+    except InputError as error:
+        if row["status"] == FINISHED:
+            row |= {"status": FAILED, "reason": str(error).splitlines()[0]}
+    return row
 
 
 def write(rows: list[Row], out: Path) -> None:
-    """`results.jsonl`, `results.csv`, and over seeds `summary.json`, each replaced whole."""
+    """Write `results.jsonl`, `results.csv`, and over seeds `summary.json`, each replaced whole."""
     flat = [{key: value for key, value in (row | row["choices"]).items() if key != "choices"} for row in rows]
     table = io.StringIO()
     writer = csv.DictWriter(table, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
@@ -68,14 +101,14 @@ def write(rows: list[Row], out: Path) -> None:
 
 
 def effects(rows: Sequence[Row]) -> list[Effect]:
-    """Of the finished runs; the first choice is what the others are compared with."""
+    """Return each choice's effect, of the finished runs; the first choice is what the others are compared with."""
     losses: dict[str, dict[int, float]] = {}
     choices: dict[str, dict[str, Any]] = {}
     for row in rows:
         choice = {axis: value for axis, value in row["choices"].items() if axis != "seed"}
         key = json.dumps(choice)
         choices[key] = choice
-        if row["status"] == "finished":
+        if row["status"] == FINISHED and abs(row["validation_loss"]) < LARGEST_LOSS:
             losses.setdefault(key, {})[row["seed"]] = row["validation_loss"]
     first = losses.get(next(iter(choices), ""), {})
     found = []
@@ -89,19 +122,37 @@ def effects(rows: Sequence[Row]) -> list[Effect]:
 
 
 def read_points(path: Path, parameters: str) -> list[Point]:
-    """The finished runs of a sweep's folder or its results.jsonl, as points of a scaling law.
+    """Return the finished runs of a sweep's folder or its results.jsonl as points of a scaling law.
 
-    `parameters` are those that N counts: non_embedding, active or total. Raises InputError where there are no results.
+    `parameters` are those that N counts: non_embedding, active or total. Raises InputError where there are no results,
+    and at the first row that is none.
     """
-    file = path / RESULTS if path.is_dir() else path
-    if not file.is_file():
+    file = path / RESULTS if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         raise InputError(f"no results at {file}: name a sweep's folder, or its {RESULTS}")
+    points = []
+    for number, line in enumerate(read_text(file, LARGEST_RESULTS).split("\n"), 1):
+        if not line.strip():
+            continue
+        row = _read_row(line, f"{file}, line {number}")
+        if row.status == FINISHED:
+            n, d, loss = getattr(row, f"parameters_{parameters}"), row.tokens, row.validation_loss
+            if n is None or d is None or loss is None:
+                raise InputError(
+                    f"cannot read {file}, line {number}: a finished run has parameters_{parameters}, tokens and "
+                    "validation_loss; run the sweep again, which writes them anew"
+                )
+            points.append(Point(n, d, loss, row.run))
+    return points
+
+
+def _read_row(line: str, where: str) -> ResultRow:
+    values = parse_json(line, where)
     try:
-        rows = [row for row in jsonl.read(file) if row["status"] == "finished"]
-        column = f"parameters_{parameters}"
-        return [Point(row[column], row["tokens"], row["validation_loss"], row["run"]) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot read {file}: {error!r}; it must be a sweep's {RESULTS}") from None
+        return validate(ResultRow, values)
+    except InputError as error:
+        fault = str(error).splitlines()[0]
+        raise InputError(f"cannot read {where}: {fault}; run the sweep again, which writes {RESULTS} anew") from None
 
 
 def show(rows: Sequence[Row], out: Path, console: Console) -> None:
@@ -130,23 +181,24 @@ def show(rows: Sequence[Row], out: Path, console: Console) -> None:
     )
 
 
-def _row(run: PlannedRun, folder: Path) -> Row:
-    row: Row = {"run": run.name, "status": "not begun", "reason": None, "choices": run.choices, "seed": run.config.seed}
-    failure = read_mapping(folder / FAILURE) if (folder / FAILURE).is_file() else {}
-    if failure:
-        row |= {"status": "failed", "reason": failure["reason"]}
-    elif (folder / CONFIG).is_file():
-        reported = [event for event in jsonl.read(folder / HISTORY) if event["event"] == "phase"]
-        row["status"] = "finished" if any(event["phase"] == run.n_phases for event in reported) else "interrupted"
-    if jsonl.read(folder / METRICS):
-        came_to = asdict(summarize(read_record(folder)))
-        del came_to["run"], came_to["curve"]
-        row |= came_to
-    return row
+def _failure(folder: Path) -> str | None:
+    """Return why a run failed; None where it did not, or has gone on since."""
+    file = folder / FAILURE
+    if not file.is_file():
+        return None
+    written = [
+        path.stat().st_mtime_ns for path in (folder / CONFIG, folder / METRICS, folder / HISTORY) if path.exists()
+    ]
+    if max(written, default=0) > file.stat().st_mtime_ns:
+        return None
+    try:
+        return read_file(FailureRecord, file).reason
+    except InputError as error:
+        return str(error)
 
 
 def _cells(row: Row) -> list[str]:
-    if row["status"] != "finished":
+    if row["status"] != FINISHED:
         return [row["run"], "", "", "", "", row["status"], (row["reason"] or "")[:60]]
     return [
         row["run"],

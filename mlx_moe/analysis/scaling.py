@@ -33,7 +33,11 @@ CONSTANTS = {"N": ("A", "alpha"), "D": ("B", "beta")}  # of each variable
 HUBER_DELTA = 1e-3
 START_EXPONENTS = (0.03, 0.08, 0.15, 0.25, 0.4, 0.6, 1.0, 1.6)  # of each variable, in every combination
 EXPONENTS = (1e-3, 5.0)  # the range searched
-MAX_STEPS, TOLERANCE, PATIENCE = 500, 1e-6, 6  # of resamples; the fit itself goes on to the end
+MAX_STEPS, TOLERANCE, PATIENCE = 500, 1e-8, 8  # of each resample; the fit itself is followed to the end
+MOST_WORK, STEPS_AT_LEAST = 10_000_000, 40  # points times steps, so that noise without a law in it ends in seconds
+MOST_DRAWN = 2_000_000  # points in all resamples: a gigabyte of memory
+SAME_LOSS = 1e-12  # relative: rounding, and no difference
+SIZES, LOSSES = (1.0, 1e18), (1e-9, 1e9)  # what N and D, and losses, may be; beyond, their powers overflow
 OUT_OF_SIGHT = 12.0  # a term this far below the loss, as a logarithm, is none
 
 
@@ -91,9 +95,10 @@ def fit(points: Sequence[Point], law: LawName, resamples: int = 200, level: floa
     loss lets the law go through as many points as it has constants. The intervals are expanded percentile ones, with
     Student's t for the normal distribution (Hesterberg 2015, What teachers should know about the bootstrap).
 
-    Raises InputError where there are fewer points, or fewer different N or D, than the constants need.
+    Raises InputError where there are fewer points, or fewer different N or D, than the constants need, where all losses
+    are the same, and where a number is beyond what has a power.
     """
-    x_PV, y_P = _check(points, law)
+    x_PV, y_P = _check(points, law, resamples, level)
     n_points, n_constants = len(y_P), 1 + 2 * x_PV.shape[1]
     center_V = x_PV.mean(axis=0)  # centred, a coefficient and its exponent hardly depend on each other
     x_PV = x_PV - center_V
@@ -145,16 +150,30 @@ def band(fitted: Fit, n: Array, d: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def _check(points: Sequence[Point], law: LawName) -> tuple[Array, Array]:
-    """(log N and D, log L) of the points."""
-    values = _variables(law, np.array([p.n for p in points], float), np.array([p.d for p in points], float))
+def _check(points: Sequence[Point], law: LawName, resamples: int, level: float) -> tuple[Array, Array]:
+    """Return (log N and D, log L) of the points. Raises InputError where no law can be fitted to them."""
+    if not 0.5 <= level <= 0.999:
+        raise InputError(f"level {level}: must be 0.5 to 0.999")
     needed = 2 * len(law) + 2
     if len(points) < needed:
         raise InputError(f"{FORMULAS[law]} has {needed - 1} constants and needs {needed} runs; there are {len(points)}")
+    if resamples * len(points) > MOST_DRAWN or len(points) ** 2 > MOST_DRAWN:
+        raise InputError(
+            f"{resamples:,} resamples of {len(points):,} runs are too much; runs times resamples, and runs times runs, "
+            f"may be {MOST_DRAWN:,}"
+        )
+    for point in points:
+        for name, value, (low, high) in (("N", point.n, SIZES), ("D", point.d, SIZES), ("loss", point.loss, LOSSES)):
+            if (name in law or name == "loss") and not low <= value <= high:
+                raise InputError(f"run {point.run}: {name} is {value:.4g}, and a law needs {low:g} to {high:g}")
+    values = _variables(law, np.array([p.n for p in points], float), np.array([p.d for p in points], float))
     for name, column in zip(law, values, strict=True):
         if (different := len(np.unique(column))) < 3:
             raise InputError(f"{FORMULAS[law]} needs runs of 3 different {name}; there are {different}")
-    return np.log(np.stack(values, axis=1)), np.log([point.loss for point in points])
+    losses = [point.loss for point in points]
+    if max(losses) - min(losses) < SAME_LOSS * max(losses):
+        raise InputError(f"all {len(points)} runs have the loss {losses[0]:.4g}; a law needs some that differ")
+    return np.log(np.stack(values, axis=1)), np.log(losses)
 
 
 def _variables(law: LawName, n: Array, d: Array) -> list[Array]:
@@ -187,21 +206,28 @@ def _search(x_PV: Array, y_P: Array) -> Array:
 
 
 def _left_out(x_PV: Array, y_P: Array, best_K: Array) -> Array:
-    """Each point's residual from the law fitted to all others."""
+    """Return each point's residual from the law fitted to all others."""
     n_points = len(y_P)
     others_PP, y_PP = 1.0 - np.eye(n_points), np.tile(y_P, (n_points, 1))
     without_PK = _polish(x_PV, y_PP, np.tile(best_K, (n_points, 1)), others_PP)
     return y_P - np.diag(_log_loss(without_PK, x_PV))
 
 
-def _polish(x_PV: Array, y_FP: Array, start_FK: Array, weight_FP: Array | float = 1.0) -> Array:
-    """The minima next to the starts: Levenberg and Marquardt's steps, with the Huber loss as reweighted squares."""
+def _polish(x_PV: Array, y_FP: Array, start_FK: Array, weight_FP: Array | None = None) -> Array:
+    """Return the minima next to the starts: Levenberg and Marquardt's steps, with the Huber loss as reweighted squares.
+
+    Each fit goes on until it stands still, and is then left out of the steps of the others. When the work allowed is
+    done, those that still move stay where they are.
+    """
     low_K, high_K = _bounds(x_PV, y_FP)
-    theta_FK = np.clip(start_FK, low_K, high_K)
+    ends_FK = np.clip(start_FK, low_K, high_K)
+    theta_FK, weight_FP = ends_FK, np.ones_like(y_FP) if weight_FP is None else weight_FP
     residual_FP = _log_loss(theta_FK, x_PV) - y_FP
     cost_F, damping_F = (weight_FP * _huber(residual_FP)).sum(axis=1), np.full(len(y_FP), 1e-3)
-    diagonal, standing = np.arange(theta_FK.shape[1]), 0
+    moving_F, standing_F = np.arange(len(y_FP)), np.zeros(len(y_FP), int)
+    diagonal, work = np.arange(theta_FK.shape[1]), max(MOST_WORK, STEPS_AT_LEAST * y_FP.size)
     for _ in range(MAX_STEPS):
+        work -= y_FP.size
         jacobian_FPK = _jacobian(theta_FK, x_PV)
         weighted_FKP = (jacobian_FPK * (weight_FP / np.maximum(1, np.abs(residual_FP) / HUBER_DELTA))[..., None]).mT
         hessian_FKK, gradient_FK1 = weighted_FKP @ jacobian_FPK, weighted_FKP @ residual_FP[..., None]
@@ -211,14 +237,19 @@ def _polish(x_PV: Array, y_FP: Array, start_FK: Array, weight_FP: Array | float 
         trial_residual_FP = _log_loss(trial_FK, x_PV) - y_FP
         trial_cost_F = (weight_FP * _huber(trial_residual_FP)).sum(axis=1)
         better_F = trial_cost_F < cost_F
-        standing = 0 if (trial_cost_F < (1 - TOLERANCE) * cost_F).any() else standing + 1
+        standing_F = np.where(trial_cost_F < (1 - TOLERANCE) * cost_F, 0, standing_F + 1)
         theta_FK = np.where(better_F[:, None], trial_FK, theta_FK)
         residual_FP = np.where(better_F[:, None], trial_residual_FP, residual_FP)
         cost_F = np.minimum(cost_F, trial_cost_F)
         damping_F = np.clip(np.where(better_F, damping_F / 5, damping_F * 5), 1e-9, 1e9)
-        if standing == PATIENCE:
+        ends_FK[moving_F] = theta_FK
+        if (goes_on_F := standing_F < PATIENCE).all() and work > 0:
+            continue
+        if work <= 0 or not goes_on_F.any():
             break
-    return theta_FK
+        theta_FK, y_FP, weight_FP, residual_FP = (a[goes_on_F] for a in (theta_FK, y_FP, weight_FP, residual_FP))
+        cost_F, damping_F, moving_F, standing_F = (a[goes_on_F] for a in (cost_F, damping_F, moving_F, standing_F))
+    return ends_FK
 
 
 def _bounds(x_PV: Array, y: Array) -> tuple[Array, Array]:

@@ -5,9 +5,8 @@ N parameters, D tokens.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -16,23 +15,31 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from mlx_moe.analysis.scaling import FORMULAS, Estimate, Fit, Point, band, predict
+from mlx_moe.analysis.scaling import FORMULAS, Estimate, Fit, Point, band, constant_names, predict
 from mlx_moe.errors import InputError
+from mlx_moe.storage.reading import read_json
+from mlx_moe.storage.records import EstimateRecord, FitRecord, FitsRecord
+from mlx_moe.validation import validate
 
 Variable = Literal["n", "d"]
 
 LINES = 4  # for so many values of the other variable, at most
 BEYOND = 1.5  # how far a line goes past the outermost run
 MARKS = "osD^"
+LARGEST_FITS = 256 << 20  # bytes: 10,000 resamples are 1 MB
 
 
 def read_fits(file: Path) -> tuple[str, list[Fit]]:
-    """What N counts, and the laws that `mlxmoe fit` found. Raises InputError where a file holds something else."""
+    """Return what N counts, and the laws that `mlxmoe fit` found.
+
+    Raises InputError where a file holds something else.
+    """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return values["parameters"].replace("_", "-"), [_fit(one) for one in values["fits"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"cannot read fits from {file}: {error!r}; name one that mlxmoe fit wrote") from None
+        record = validate(FitsRecord, read_json(file, LARGEST_FITS))
+        return record.parameters.replace("_", "-"), [_fit(one) for one in record.fits]
+    except InputError as error:
+        fault = str(error).splitlines()[0].removeprefix(f"cannot read {file}: ")
+        raise InputError(f"cannot read fits from {file}: {fault}; write it anew with mlxmoe fit") from None
 
 
 def scaling(fitted: Fit, counted: str) -> Figure:
@@ -89,17 +96,27 @@ def _column(fitted: Fit, variable: Variable) -> NDArray[np.float64]:
     return np.array([getattr(point, variable) for point in fitted.points], np.float64)
 
 
-def _fit(values: dict[str, Any]) -> Fit:
-    """The reverse of `Fit.to_json`."""
-    optimal = values["optimal_exponent"]
-    own = {name: value for name, value in values.items() if name not in ("formula", "method")}
-    points = [{name: value for name, value in point.items() if name != "predicted"} for point in values["points"]]
+def _fit(record: FitRecord) -> Fit:
+    """Return the reverse of `Fit.to_json`."""
+    names = constant_names(record.law)
+    if list(record.constants) != names:
+        raise InputError(f"the constants of {record.law} are {', '.join(names)}, not {', '.join(record.constants)}")
+    if any(len(draw) != len(names) for draw in record.draws):
+        raise InputError(f"a draw of {record.law} has {len(names)} constants")
+    optimal = record.optimal_exponent
     return Fit(
-        **own
-        | {
-            "constants": {name: Estimate(**one) for name, one in values["constants"].items()},
-            "optimal_exponent": optimal and Estimate(**optimal),
-            "points": [Point(**point) for point in points],
-            "predicted": [point["predicted"] for point in values["points"]],
-        }
+        law=record.law,
+        constants={name: _estimate(estimate) for name, estimate in record.constants.items()},
+        optimal_exponent=None if optimal is None else _estimate(optimal),
+        level=record.level,
+        r_squared=record.r_squared,
+        leave_one_out_error=record.leave_one_out_error,
+        degrees_of_freedom=record.degrees_of_freedom,
+        points=[Point(point.n, point.d, point.loss, point.run) for point in record.points],
+        predicted=[point.predicted for point in record.points],
+        draws=record.draws,
     )
+
+
+def _estimate(record: EstimateRecord) -> Estimate:
+    return Estimate(record.value, record.low, record.high)

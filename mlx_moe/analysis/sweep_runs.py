@@ -1,8 +1,12 @@
 """Runs a sweep: every run in a process of its own, one after the other or several at once.
 
 The sweep's folder holds `sweep.json` (what is to run), a folder and a log per run, and the results so far:
-`results.jsonl`, `results.csv` and `summary.json`. A finished run is not run again, an interrupted one goes on, and one
-that failed stays as it is and is named.
+`results.jsonl`, `results.csv` and `summary.json`. A finished run is not run again, an interrupted one is resumed, and
+one that failed stays as it is and is named.
+
+Two locks: the folder's is the sweep's own, and keeps another one out. That of `logs` is inherited by the runs, so that
+it is free only once all of them have ended. They end with the sweep, however it ends: each waits for the end of a pipe
+that the sweep holds open, and then saves and stops.
 """
 
 from __future__ import annotations
@@ -10,37 +14,69 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlx_moe.analysis import one_run
-from mlx_moe.analysis.one_run import SWEEP
-from mlx_moe.analysis.results import FAILURE, gather, show, write
+from mlx_moe.analysis.one_run import HELD_ELSEWHERE, SWEEP, is_held, read_sweep
+from mlx_moe.analysis.results import ELSEWHERE, FAILED, FAILURE, FINISHED, INTERRUPTED, gather, row_of, show, write
 from mlx_moe.analysis.sweeps import PlannedRun
-from mlx_moe.errors import InputError
-from mlx_moe.storage.atomic import make_folder, replacing, set_aside
-from mlx_moe.storage.reading import read_mapping
-from mlx_moe.training.backend import choose_backend
+from mlx_moe.errors import InputError, one_line
+from mlx_moe.storage import locks
+from mlx_moe.storage.atomic import SCRATCH, SYSTEM_FILES, absolute, clean_leftovers, make_folder, replacing, set_aside
+from mlx_moe.storage.run_folder import CONFIG
+from mlx_moe.training.backend import LAUNCHERS, choose_backend
 from mlx_moe.training.console import Console
 from mlx_moe.training.stopping import TrainingStopped, interruptions
 
 LOGS = "logs"
+DEVICES = ("auto", "cpu", "gpu", "cuda", "mps")
 POLL_SECONDS = 0.1
+PATIENCE_SECONDS = 30  # with the runs of a sweep that was killed, which save when they notice
+LOG_TAIL = 64 << 10  # bytes, in which the last line is looked for
+LONGEST_REASON = 500  # characters
+# From outside, and no fault of the run: SIGKILL is also what a system sends that has no memory left.
+INTERRUPTING = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+# What the user's environment may hold that would change a run's exit code or colour its log.
+NOT_INHERITED = {"PYTHONINSPECT", "PYTHONWARNINGS", "PYTHONIOENCODING", "FORCE_COLOR", "TTY_COMPATIBLE"}
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What belongs to this call and not to the sweep. `retry`: run what failed once more, from its beginning."""
+    """What belongs to this call and not to the sweep.
+
+    `retry`: run what failed once more, from its beginning. `command`: what a user types to resume the sweep.
+    """
 
     backend: str = "auto"
     device: str = "auto"
     jobs: int = 1
     retry: bool = False
+    command: str = "mlxmoe sweep"
+
+
+def run_sweep(planned: Sequence[PlannedRun], out: Path, options: SweepOptions) -> list[dict[str, Any]]:
+    """Train what is not finished, and write the results after every run; returns their rows.
+
+    Raises TrainingStopped on a signal, once the runs at work have saved; InputError where the folder holds other runs,
+    where another process is sweeping in it, or where it cannot be written.
+    """
+    choose_backend(options.backend)  # says so here, and not in every log, where there is none
+    if options.device not in DEVICES:
+        raise InputError(f"--device {options.device!r}: must be one of {', '.join(DEVICES)}")
+    for variable, (launcher, _) in LAUNCHERS.items():
+        if variable in os.environ:  # which every run would inherit, and wait for the others
+            raise InputError(f"{launcher} starts several processes of one run; start a sweep without it")
+    out, console = absolute(out), Console()
+    with _reported(out), _sole(planned, out, console) as lock:
+        return _Sweep(planned, out, options, console, lock).run()
 
 
 @dataclass(frozen=True)
@@ -48,115 +84,269 @@ class _Started:
     run: PlannedRun
     process: subprocess.Popen[bytes]
     since: float
+    log_bytes: int  # of earlier attempts
 
 
-def run_sweep(planned: Sequence[PlannedRun], out: Path, options: SweepOptions) -> list[dict[str, Any]]:
-    """Train what is not finished, and write the results after every run; returns their rows.
+@dataclass
+class _Sweep:
+    planned: Sequence[PlannedRun]
+    out: Path
+    options: SweepOptions
+    console: Console
+    lock: int  # the descriptor that the runs inherit
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the run's name
+    running: list[_Started] = field(default_factory=list)
+    is_stopping: bool = False
 
-    Raises TrainingStopped on a signal, once the runs at work have saved; InputError where the folder holds other runs.
-    """
-    choose_backend(options.backend)  # says so here, and not in every log, where there is none
-    _begin(planned, out)
-    console, order = Console(), {run.name: number for number, run in enumerate(planned, 1)}
-    if options.retry:
-        _forget_failures(planned, out)
-    waiting = []
-    for run, row in zip(planned, gather(planned, out), strict=True):
-        if row["status"] in ("finished", "failed"):
-            console.line(f"[{order[run.name]}/{len(planned)}] {run.name}: {_verdict(row)}")
-        else:
-            waiting.append(run)
-    running: list[_Started] = []
-    try:
-        with interruptions() as interruption:
-            while running or (waiting and interruption.received is None):
-                while waiting and len(running) < options.jobs and interruption.received is None:
-                    running.append(_start(waiting.pop(0), out, options))
-                for started in [started for started in running if started.process.poll() is not None]:
-                    running.remove(started)
-                    _finish(started, out, interruption.received is not None)
-                    rows, number = gather(planned, out), order[started.run.name]
-                    write(rows, out)
-                    verdict = f"{_verdict(rows[number - 1])} in {time.monotonic() - started.since:.0f} s"
-                    console.line(f"[{number}/{len(planned)}] {started.run.name}: {verdict}")
-                if interruption.received is not None and running:
-                    _interrupt(running, console)
+    def run(self) -> list[dict[str, Any]]:
+        """Start runs as there is room, until none is left or a signal comes."""
+        if self.options.retry:
+            self._set_failures_aside()
+        self.rows = {row["run"]: row for row in gather(self.planned, self.out)}
+        waiting = [run for run in self.planned if not self._is_settled(run)]
+        with interruptions() as interruption, self._asking_at_the_end() as (pipe, ask):
+            while self.running or (waiting and interruption.received is None):
+                while waiting and len(self.running) < self.options.jobs and interruption.received is None:
+                    self._start(waiting.pop(0), pipe)
+                if interruption.received is not None:
+                    ask()
+                for started in [started for started in self.running if started.process.poll() is not None]:
+                    self.running.remove(started)
+                    self._finish(started)
                 time.sleep(POLL_SECONDS)
+        self._look_again()
+        if interruption.received is not None:
+            name = signal.Signals(interruption.received).name
+            raise TrainingStopped(f"{name}: stopped; resume with: {self.options.command}", 128 + interruption.received)
+        rows = self._all_rows()
+        show(rows, self.out, self.console)
+        return rows
+
+    def _set_failures_aside(self) -> None:
+        """Rename the folders of failed runs, so that they start anew; nobody trains in them meanwhile."""
+        for run in self.planned:
+            folder = self.out / run.name
+            if row_of(run, folder)["status"] != FAILED:
+                continue
+            try:
+                descriptor = locks.acquire(folder)
+            except locks.Busy:
+                self.console.warn(f"{run.name} was left where it is: another process trains in it")
+                continue
+            try:
+                aside = set_aside(folder, "failed")
+            finally:
+                os.close(descriptor)
+            self.console.line(f"{run.name} is now {aside.name}")
+
+    def _is_settled(self, run: PlannedRun) -> bool:
+        """Say how a run stands that this sweep does not start."""
+        row, folder = self.rows[run.name], self.out / run.name
+        clean_leftovers(folder)
+        if row["status"] != FINISHED and is_held(folder):
+            row |= {"status": ELSEWHERE, "reason": None}
+        if row["status"] not in (FINISHED, FAILED, ELSEWHERE):
+            return False
+        self._say(run, "")
+        return True
+
+    @contextmanager
+    def _asking_at_the_end(self) -> Iterator[tuple[int, Any]]:
+        """Yield the end of the pipe that runs inherit, and a function that asks them, once, to save and stop.
+
+        Whatever happens, none of them is at work when this returns.
+        """
+        reading, writing = os.pipe()
+
+        def ask() -> None:
+            if self.is_stopping:
+                return
+            self.is_stopping = True
+            os.close(writing)
+            if n := len(self.running):
+                self.console.line(f"waiting for {n} run{'s' if n > 1 else ''} to save; another Ctrl-C ends at once")
+
+        try:
+            yield reading, ask
+        except Exception:
+            ask()
+            raise
+        except BaseException:  # a second signal: nothing is saved
+            for started in self.running:
+                started.process.kill()
+            raise
+        finally:
+            os.close(reading)
+            if not self.is_stopping:
+                os.close(writing)
+            for started in self.running:
+                started.process.wait()
+
+    def _start(self, run: PlannedRun, pipe: int) -> None:
+        """Start a run in a session of its own: Ctrl-C reaches this process alone, which then asks the run to save."""
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+        environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONUNBUFFERED": "1"}
+        environment |= {"COLUMNS": "120"}
+        if self.options.jobs > 1:
+            threads = str(max(1, (os.cpu_count() or 1) // self.options.jobs))
+            environment = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads} | environment
+        # -P: no module of the working folder takes the place of one of Python's.
+        command = [sys.executable, "-P", "-m", one_run.__name__, str(self.out), run.name]
+        command += [self.options.backend, self.options.device, str(pipe), str(self.lock)]
+        with self._log(run) as stream:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=stream,
+                    env=environment,
+                    start_new_session=True,
+                    pass_fds=(pipe, self.lock),
+                )
+            except OSError as error:
+                raise InputError(
+                    f"cannot start run {run.name}: {error.strerror or one_line(error)}; with fewer --jobs, or later, "
+                    f"resume with: {self.options.command}"
+                ) from None
+            self.running.append(_Started(run, process, time.monotonic(), stream.tell()))
+
+    def _finish(self, started: _Started) -> None:
+        """Write down what a run came to, and why it failed if it did."""
+        run, code = started.run, started.process.returncode
+        folder = self.out / run.name
+        row = row_of(run, folder)
+        if row["status"] != FINISHED and code != 0:
+            reason = f"killed by {signal.Signals(-code).name}" if code < 0 else self._last_line(started)
+            if code == HELD_ELSEWHERE or is_held(folder):
+                row |= {"status": ELSEWHERE, "reason": None}
+            elif code > 128 or -code in INTERRUPTING:
+                row |= {"status": INTERRUPTED, "reason": None if self.is_stopping else reason}
+            elif code == 2 and (folder / CONFIG).is_file():  # what a user can mend, as a full disk
+                row |= {"status": INTERRUPTED, "reason": reason}
+            else:
+                make_folder(folder)
+                with replacing(folder / FAILURE) as partial:
+                    values = {"reason": reason, "exit_code": code}
+                    partial.write_text(json.dumps(values) + "\n", encoding="utf-8")
+                row = row_of(run, folder)
+        self.rows[run.name] = row
+        write(self._all_rows(), self.out)
+        self._say(run, f" in {time.monotonic() - started.since:.0f} s")
+
+    def _look_again(self) -> None:
+        """Bring the rows of runs up to date that another process trained meanwhile."""
+        for run in self.planned:
+            row, folder = self.rows[run.name], self.out / run.name
+            if row["status"] == ELSEWHERE and not is_held(folder):
+                self.rows[run.name] = row_of(run, folder)
+        write(self._all_rows(), self.out)
+
+    def _all_rows(self) -> list[dict[str, Any]]:
+        return [self.rows[run.name] for run in self.planned]
+
+    def _say(self, run: PlannedRun, time_taken: str) -> None:
+        row, number = self.rows[run.name], list(self.rows).index(run.name) + 1
+        if row["status"] == FINISHED:
+            verdict = f"validation loss {row['validation_loss']:.4f}"
+        else:
+            verdict = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
+        self.console.line(f"[{number}/{len(self.planned)}] {run.name}: {verdict}{time_taken}")
+
+    def _log(self, run: PlannedRun) -> BinaryIO:
+        """Open a run's log to append to it. Raises InputError where it is no file of the folder."""
+        file = self.out / LOGS / f"{run.name}.txt"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(file, flags, 0o666)
+        stream = os.fdopen(descriptor, "ab")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            stream.close()
+            raise InputError(f"cannot write {file}: it is no regular file; move it away")
+        return stream
+
+    def _last_line(self, started: _Started) -> str:
+        """Return the last line that a run printed, which is why it stopped."""
+        with suppress(OSError), (self.out / LOGS / f"{started.run.name}.txt").open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(started.log_bytes, size - LOG_TAIL))
+            lines = stream.read().decode("utf-8", errors="replace").split("\n")
+            if said := [line.strip() for line in lines if line.strip()]:
+                return said[-1][:LONGEST_REASON]
+        return "no word in its log"
+
+
+@contextmanager
+def _sole(planned: Sequence[PlannedRun], out: Path, console: Console) -> Iterator[int]:
+    """Keep other sweeps out of a folder, and write down what is to run; yields the lock that the runs inherit."""
+    _check_folder(planned, out)  # before anything is written
+    make_folder(out)
+    try:
+        own = locks.acquire(out)
+    except locks.Busy:
+        raise InputError(f"another process is sweeping in {out}; wait for it, or name another --out") from None
+    try:
+        before = _check_folder(planned, out)
+        make_folder(out / LOGS)
+        inherited = _wait_for_runs(out, console)
+        try:
+            clean_leftovers(out)
+            with replacing(out / SWEEP) as partial:
+                runs = before | {run.name: run.to_json() for run in planned}
+                partial.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+            yield inherited
+        finally:
+            os.close(inherited)
     finally:
-        for started in running:  # a second signal: nothing is saved, nothing stays behind
-            started.process.kill()
-    rows = gather(planned, out)
-    write(rows, out)
-    if interruption.received is not None:
-        name = signal.Signals(interruption.received).name
-        raise TrainingStopped(f"{name}: stopped; the same command goes on with {out}", 128 + interruption.received)
-    show(rows, out, console)
-    return rows
+        os.close(own)
 
 
-def _begin(planned: Sequence[PlannedRun], out: Path) -> None:
-    """Write down what is to run. Raises InputError where runs of the same name were something else."""
-    file = out / SWEEP
-    before = read_mapping(file) if file.is_file() else {}
-    runs = {run.name: run.to_json() for run in planned}
-    changed = [name for name, run in runs.items() if name in before and before[name] != run]
+def _check_folder(planned: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
+    """Return what the folder's `sweep.json` says. Raises InputError where the folder is something else."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise InputError(f"--out {out} is no folder; name another one")
+    if not (out / SWEEP).is_file():
+        if out.is_dir() and not all(map(_is_of_a_beginning, out.iterdir())):
+            raise InputError(f"{out} is not empty and holds no sweep; name another --out")
+        return {}
+    before = {name: run.model_dump() for name, run in read_sweep(out).items()}
+    changed = [run.name for run in planned if run.name in before and before[run.name] != run.to_json()]
     if changed:
         raise InputError(
             f"{out} holds another sweep: {changed[0]} ({len(changed)} such) has another config; name another --out"
         )
-    if not file.is_file() and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and holds no sweep; name another --out")
-    make_folder(out / LOGS)
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(before | runs, indent=1) + "\n", encoding="utf-8")
+    return before
 
 
-def _forget_failures(planned: Sequence[PlannedRun], out: Path) -> None:
-    for run in planned:
-        if (out / run.name / FAILURE).is_file():
-            set_aside(out / run.name, "failed")
+def _is_of_a_beginning(entry: Path) -> bool:
+    """Whether a sweep that was killed before it had written `sweep.json` may have left an entry of its folder."""
+    if entry.name == LOGS and entry.is_dir():
+        return not any(entry.iterdir())
+    return entry.name in SYSTEM_FILES or entry.name.startswith(SCRATCH)
 
 
-def _start(run: PlannedRun, out: Path, options: SweepOptions) -> _Started:
-    """In a session of its own: Ctrl-C reaches this process alone, which then asks the run to save."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "COLUMNS": "120"}
-    if options.jobs > 1:
-        threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-        environment = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads} | environment
-    command = [sys.executable, "-m", one_run.__name__, str(out), run.name, options.backend, options.device]
-    with _log(out, run).open("ab") as stream:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, start_new_session=True
-        )
-    return _Started(run, process, time.monotonic())
+def _wait_for_runs(out: Path, console: Console) -> int:
+    """Lock the folder of the logs, once the runs of a sweep that was killed have saved; returns the descriptor."""
+    until, is_told = time.monotonic() + PATIENCE_SECONDS, False
+    while True:
+        try:
+            return locks.acquire(out / LOGS)
+        except locks.Busy:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"runs of a sweep that was killed are still saving in {out}; try again once they have ended"
+                ) from None
+            if not is_told:
+                console.line("waiting for runs of a sweep that was killed to save")
+            is_told = True
+            time.sleep(POLL_SECONDS)
 
 
-def _interrupt(running: list[_Started], console: Console) -> None:
-    """Ask once, and wait: a second signal would end the runs before they have saved."""
-    console.line(f"waiting for {len(running)} runs to save; another Ctrl-C ends at once")
-    for started in running:
-        started.process.send_signal(signal.SIGINT)
-    for started in running:
-        started.process.wait()
-
-
-def _finish(started: _Started, out: Path, interrupted: bool) -> None:
-    """Write down why a run failed; one that a signal stopped did not."""
-    code, folder = started.process.returncode, out / started.run.name
-    if code == 0 or interrupted or code >= 128 or code in (-signal.SIGINT, -signal.SIGTERM):
-        return
-    lines = [line for line in _log(out, started.run).read_text(encoding="utf-8", errors="replace").splitlines() if line]
-    reason = f"killed by {signal.Signals(-code).name}" if code < 0 else (lines[-1] if lines else "no word in its log")
-    make_folder(folder)
-    with replacing(folder / FAILURE) as partial:
-        partial.write_text(json.dumps({"reason": reason.strip(), "exit_code": code}) + "\n", encoding="utf-8")
-
-
-def _verdict(row: dict[str, Any]) -> str:
-    if row["status"] == "finished":
-        return f"validation loss {row['validation_loss']:.4f}"
-    return f"{row['status']}: {row['reason']}" if row["reason"] else str(row["status"])
-
-
-def _log(out: Path, run: PlannedRun) -> Path:
-    return out / LOGS / f"{run.name}.txt"
+@contextmanager
+def _reported(out: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot use {out}: {error.strerror or one_line(error)}; run the same again once it can be used"
+        ) from None

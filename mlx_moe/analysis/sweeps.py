@@ -19,11 +19,18 @@ phase so that, in all, it takes as many as the variant NAME.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -33,6 +40,7 @@ from mlx_moe.data.tokens import prepare
 from mlx_moe.errors import InputError
 from mlx_moe.presets import FOLDER, as_overrides, load_run
 from mlx_moe.storage.reading import read_mapping
+from mlx_moe.terminal import printable
 from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.phases import fit_vocabulary
 from mlx_moe.validation import nearest, validate
@@ -40,6 +48,11 @@ from mlx_moe.validation import nearest, validate
 Budget = Literal["tokens", "flops"]
 Variant = dict[str, Any]
 PHASE_KEYS = tuple(PhasesConfig.model_fields)
+MOST_RUNS = 1000  # each takes seconds to start
+LONGEST_NAME = 240  # bytes: 255 is what file systems take, and a log's or a failed run's name is longer
+# What a sweep's folder holds beside its runs. A name that begins with a dot is hidden, or a lock file of ours.
+RESERVED = {"logs", "plots", "sweep.json", "results.jsonl", "results.csv", "summary.json", "fits.json"}
+SET_ASIDE = re.compile(r".*\.failed(-[0-9]+)?", re.DOTALL)
 
 
 class SweepConfig(BaseModel):
@@ -51,7 +64,16 @@ class SweepConfig(BaseModel):
     preset: str = "three-phase"
     n_phases: int = Field(1, ge=1, le=3)
     overrides: Variant = {}
-    axes: dict[str, list[Any] | dict[str, Variant]] = Field(min_length=1)
+    axes: dict[str, Any] = Field(min_length=1)  # of each, a list of values or a mapping of variants
+
+
+@dataclass(frozen=True)
+class Equal:
+    """A budget that a run spends as much of as the one that differs from it on one axis, where it takes `variant`."""
+
+    budget: Budget
+    axis: str
+    variant: str
 
 
 @dataclass(frozen=True)
@@ -62,52 +84,67 @@ class PlannedRun:
     choices: dict[str, Any]
     n_phases: int
     config: RunConfig
-    equal: dict[Budget, str] | None = None
+    equal: Equal | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"choices": self.choices, "n_phases": self.n_phases, "config": self.config.model_dump(mode="json")}
+        """What `sweep.json` says of the run, exactly as it is read back."""
+        values = {"choices": self.choices, "n_phases": self.n_phases, "config": self.config.model_dump(mode="json")}
+        return cast(dict[str, Any], json.loads(json.dumps(values)))
 
 
 def sweep_names() -> list[str]:
-    """The sweeps that come with the package."""
+    """Return the names of the sweeps that come with the package."""
     return sorted(path.stem for path in (FOLDER / "sweeps").glob("*.yaml"))
 
 
 def load_sweep(name: str) -> SweepConfig:
-    """A sweep by its file, or by the name of one that comes with the package. Raises InputError on a fault in it."""
-    path = Path(name)
+    """Read a sweep by its file, or by the name of one that comes with the package.
+
+    Raises InputError on a fault in it; the axes' values are checked by `expand`.
+    """
     if name in sweep_names():
         path = FOLDER / "sweeps" / f"{name}.yaml"
-    elif not path.is_file():
+    elif os.path.isfile(name):
+        path = Path(name)
+    else:
         known = sweep_names()
         raise InputError(f"no sweep {name!r}: {nearest(name, known)}known: {', '.join(known)}, or name a YAML file")
-    return validate(SweepConfig, read_mapping(path))
+    sweep = validate(SweepConfig, read_mapping(path))
+    if (fault := name_fault(sweep.name)) is not None:
+        raise InputError(f"name {sweep.name!r} {fault}; it is the name of the sweep's folder")
+    return sweep
+
+
+def name_fault(name: str) -> str | None:
+    """Say why no folder of ours can have a name; None where one can."""
+    if not name or name.startswith("."):
+        return "is empty" if not name else "begins with a dot"
+    if "/" in name or printable(name) != name or set("\n\t") & set(name):
+        return "holds a slash, a control character or half of a character"
+    if len(name.encode()) > LONGEST_NAME:
+        return f"has {len(name.encode()):,} bytes, and at most {LONGEST_NAME} are possible"
+    if name.casefold() in RESERVED or SET_ASIDE.fullmatch(name.casefold()):
+        return "is what something else in a sweep's folder is called"
+    return None
 
 
 def expand(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun]:
-    """The runs of a sweep, with its last axis varying fastest. `overrides` (`key=value`) lie under the axes.
+    """Return the runs of a sweep, with its last axis varying fastest. `overrides` (`key=value`) lie under the axes.
 
-    Raises InputError, which names the run, where a config is not valid.
+    Raises InputError, which names the run or the axis, where there are too many runs, where two would share a folder,
+    or where a config is not valid.
     """
-    axes = {axis: _choices(axis, choices) for axis, choices in sweep.axes.items()}
-    planned = []
-    for combination in product(*(choices.items() for choices in axes.values())):
-        chosen = dict(zip(axes, (name for name, _ in combination), strict=True))
-        keys: Variant = {"n_phases": sweep.n_phases}
-        for _, variant in combination:
-            keys |= variant
-        name = ",".join(_label(axis, choice) for axis, choice in chosen.items()).replace("/", "_")
-        n_phases, equal = keys.pop("n_phases"), keys.pop("equal", None)
-        if n_phases not in (1, 2, 3):
-            raise InputError(f"run {name}: n_phases {n_phases!r}; must be 1, 2 or 3")
-        written = [*as_overrides(sweep.overrides), *overrides, *as_overrides(keys)]
-        try:
-            config = load_run(sweep.preset, None, written)
-        except InputError as error:
-            raise InputError("\n".join(f"run {name}: {line}" for line in str(error).splitlines())) from None
-        values = {axis: _value(sweep.axes[axis], choice) for axis, choice in chosen.items()}
-        planned.append(PlannedRun(name, values, n_phases, config.model_copy(update={"name": name}), equal))
-    return [_equalized(run, planned) for run in planned]
+    for axis, choices in sweep.axes.items():
+        if not isinstance(choices, list | dict) or not choices:
+            raise InputError(f"axis {axis!r} must be a list of values or a mapping of variants, with one at least")
+    if (n_runs := math.prod(map(len, sweep.axes.values()))) > MOST_RUNS:
+        raise InputError(f"the axes make {n_runs:,} runs, and a sweep has {MOST_RUNS:,} at most; shorten them")
+    axes = {axis: _variants(axis, choices) for axis, choices in sweep.axes.items()}
+    combinations = list(product(*axes.values()))
+    _check_names([_name(axes, combination) for combination in combinations])
+    planned = {combination: _plan(sweep, axes, combination, overrides) for combination in combinations}
+    vocabularies: dict[str, int] = {}
+    return [_equalized(run, combination, axes, planned, vocabularies) for combination, run in planned.items()]
 
 
 def budget(run: PlannedRun, kind: Budget) -> list[int]:
@@ -119,49 +156,127 @@ def budget(run: PlannedRun, kind: Budget) -> list[int]:
     return [tokens * flops_per_token(model).training for model in models]
 
 
-def _choices(axis: str, choices: list[Any] | dict[str, Variant]) -> dict[str, Variant]:
+def _variants(axis: str, choices: list[Any] | dict[Any, Any]) -> dict[str, Variant]:
+    """Return what each choice of an axis sets, by the choice's name."""
     if isinstance(choices, dict):
-        return {name: variant or {} for name, variant in choices.items()}
-    return {str(value): {axis: value} for value in choices}
+        variants: dict[str, Variant] = {}
+        for name, variant in choices.items():
+            if not isinstance(name, str):
+                raise InputError(f"axis {axis!r}: the variant {name!r} must have a text as its name; quote it")
+            if fault := name_fault(name):
+                raise InputError(f"axis {axis!r}: the variant's name {name!r} {fault}; take another name")
+            if not isinstance(variant, dict | None) or not all(isinstance(key, str) for key in variant or {}):
+                raise InputError(f"axis {axis!r}: the variant {name!r} must be a mapping of config keys to values")
+            variants[name] = variant or {}
+    else:
+        variants = {str(value): {axis: value} for value in choices}
+        if len(variants) < len(choices):
+            names = [str(value) for value in choices]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"axis {axis!r} has {twice} twice; leave one out")
+    for name, variant in variants.items():
+        if not _is_finite(variant):
+            raise InputError(f"axis {axis!r}: {name} holds a number that is not finite; name another")
+    return variants
 
 
-def _value(choices: list[Any] | dict[str, Variant], name: str) -> Any:
-    return name if isinstance(choices, dict) else next(value for value in choices if str(value) == name)
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _name(axes: Mapping[str, Mapping[str, Variant]], combination: Sequence[str]) -> str:
+    """Return a run's name. A value may hold a slash, as the tokenizers of Hugging Face do; a name may not."""
+    return ",".join(_label(axis, choice) for axis, choice in zip(axes, combination, strict=True)).replace("/", "_")
 
 
 def _label(axis: str, choice: str) -> str:
-    """`d_model=64`; a variant's name says enough by itself."""
+    """Return `d_model=64`; a variant's name says enough by itself."""
     key = axis.rpartition(".")[2]
     return f"{key}={choice}" if "." in axis or axis == "seed" else choice
 
 
-def _equalized(run: PlannedRun, all_runs: list[PlannedRun]) -> PlannedRun:
+def _check_names(names: Sequence[str]) -> None:
+    """Raise InputError where a name cannot be a folder's, or two are one on a file system that ignores case."""
+    taken: dict[str, str] = {}
+    for name in names:
+        if fault := name_fault(name):
+            raise InputError(f"run {name!r} {fault}; name its variants or values otherwise")
+        before = taken.setdefault(unicodedata.normalize("NFD", name).casefold(), name)
+        if before is not name:
+            raise InputError(f"runs {before!r} and {name!r} would share a folder; names must differ by more than case")
+
+
+def _plan(
+    sweep: SweepConfig, axes: Mapping[str, Mapping[str, Variant]], combination: Sequence[str], overrides: Sequence[str]
+) -> PlannedRun:
+    keys: Variant = {"n_phases": sweep.n_phases}
+    name, equal = _name(axes, combination), None
+    for axis, choice in zip(axes, combination, strict=True):
+        keys |= axes[axis][choice]
+        if "equal" in axes[axis][choice]:
+            equal = _read_equal(name, axis, keys.pop("equal"))
+    n_phases = keys.pop("n_phases")
+    if type(n_phases) is not int or n_phases not in (1, 2, 3):
+        raise InputError(f"run {name}: n_phases {n_phases!r}; must be 1, 2 or 3")
+    with _naming(name):
+        config = load_run(sweep.preset, None, [*as_overrides(sweep.overrides), *overrides, *as_overrides(keys)])
+    values = {
+        axis: choice if isinstance(sweep.axes[axis], dict) else axes[axis][choice][axis]
+        for axis, choice in zip(axes, combination, strict=True)
+    }
+    return PlannedRun(name, values, n_phases, config.model_copy(update={"name": name}), equal)
+
+
+def _read_equal(run: str, axis: str, values: Any) -> Equal:
+    if isinstance(values, dict) and len(values) == 1:
+        ((kind, variant),) = values.items()
+        if kind in get_args(Budget) and isinstance(variant, str):
+            return Equal(kind, axis, variant)
+    raise _bad_equal(run, values)
+
+
+def _bad_equal(run: str, values: Any) -> InputError:
+    return InputError(
+        f"run {run}: equal {values!r} must be tokens or flops, and name a variant beside it that is equal to none "
+        "itself"
+    )
+
+
+@contextmanager
+def _naming(run: str) -> Iterator[None]:
+    """Begin each line of an InputError with the run that it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError("\n".join(f"run {run}: {line}" for line in str(error).splitlines())) from None
+
+
+def _equalized(
+    run: PlannedRun,
+    combination: tuple[str, ...],
+    axes: Mapping[str, Mapping[str, Variant]],
+    planned: Mapping[tuple[str, ...], PlannedRun],
+    vocabularies: dict[str, int],
+) -> PlannedRun:
     if run.equal is None:
         return run
-    kind, other = next(iter(run.equal.items()))
-    references = [
-        candidate
-        for candidate in all_runs
-        if other in candidate.choices.values()
-        and sum(candidate.choices[axis] != run.choices[axis] for axis in run.choices) == 1
-    ]
-    if kind not in ("tokens", "flops") or len(run.equal) != 1 or not references or references[0].equal:
-        raise InputError(
-            f"run {run.name}: equal {run.equal} must be tokens or flops, and name a variant beside it that is equal to "
-            "none itself"
-        )
-    reference = references[0]
+    kind, place = run.equal.budget, list(axes).index(run.equal.axis)
+    reference = planned.get((*combination[:place], run.equal.variant, *combination[place + 1 :]))
+    if reference is None or reference.equal:
+        raise _bad_equal(run.name, {kind: run.equal.variant})
     if kind == "flops":  # the vocabulary's share of them is known once the text is
-        run, reference = (_with_vocabulary(planned) for planned in (run, reference))
-    goal = sum(_spent(reference, kind))
-    per_step, spent = budget(run, kind)[-1], sum(_spent(run, kind)[:-1])
-    steps = round((goal - spent) / per_step)
-    if steps < 1:
-        raise InputError(
-            f"run {run.name}: its first phases take more {kind} than {reference.name} in all; shorten them"
-        )
-    key = PHASE_KEYS[run.n_phases - 1]
-    phase = getattr(run.config.phases, key).model_copy(update={"steps": steps})
+        run, reference = (_with_vocabulary(planned, vocabularies) for planned in (run, reference))
+    with _naming(run.name):
+        goal = sum(_spent(reference, kind))
+        per_step, spent = budget(run, kind)[-1], sum(_spent(run, kind)[:-1])
+        steps = round(Fraction(goal - spent, per_step))
+        if steps < 1:
+            raise InputError(f"its first phases take more {kind} than {reference.name} in all; shorten them")
+        key = PHASE_KEYS[run.n_phases - 1]
+        before = getattr(run.config.phases, key)
+        phase = validate(type(before), before.model_dump() | {"steps": steps})
     phases = run.config.phases.model_copy(update={key: phase})
     return replace(run, config=run.config.model_copy(update={"phases": phases}))
 
@@ -171,5 +286,10 @@ def _spent(run: PlannedRun, kind: Budget) -> list[int]:
     return [number * per_step for number, per_step in zip(steps, budget(run, kind), strict=True)]
 
 
-def _with_vocabulary(run: PlannedRun) -> PlannedRun:
-    return replace(run, config=fit_vocabulary(run.config, prepare(run.config.data).tokenizer.vocab_size))
+def _with_vocabulary(run: PlannedRun, known: dict[str, int]) -> PlannedRun:
+    """Return the run with the size of its tokenizer, which is `known` by what the data are."""
+    data = run.config.data.model_dump_json()
+    with _naming(run.name):
+        if data not in known:
+            known[data] = prepare(run.config.data).tokenizer.vocab_size
+        return replace(run, config=fit_vocabulary(run.config, known[data]))

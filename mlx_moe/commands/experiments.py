@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -50,14 +51,14 @@ def sweep(
     file: Annotated[str, typer.Argument(help="A YAML file, or the name of a sweep that comes with this.")],
     override: Overrides = None,
     data: Annotated[str | None, typer.Option(help="stories, tinystories, or a path.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at once.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, max=256, help="Runs at once.")] = 1,
     out: Annotated[Path | None, typer.Option(help="The sweep's folder.", show_default="runs/NAME")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run what failed once more.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only name the runs.")] = False,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Train every combination of a file's axes; the same command goes on where it was stopped."""
+    """Train every combination of a file's axes; the same command resumes it where it was stopped."""
     from mlx_moe.analysis.sweep_runs import SweepOptions, run_sweep
     from mlx_moe.analysis.sweeps import expand, load_sweep
     from mlx_moe.presets import as_overrides
@@ -70,8 +71,14 @@ def sweep(
         for run in planned:
             echo(run.name)
         return
+    folder = out or Path("runs") / loaded.name
+    given = {"--data": data, "--jobs": str(jobs), "--out": str(folder), "--backend": backend, "--device": device}
+    words = [word for text in override or [] for word in ("-o", text)]
+    words += [word for option, value in given.items() if value is not None for word in (option, value)]
+    words = [*words, "--", file] if file.startswith("-") else [file, *words]
+    command = shlex.join(["mlxmoe", "sweep", *words])
     try:
-        rows = run_sweep(planned, out or Path("runs") / loaded.name, SweepOptions(backend, device, jobs, retry))
+        rows = run_sweep(planned, folder, SweepOptions(backend, device, jobs, retry, command))
     except TrainingStopped as stopped:
         stop(str(stopped), stopped.exit_code)
     if failed := [row["run"] for row in rows if row["status"] != "finished"]:
@@ -82,9 +89,9 @@ def fit(
     results: Annotated[Path, typer.Argument(help="A sweep's folder, or its results.jsonl.")],
     law: Annotated[str, typer.Option(help="auto, N, D or ND.")] = "auto",
     parameters: Annotated[str, typer.Option(help="What N counts: non_embedding, active or total.")] = "non_embedding",
-    resamples: Annotated[int, typer.Option(min=20)] = 1000,
+    resamples: Annotated[int, typer.Option(min=20, max=10_000, help="Of the residuals, for the intervals.")] = 1000,
     level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.9,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="The file to write.", show_default="fits.json beside RESULTS")
     ] = None,

@@ -252,3 +252,71 @@ def read_record(kind: type[Record], file: Path, at_most: int = LARGEST_CONFIG) -
     except InputError as error:
         faults = [fault[:LONGEST_FAULT] for fault in str(error).splitlines()[:3]]
         raise InputError(f"cannot read {file}: {'; '.join(faults)}") from None
+
+
+class SweepRun(Open):
+    """A run in `sweep.json`: what it takes on each axis, and its config, which it is checked against when it starts."""
+
+    choices: dict[str, Any]
+    n_phases: Phase = 1
+    config: dict[str, Any] = {}
+
+
+class FailureRecord(Open):
+    """`failure.json` of a sweep's run."""
+
+    reason: str
+    exit_code: int
+
+
+class ResultRow(Open):
+    """A row of a sweep's `results.jsonl`; the counts and the loss are there once the run has finished."""
+
+    run: str
+    status: Literal["finished", "failed", "interrupted", "not begun", "running elsewhere"]
+    parameters_total: Count | None = None
+    parameters_active: Count | None = None
+    parameters_non_embedding: Count | None = None
+    tokens: Count | None = None
+    validation_loss: float | None = None
+
+
+# Of a fitted law. Whatever lies beyond these is no constant of a loss, and sums of it overflow.
+Constant = Annotated[float, Field(ge=0, le=1e100)]
+Size = Annotated[float, Field(ge=1, le=1e18)]  # parameters or tokens
+Loss = Annotated[float, Field(ge=1e-9, le=1e9)]  # nats per token
+
+
+class EstimateRecord(Open):
+    value: Constant
+    low: Constant
+    high: Constant
+
+
+class PointRecord(Open):
+    n: Size
+    d: Size
+    loss: Loss
+    run: str
+    predicted: Constant
+
+
+class FitRecord(Open):
+    """A law in `fits.json`."""
+
+    law: Literal["N", "D", "ND"]
+    constants: dict[str, EstimateRecord]
+    optimal_exponent: EstimateRecord | None
+    level: Annotated[float, Field(gt=0, lt=1)]
+    r_squared: Annotated[float, Field(le=1)]
+    leave_one_out_error: Annotated[float, Field(ge=0)] | None
+    degrees_of_freedom: Annotated[int, Field(ge=1, lt=2**31)]
+    points: Annotated[list[PointRecord], Field(min_length=1)]
+    draws: Annotated[list[list[Constant]], Field(min_length=1)]
+
+
+class FitsRecord(Open):
+    """`fits.json`, as `mlxmoe fit` writes it."""
+
+    parameters: Literal["non_embedding", "active", "total"]
+    fits: Annotated[list[FitRecord], Field(min_length=1)]

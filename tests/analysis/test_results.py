@@ -1,9 +1,13 @@
 import csv
 import json
+import os
+import shutil
 
 import pytest
 
-from mlx_moe.analysis.results import effects, read_points, write
+from mlx_moe.analysis.results import effects, read_points, row_of, write
+from mlx_moe.analysis.sweeps import PlannedRun
+from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 
 
@@ -65,3 +69,90 @@ def test_results_that_are_none(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"status": "finished"}\n')
     with pytest.raises(InputError, match="cannot read"):
         read_points(tmp_path, "total")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokens": "3"}, "line 1: tokens = '3': input should be a valid integer"),
+        ({"tokens": True}, "tokens = True"),
+        ({"tokens": None}, "line 1: a finished run has parameters_total, tokens"),
+        ({"validation_loss": float("nan")}, "validation_loss = nan: input should be a finite number"),
+        ({"validation_loss": float("inf")}, "validation_loss = inf: input should be a finite number"),
+        ({"validation_loss": [1]}, "validation_loss = [1]"),
+        ({"parameters_total": -1}, "parameters_total = -1"),
+        ({"status": "finishd"}, "status = 'finishd'"),
+        ({"run": 7}, "run = 7"),
+    ],
+)
+def test_a_row_that_is_none_is_named(change, said, tmp_path):
+    values = {"run": "a", "status": "finished", "parameters_total": 10, "tokens": 10, "validation_loss": 1.0}
+    file = tmp_path / "results.jsonl"
+    file.write_text(json.dumps(values | change))
+    with pytest.raises(InputError) as error:
+        read_points(file, "total")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["3", "[]", "{", "[" * 10_000, '{"a": ' + "1" * 5_000 + "}", '"\\ud800"', "\0"])
+def test_a_line_that_is_no_row_is_named(line, mlxmoe, tmp_path):
+    (tmp_path / "results.jsonl").write_text("\n" + line + "\n")
+    result = mlxmoe("fit", tmp_path)
+    assert result.code == 2
+    assert f"{tmp_path / 'results.jsonl'}, line 2" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_losses_that_no_sum_holds_are_left_out():
+    found = effects([row("a", 0, 1e308), row("a", 1, 1e308), row("b", 0, 2.0), row("b", 1, 3.0)])
+    assert [(effect.choice, effect.loss, effect.difference) for effect in found] == [({"arm": "b"}, 2.5, None)]
+
+
+RUN = PlannedRun("run", {}, 1, RunConfig())
+
+
+@pytest.fixture
+def run(dense, tmp_path):
+    """A finished run of one phase, with a `failure.json` that a sweep wrote an hour before."""
+    folder = tmp_path / "run"
+    shutil.copytree(dense, folder)
+    fail(folder, "it exploded")
+    seconds = (folder / "history.jsonl").stat().st_mtime
+    os.utime(folder / "failure.json", (seconds - 3600, seconds - 3600))
+    return folder
+
+
+def fail(folder, reason):
+    (folder / "failure.json").write_text(json.dumps({"reason": reason, "exit_code": 1}))
+
+
+def test_a_run_that_was_resumed_and_finished_is_finished(run):
+    assert row_of(RUN, run)["status"] == "finished"
+    fail(run, "later than all that the run wrote")
+    assert row_of(RUN, run)["status"] == "finished"
+
+
+def test_a_failure_is_believed_until_the_run_goes_on(run):
+    (run / "history.jsonl").write_text("")
+    assert row_of(RUN, run)["status"] == "interrupted"
+    fail(run, "it exploded")
+    row = row_of(RUN, run)
+    assert (row["status"], row["reason"]) == ("failed", "it exploded")
+    (run / "config.yaml").touch()  # as the beginning of a resumed run does
+    assert row_of(RUN, run)["status"] == "interrupted"
+
+
+def test_a_run_that_never_began_can_have_failed(tmp_path):
+    assert row_of(RUN, tmp_path)["status"] == "not begun"
+    fail(tmp_path, "no text")
+    assert row_of(RUN, tmp_path)["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "", "{", '{"reason": 3, "exit_code": 1}', '{"reason": "x", "exit_code": "1"}']
+)
+def test_a_failure_that_cannot_be_read_is_one(text, tmp_path):
+    (tmp_path / "failure.json").write_text(text)
+    row = row_of(RUN, tmp_path)
+    assert row["status"] == "failed"
+    assert f"cannot read {tmp_path / 'failure.json'}" in row["reason"] or "is not valid JSON" in row["reason"]

@@ -1,3 +1,7 @@
+import json
+import time
+import warnings
+
 import numpy as np
 import pytest
 from scipy.stats import binom
@@ -79,7 +83,59 @@ def test_the_same_seed_draws_the_same_intervals():
     assert one.constants["E"].low != third.constants["E"].low
 
 
+def test_points_without_a_law_in_them_end_in_seconds_and_without_a_warning():
+    random = np.random.default_rng(3)
+    sizes, tokens = np.exp(random.uniform(10, 40, (2, 60)))
+    points = [Point(*point) for point in zip(sizes, tokens, np.exp(random.normal(0, 3, 60)), strict=True)]
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(points, "ND", resamples=1000)
+    assert time.perf_counter() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"n": 0}, r"run odd: N is 0, and a law needs 1 to 1e\+18"),
+        ({"n": -1}, "N is -1"),
+        ({"n": 1e308}, r"N is 1e\+308"),
+        ({"n": float("nan")}, "N is nan"),
+        ({"loss": 0.0}, "loss is 0"),
+        ({"loss": float("inf")}, "loss is inf"),
+        ({"loss": 1e308}, r"loss is 1e\+308"),
+    ],
+)
+def test_numbers_without_a_power_are_refused(change, said):
+    odd = Point(**{"n": 10.0, "d": 10.0, "loss": 3.0, "run": "odd"} | change)
+    with pytest.raises(InputError, match=said):
+        fit([*points_on_the_curve("N"), odd], "N")
+
+
+def test_what_there_is_too_much_of():
+    points = points_on_the_curve("N", 100)
+    with pytest.raises(InputError, match=r"1,000,000,000 resamples of 100 runs are too much"):
+        fit(points, "N", resamples=10**9)
+    with pytest.raises(InputError, match=r"level nan: must be 0\.5 to 0\.999"):
+        fit(points, "N", level=float("nan"))
+
+
+@pytest.mark.parametrize("options", [("--seed", -1), ("--resamples", 10**9), ("--level", "nan"), ("--law", "x")])
+def test_options_of_fit_that_are_none(options, mlxmoe, tmp_path):
+    rows = [
+        {"run": str(n), "status": "finished", "parameters_non_embedding": n, "tokens": 10, "validation_loss": 1 + 1 / n}
+        for n in range(1, 9)
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = mlxmoe("fit", tmp_path, *options)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl"}
+
+
 def test_too_little_to_fit_to():
+    with pytest.raises(InputError, match="all 8 runs have the loss 3"):
+        fit([Point(n, 1e9, 3.0) for n in range(1, 9)], "N")
     with pytest.raises(InputError, match="has 3 constants and needs 4 runs; there are 3"):
         fit(points_on_the_curve("N", 3), "N")
     with pytest.raises(InputError, match="needs runs of 3 different D; there are 1"):

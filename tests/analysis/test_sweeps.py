@@ -109,6 +109,74 @@ def test_faults_are_named(change, said, tmp_path):
     assert said in str(error.value)
 
 
+BASE = {"phases.dense.steps": 9}
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({f"model.x{i}": list(range(1000)) for i in range(3)}, "the axes make 1,000,000,000 runs"),
+        ({"seed": list(range(1001))}, "the axes make 1,001 runs, and a sweep has 1,000 at most"),
+        ({"seed": []}, "axis 'seed' must be a list of values or a mapping of variants"),
+        ({"seed": 3}, "axis 'seed' must be a list"),
+        ({"arm": {}}, "axis 'arm' must be a list"),
+        ({"arm": None}, "axis 'arm' must be a list"),
+        ({"arm": {"a": 3}}, "axis 'arm': the variant 'a' must be a mapping"),
+        ({"arm": {"a": {1: 2}}}, "axis 'arm': the variant 'a' must be a mapping"),
+        ({"arm": {1: {}}}, "axis 'arm': the variant 1 must have a text as its name"),
+        ({"seed": [1, 2, 1]}, "axis 'seed' has 1 twice"),
+        ({"seed": [1, "1"]}, "axis 'seed' has 1 twice"),
+        ({"seed": [[1, 2]]}, "run seed=[1, 2]: seed = [1, 2]: input should be a valid integer"),
+        ({"seed": ["2024-13-01"]}, "run seed=2024-13-01: seed = "),
+        ({"phases.dense.learning_rate": [float("nan")]}, "nan holds a number that is not finite"),
+        ({"arm": {"a": {"optimizer.betas": [0.9, float("inf")]}}}, "a holds a number that is not finite"),
+        ({"arm": {"": {}}}, "the variant's name '' is empty"),
+        ({"arm": {"..": {}}}, "the variant's name '..' begins with a dot"),
+        ({"arm": {"logs": {}}}, "the variant's name 'logs' is what something else"),
+        ({"arm": {"Sweep.JSON": {}}}, "is what something else"),
+        ({"arm": {"a.failed": {}}}, "is what something else"),
+        ({"arm": {"../x": {}}}, "begins with a dot"),
+        ({"arm": {"a/b": {}}}, "holds a slash"),
+        ({"arm": {"a\0b": {}}}, "a control character"),
+        ({"arm": {"a\x1b[2Jb": {}}}, "a control character"),
+        ({"arm": {"a\nb": {}}}, "a control character"),
+        ({"arm": {"é" * 121: {}}}, "has 242 bytes, and at most 240 are possible"),
+        ({"data.text_field": ["x" * 300]}, "bytes, and at most 240 are possible"),
+        ({"arm": {"a": {}, "A": {}}}, "runs 'a' and 'A' would share a folder"),
+        ({"arm": {"é": {}, "e\u0301": {}}}, "would share a folder"),
+        ({"data.text_field": ["a/b", "a_b"]}, "would share a folder"),
+        ({"x": {"a,b": {}, "a": {}}, "y": {"c": {}, "b,c": {}}}, "would share a folder"),
+        ({"arm": {"a": {"equal": 3}}}, "run a: equal 3 must be tokens or flops"),
+        ({"arm": {"a": {"equal": {}}}}, "run a: equal {} must be"),
+        ({"arm": {"a": {"equal": {"flops": 7}}}, "seed": [7]}, "run a,seed=7: equal {'flops': 7} must be"),
+        ({"arm": {"a": {"equal": {"time": "b"}}, "b": {}}}, "run a: equal {'time': 'b'} must be"),
+        ({"arm": {"a": {"equal": {"tokens": "a"}}}}, "run a: equal {'tokens': 'a'} must be"),
+        ({"arm": {"a": {"n_phases": "x"}}}, "run a: n_phases 'x'; must be 1, 2 or 3"),
+        ({"arm": {"a": {"n_phases": True}}}, "run a: n_phases True; must be 1, 2 or 3"),
+        ({"arm": {"a": {"n_phases": [1]}}}, "run a: n_phases [1]; must be"),
+    ],
+)
+def test_axes_that_are_none_are_refused_at_once(axes, said, mlxmoe, tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump({"name": "s", "preset": "demo", "overrides": BASE, "axes": axes}, sort_keys=False))
+    result = mlxmoe("sweep", file, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert said in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "..", ".", "../x", "a/b", "/tmp/x", "a\0", "x" * 300])
+def test_a_name_that_no_folder_can_have(name, tmp_path):
+    with pytest.raises(InputError, match="it is the name of the sweep's folder"):
+        written(tmp_path, SWEEP | {"name": name})
+
+
+def test_a_slash_in_a_value_is_none_in_the_name(tmp_path):
+    (run,) = expand(written(tmp_path, SWEEP | {"axes": {"data.tokenizer": ["owner/name"]}}))
+    assert (run.name, run.config.data.tokenizer) == ("tokenizer=owner_name", "owner/name")
+
+
 def test_a_sweep_that_is_not_there():
     with pytest.raises(InputError, match=r"no sweep 'widht': did you mean 'width'\? known: components"):
         load_sweep("widht")
