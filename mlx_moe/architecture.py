@@ -51,7 +51,7 @@ class Frozen(BaseModel):
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError("must be a number")
+        raise ValueError("must be a number, not true or false")
     return value
 
 
@@ -204,8 +204,8 @@ class ModelConfig(Frozen):
             known = [layer for layer in sorted(set(self.moe.layers)) if 0 <= layer < self.n_layers]
             if not known or known != list(self.moe.layers):
                 raise ValueError(
-                    f"moe.layers {quoted(list(self.moe.layers))} must rise, from 0 to {self.n_layers - 1} at most, and be at "
-                    "least one; leave it out for experts in every layer"
+                    f"moe.layers {quoted(list(self.moe.layers))} must rise, from 0 to {self.n_layers - 1} at most, and "
+                    "be at least one; leave it out for experts in every layer"
                 )
         if self.n_matrix_elements > MAX_PARAMETERS:
             raise ValueError(

@@ -25,6 +25,7 @@ from mlx_moe.architecture import (
 from mlx_moe.architecture import LoRAConfig as LoRAConfig
 from mlx_moe.architecture import MoEConfig as MoEConfig
 from mlx_moe.architecture import RopeScaling as RopeScaling
+from mlx_moe.errors import quoted
 from mlx_moe.limits import (
     MAX_BATCH_SIZE,
     MAX_D_FF,
@@ -198,6 +199,12 @@ class RunConfig(Frozen):
             raise ValueError("model.lora: set lora.rank and the rest beside model, not in it")
         if self.lora.rank and self.start is None:
             raise ValueError(f"lora.rank {self.lora.rank}: adapters need a model to adapt; name one with --from")
+        missing = set() if self.model.ffn_type == "swiglu" else {"gate_proj"}
+        if self.lora.rank and not set(self.lora.targets) - missing:
+            raise ValueError(
+                f"lora.targets {quoted(list(self.lora.targets))}: the model has none of these, so that nothing would "
+                "be trained; take q_proj, v_proj or others"
+            )
         batch_size, parts = self.training.batch_size, self.engine.accumulation_steps
         if batch_size % parts:
             raise ValueError(

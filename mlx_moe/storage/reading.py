@@ -173,7 +173,6 @@ class _PlainLoader(yaml.SafeLoader):
     that come twice or are no text, and aliases that multiply without end or contain themselves."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
-    yaml_constructors = {}  # noqa: RUF012
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -193,7 +192,7 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
     def construct_text(self, node: Any) -> str:
-        """The text, two halves of a surrogate pair joined: so JSON writes what is beyond the first 65,536 characters."""
+        """The text, halves of surrogate pairs joined: so JSON escapes what lies beyond the first 65,536 characters."""
         text: str = self.construct_scalar(node)
         return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
@@ -215,7 +214,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 YAML_TAG = "tag:yaml.org,2002:"
-# All of them YAML 1.1 takes for the same, so that what PyYAML writes is read back: a text that looks like one is quoted.
+# YAML 1.1 takes all of these for the same, so that PyYAML quotes a text that looks like one, and it is read back.
 _PLAIN = {
     "null": re.compile(r"~|null|Null|NULL|"),
     "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
@@ -226,9 +225,11 @@ _PLAIN = {
 }
 for _kind, _pattern in _PLAIN.items():
     _PlainLoader.add_implicit_resolver(YAML_TAG + _kind, re.compile(rf"(?:{_pattern.pattern})\Z"), None)
-    _PlainLoader.add_constructor(YAML_TAG + _kind, _PlainLoader.construct_plain)
 _PlainLoader.add_implicit_resolver(f"{YAML_TAG}merge", re.compile(r"<<\Z"), None)
-_PlainLoader.add_constructor(f"{YAML_TAG}str", _PlainLoader.construct_text)
-for _kind in ("seq", "map"):
-    _PlainLoader.add_constructor(YAML_TAG + _kind, getattr(yaml.SafeLoader, f"construct_yaml_{_kind}"))
-_PlainLoader.add_constructor(None, _PlainLoader.construct_undefined)
+_PlainLoader.yaml_constructors = {
+    **{YAML_TAG + kind: _PlainLoader.construct_plain for kind in _PLAIN},
+    f"{YAML_TAG}str": _PlainLoader.construct_text,
+    f"{YAML_TAG}seq": _PlainLoader.construct_yaml_seq,
+    f"{YAML_TAG}map": _PlainLoader.construct_yaml_map,
+    None: _PlainLoader.construct_undefined,
+}
