@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from mlx_moe.errors import MAX_QUOTED, InputError, quoted
 
 Config = TypeVar("Config")
-MAX_FAULTS = 20  # that one message names
+MAX_FAULTS = 5  # that one message names
 
 
 def validate(kind: type[Config], values: dict[str, Any]) -> Config:
@@ -51,9 +51,13 @@ def _explain(kind: type[Any], fault: Any) -> str:
         known = _known_keys(kind, fault["loc"][:-1])
         hint = nearest(str(fault["loc"][-1]), known)
         return f"unknown key {path!r}" + (f"; {hint}known here: {', '.join(known)}" if known else "; leave it out")
+    if fault["type"] == "invalid_key":
+        return f"{path}: keys should be strings, and this is {quoted(fault['input'])}; quote it"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "less_than_equal":
         message = f"must be at most {fault['ctx']['le']:.15g}"
+    elif fault["type"] == "greater_than_equal":  # pydantic writes 1e-30 with all its zeros
+        message = f"must be greater than or equal to {fault['ctx']['ge']:.15g}"
     if fault["type"] in ("value_error", "missing") and isinstance(fault["input"], dict):  # about a section as a whole
         return f"{path}: {message}" if path else message
     return f"{path} = {quoted(fault['input'])}: {message[0].lower()}{message[1:]}"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.errors import InputError, quoted
 from mlx_moe.storage.atomic import absolute
-from mlx_moe.storage.reading import parse_yaml, read_mapping
+from mlx_moe.storage.reading import check_values, parse_yaml, read_mapping
 from mlx_moe.validation import nearest, validate
 
 FOLDER = Path(__file__).parent
@@ -86,6 +86,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     nested: Any = parse_yaml(value, f"override {quoted(text)}: the value {quoted(value)}")
     for key in reversed(path.split(".")):
         nested = {key: nested}
+    check_values(nested, f"override {quoted(text)}")
     return nested
 
 

@@ -136,7 +136,7 @@ def absolute(path: Path) -> Path:
     try:
         expanded = Path(os.path.abspath(path.expanduser()))  # `..` goes by the text, as the shell's `cd` does
     except RuntimeError as error:
-        raise InputError(f"{quoted(str(path))}: {one_line(error)}; write the folder out") from None
+        raise InputError(f"{quoted(str(path))}: {one_line(error).rstrip('.')}; write the folder out") from None
     except FileNotFoundError:
         raise InputError("the working folder was deleted; go to another one") from None
     try:

@@ -28,30 +28,34 @@ NOT_JSON = (ValueError, RecursionError)  # a JSONDecodeError is a ValueError, as
 
 def read_bytes(path: Path, at_most: int = LARGEST_CONFIG) -> bytes:
     """The bytes of a regular file. Raises InputError where it is none, is too large, or cannot be read."""
+    name = _name(path)
+    if "\0" in str(path):
+        raise InputError(f"cannot read {name}: no path holds a NUL byte; leave it out")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
         with open(descriptor, "rb") as stream:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"cannot read {path}: it is no regular file; name one")
+                raise InputError(f"cannot read {name}: it is no regular file; name one")
             if status.st_size > at_most:
                 raise InputError(
-                    f"cannot read {path}: it has {status.st_size:,} bytes, and at most {at_most:,} are read of such a "
+                    f"cannot read {name}: it has {status.st_size:,} bytes, and at most {at_most:,} are read of such a "
                     "file; is it the right one?"
                 )
             return stream.read(at_most)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or one_line(error)}") from None
-    except ValueError as error:  # a NUL byte in the name
-        raise InputError(f"cannot read {str(path)!r}: {one_line(error)}") from None
+        raise InputError(f"cannot read {name}: {error.strerror or one_line(error)}") from None
 
 
 def read_text(path: Path, at_most: int = LARGEST_CONFIG) -> str:
-    """The text of a regular UTF-8 file. Raises InputError as `read_bytes` does, and where it is not UTF-8."""
+    """The text of a regular UTF-8 file, without a byte order mark.
+
+    Raises InputError as `read_bytes` does, and where it is not UTF-8.
+    """
     try:
-        return read_bytes(path, at_most).decode("utf-8")
+        return read_bytes(path, at_most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {path}: {one_line(error)}; it must be UTF-8") from None
+        raise InputError(f"cannot read {_name(path)}: {one_line(error)}; it must be UTF-8") from None
 
 
 def own_file(folder: Path, name: str) -> Path | None:
@@ -73,17 +77,17 @@ def own_file(folder: Path, name: str) -> Path | None:
 
 def read_json(path: Path, at_most: int = LARGEST_CONFIG) -> Any:
     """The values of a JSON file, of whatever type. Raises InputError."""
-    return parse_json(read_text(path, at_most), str(path))
+    return parse_json(read_text(path, at_most), _name(path))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The values of a YAML or JSON file with a mapping at the top; none of an empty file. Raises InputError."""
     text = read_text(path)
-    values = parse_json(text, str(path)) if path.suffix == ".json" else parse_yaml(text, str(path))
+    values = parse_json(text, _name(path)) if path.suffix == ".json" else parse_yaml(text, _name(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}; it must be a mapping of keys to values")
+        raise InputError(f"{_name(path)} holds a {type(values).__name__}; it must be a mapping of keys to values")
     return values
 
 
@@ -92,6 +96,8 @@ def parse_json(text: str, where: str) -> Any:
     try:
         values = json.loads(text, object_pairs_hook=_unique)
     except NOT_JSON as error:
+        if "integer string conversion" in str(error):
+            raise InputError(f"{where} holds an integer of more than {MOST_DIGITS} digits; shorten it") from None
         raise InputError(f"{where} is not valid JSON: {one_line(error, limit=300)}") from None
     check_values(values, where)
     return values
@@ -109,10 +115,13 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         values = _PlainLoader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
-        mark, problem = error.problem_mark or error.context_mark, " ".join(str(error.problem or error.context).split())
+        mark, problem = (
+            error.problem_mark or error.context_mark,
+            ", ".join(filter(None, (error.context, error.problem))),
+        )
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise InputError(f"{where} is not valid YAML: {problem[:300]}{place}") from None
-    except (yaml.YAMLError, *NOT_JSON) as error:
+        raise InputError(f"{where} is not valid YAML: {' '.join(problem.split())[:300]}{place}") from None
+    except (yaml.YAMLError, OverflowError, *NOT_JSON) as error:
         raise InputError(f"{where} is not valid YAML: {one_line(error, limit=300)}") from None
     check_values(values, where)
     return values
@@ -145,6 +154,11 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _name(path: Path) -> str:
+    """A path as one line."""
+    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

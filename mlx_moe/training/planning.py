@@ -11,7 +11,7 @@ from mlx_moe.accounting import count_parameters, machines
 from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
 from mlx_moe.config import RunConfig
 from mlx_moe.data.tokenizers import Tokenizer, bpe_vocabulary
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, quoted
 from mlx_moe.precision import choose_precision
 from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.checkpoint import PHASE_FOLDERS
@@ -67,7 +67,9 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
     if machine is None:
         first = this_machine(run, choose_backend(backend))
     elif backend != "auto":
-        raise InputError(f"--backend {backend} is for this machine; leave it out, or leave out --machine {machine!r}")
+        raise InputError(
+            f"--backend {quoted(backend)} is for this machine; leave it out, or leave out --machine {quoted(machine)}"
+        )
     else:
         first = site_of(*machines.choose(machine), run.engine)
     works = [

@@ -87,7 +87,10 @@ def grow_config(
     eta = residual_scale(config.d_model, d_model)
     moe = grown_experts(config, grown["d_ff"], layer_sources(config.n_layers, n_layers))
     changed = {"norm_eps": eta**2 * config.norm_eps, "moe": moe and moe.model_dump()}
-    return validate(ModelConfig, config.model_dump() | grown | changed)
+    try:
+        return validate(ModelConfig, config.model_dump() | grown | changed)
+    except InputError as error:
+        raise InputError("\n".join(f"the grown model: {line}" for line in str(error).splitlines())) from None
 
 
 def plan_growth(config: ModelConfig, target: ModelConfig, split: Split = "uneven", seed: int = 0) -> Plan:
