@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any, NoReturn
+
 import typer
 
 from mlx_moe.commands.ending import stop
@@ -12,6 +15,8 @@ from mlx_moe.commands.training import doctor, params, plan, train
 from mlx_moe.errors import InputError
 from mlx_moe.terminal import describe_crash, prepare_streams
 from parity.commands import export, parity
+
+MAX_MESSAGE = 200  # characters of what Typer says, which may quote what was given
 
 app = typer.Typer(
     help="Train a small language model, upcycle it to a mixture of experts, grow it: no loss spike, MLX or PyTorch.",
@@ -33,7 +38,7 @@ def main() -> None:
     """Run the command. Bad input is one line and exit code 2; whatever else goes wrong is one line, too."""
     prepare_streams()
     try:
-        app(prog_name="mlxmoe")
+        sys.exit(app(prog_name="mlxmoe", standalone_mode=False))
     except InputError as error:
         stop(str(error), 2)
     except KeyboardInterrupt:
@@ -41,7 +46,19 @@ def main() -> None:
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # panics of libraries in Rust are no Exception
+        if hasattr(error, "format_message"):  # of Typer, which keeps its exceptions to itself
+            _stop_usage(error)
         stop(*describe_crash(error))
+
+
+def _stop_usage(error: Any) -> NoReturn:
+    """End on arguments that no command takes: with one line, or with the help where there are none."""
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if "\n" in message:
+        error.show()
+        sys.exit(error.exit_code)
+    hint = f"; see {context.command_path} --help" if context else ""
+    stop(f"{message[:MAX_MESSAGE].rstrip('.')}{hint}", error.exit_code)
 
 
 if __name__ == "__main__":

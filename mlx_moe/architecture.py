@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from mlx_moe.errors import quoted
+from mlx_moe.limits import (
+    MAX_BELOW_ONE,
+    MAX_CONTEXT_LENGTH,
+    MAX_D_FF,
+    MAX_D_MODEL,
+    MAX_EXPERTS,
+    MAX_FLOAT,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_PARAMETERS,
+    MAX_RANK,
+    MAX_TEXT,
+    MAX_VOCAB_SIZE,
+    MIN_FLOAT,
+)
 
 # The names that the registries of both backends know. A new component is one function in each backend's `layers`
 # or `attention`, and its name here.
@@ -30,13 +49,41 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+def _plain_text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL byte; leave it out")
+    return text
+
+
+def _below_one(value: float) -> float:
+    if value > MAX_BELOW_ONE:
+        raise ValueError("is 1 in float32; lower it")
+    return value
+
+
+# Numbers, which pydantic alone would read from `true` too, and text that a file's name may be.
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Real = Annotated[float, BeforeValidator(_no_bool)]
+Positive = Annotated[Real, Field(ge=MIN_FLOAT, le=MAX_FLOAT)]
+NotNegative = Annotated[Real, Field(ge=0, le=MAX_FLOAT)]
+Fraction = Annotated[Real, Field(ge=0, le=1)]
+BelowOne = Annotated[Real, Field(ge=0, lt=1), AfterValidator(_below_one)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_plain_text)]
+
+
 class ExpertsConfig(Frozen):
     """How many experts a layer has, how many a token visits, and what keeps their load balanced."""
 
-    n_experts: int = Field(8, ge=1)
-    top_k: int = Field(2, ge=1)
-    load_balance_coefficient: float = Field(0.01, ge=0)
-    z_loss_coefficient: float = Field(0.001, ge=0)
+    n_experts: Whole = Field(8, ge=1, le=MAX_EXPERTS)
+    top_k: Whole = Field(2, ge=1, le=MAX_EXPERTS)
+    load_balance_coefficient: NotNegative = 0.01
+    z_loss_coefficient: NotNegative = 0.001
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> ExpertsConfig:
@@ -48,9 +95,9 @@ class ExpertsConfig(Frozen):
 class MoEConfig(ExpertsConfig):
     """The experts of a model, and which layers have them."""
 
-    d_ff: int | None = Field(None, ge=1)  # neurons of an expert; null: the model's d_ff
-    shared_d_ff: int = Field(0, ge=0)  # of one more that every token visits, added to the others; 0: there is none
-    layers: tuple[int, ...] | None = None  # those with experts, rising, the rest is dense; null: all
+    d_ff: Whole | None = Field(None, ge=1, le=MAX_D_FF)  # neurons of an expert; null: the model's d_ff
+    shared_d_ff: Whole = Field(0, ge=0, le=MAX_D_FF)  # of one more for every token, added to the others; 0: none
+    layers: tuple[Whole, ...] | None = None  # those with experts, rising, the rest is dense; null: all
 
 
 class RopeScaling(Frozen):
@@ -60,10 +107,10 @@ class RopeScaling(Frozen):
     more than `high_freq_factor` times do not: Llama 3.1's. Without an original context all do: linear scaling.
     """
 
-    factor: float = Field(ge=1)
-    original_context_length: int = Field(0, ge=0)
-    low_freq_factor: float = Field(1.0, gt=0)
-    high_freq_factor: float = Field(4.0, gt=0)
+    factor: Real = Field(ge=1, le=MAX_FLOAT)
+    original_context_length: Whole = Field(0, ge=0, le=MAX_CONTEXT_LENGTH)
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
 
     @property
     def rope_type(self) -> Literal["linear", "llama3"]:
@@ -89,8 +136,8 @@ class LoRAConfig(Frozen):
     would leave upcycled experts the same for ever.
     """
 
-    rank: int = Field(0, ge=0)  # 0: no adapters, all weights are trained
-    alpha: float = Field(16.0, gt=0)
+    rank: Whole = Field(0, ge=0, le=MAX_RANK)  # 0: no adapters, all weights are trained
+    alpha: Positive = 16.0
     targets: tuple[Projection, ...] = get_args(Projection)
     router: bool = True  # trained in full
 
@@ -104,22 +151,24 @@ def _default_d_ff(data: dict[str, Any]) -> int:
 class ModelConfig(Frozen):
     """One architecture. `n_kv_heads`, `head_dim`, `d_ff` and `attention_bias` follow from the rest when left out."""
 
-    architecture: str = "simple"
-    vocab_size: int = Field(50257, ge=2)
-    context_length: int = Field(256, ge=2)
-    d_model: int = Field(832, ge=2)
-    n_layers: int = Field(7, ge=1)
-    n_heads: int = Field(8, ge=1)
-    n_kv_heads: int = Field(default_factory=lambda data: data.get("n_heads", 1), ge=1)
-    head_dim: int = Field(default_factory=lambda data: max(1, data.get("d_model", 1) // data.get("n_heads", 1)), ge=1)
+    architecture: Text = "simple"
+    vocab_size: Whole = Field(50257, ge=2, le=MAX_VOCAB_SIZE)
+    context_length: Whole = Field(256, ge=2, le=MAX_CONTEXT_LENGTH)
+    d_model: Whole = Field(832, ge=2, le=MAX_D_MODEL)
+    n_layers: Whole = Field(7, ge=1, le=MAX_LAYERS)
+    n_heads: Whole = Field(8, ge=1, le=MAX_HEADS)
+    n_kv_heads: Whole = Field(default_factory=lambda data: data.get("n_heads", 1), ge=1, le=MAX_HEADS)
+    head_dim: Whole = Field(
+        default_factory=lambda data: max(1, data.get("d_model", 1) // data.get("n_heads", 1)), ge=1, le=MAX_HEAD_DIM
+    )
     normalization: _component("normalization") = "layernorm"  # type: ignore[valid-type]
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_eps: Positive = 1e-5
     norm_position: Literal["pre", "post"] = "pre"
     activation: _component("activation") = "gelu"  # type: ignore[valid-type]
     ffn_type: _component("ffn_type") = "standard"  # type: ignore[valid-type]
-    d_ff: int = Field(default_factory=_default_d_ff, ge=1)
+    d_ff: Whole = Field(default_factory=_default_d_ff, ge=1, le=MAX_D_FF)
     position_encoding: _component("position_encoding") = "rope"  # type: ignore[valid-type]
-    rope_theta: float = Field(10_000.0, gt=0)
+    rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = False  # RMSNorm over every head's queries and keys, before they are rotated (Qwen3)
     attention_backend: _component("attention_backend") = "sdpa"  # type: ignore[valid-type]
@@ -128,8 +177,8 @@ class ModelConfig(Frozen):
         default_factory=lambda data: "qkvo" if data.get("bias", True) else "none"
     )
     weight_tying: bool = True
-    dropout: float = Field(0.0, ge=0, lt=1)
-    init_std: float = Field(0.02, gt=0)
+    dropout: BelowOne = 0.0
+    init_std: Positive = 0.02
     moe: MoEConfig | None = None
     lora: LoRAConfig | None = None  # while it is trained with adapters; a run says so in its own section
 
@@ -139,8 +188,8 @@ class ModelConfig(Frozen):
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
         if "head_dim" not in self.model_fields_set and self.d_model % self.n_heads:
-            fitting = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
-            nearest = min(fitting, key=lambda n: abs(n - self.n_heads))
+            nearby = (n for distance in count() for n in (self.n_heads - distance, self.n_heads + distance))
+            nearest = next(n for n in nearby if 0 < n <= self.d_model and self.d_model % n == 0)
             raise ValueError(
                 f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; "
                 f"take n_heads {nearest}, or set head_dim"
@@ -155,9 +204,14 @@ class ModelConfig(Frozen):
             known = [layer for layer in sorted(set(self.moe.layers)) if 0 <= layer < self.n_layers]
             if not known or known != list(self.moe.layers):
                 raise ValueError(
-                    f"moe.layers {list(self.moe.layers)} must rise, from 0 to {self.n_layers - 1} at most, and be at "
-                    "least one; leave it out for experts in every layer"
+                    f"moe.layers {quoted(list(self.moe.layers))} must rise, from 0 to {self.n_layers - 1} at most, and "
+                    "be at least one; leave it out for experts in every layer"
                 )
+        if self.n_matrix_elements > MAX_PARAMETERS:
+            raise ValueError(
+                f"{self.n_matrix_elements:,} parameters; must be at most {MAX_PARAMETERS:,}; take fewer or smaller "
+                "layers, or fewer experts"
+            )
         return self
 
     @property
@@ -166,6 +220,21 @@ class ModelConfig(Frozen):
         if self.moe is None:
             return ()
         return tuple(range(self.n_layers)) if self.moe.layers is None else self.moe.layers
+
+    @property
+    def n_matrix_elements(self) -> int:
+        """The parameters of all matrices, which is all but norms, biases and adapters."""
+        D, Q, G = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        n_ffn_matrices = 3 if self.ffn_type == "swiglu" else 2
+        n_mixtures = len(self.expert_layers)
+        rows = self.vocab_size * (1 if self.weight_tying else 2)
+        rows += self.context_length if self.position_encoding == "learned_absolute" else 0
+        rows += self.n_layers * 2 * (Q + G) + (self.n_layers - n_mixtures) * n_ffn_matrices * self.d_ff
+        if self.moe:
+            n_experts = self.moe.n_experts
+            n_neurons = n_experts * self.expert_d_ff + self.moe.shared_d_ff
+            rows += n_mixtures * (n_experts + n_ffn_matrices * n_neurons)
+        return rows * D
 
     @property
     def expert_d_ff(self) -> int:

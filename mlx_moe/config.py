@@ -7,38 +7,77 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from mlx_moe.architecture import COMPONENTS as COMPONENTS
-from mlx_moe.architecture import ExpertsConfig, Frozen, ModelConfig
+from mlx_moe.architecture import (
+    BelowOne,
+    ExpertsConfig,
+    Fraction,
+    Frozen,
+    ModelConfig,
+    NotNegative,
+    Positive,
+    Real,
+    Text,
+    Whole,
+)
 from mlx_moe.architecture import LoRAConfig as LoRAConfig
 from mlx_moe.architecture import MoEConfig as MoEConfig
 from mlx_moe.architecture import RopeScaling as RopeScaling
+from mlx_moe.errors import quoted
+from mlx_moe.limits import (
+    MAX_BATCH_SIZE,
+    MAX_D_FF,
+    MAX_D_MODEL,
+    MAX_DOCUMENTS,
+    MAX_EXPERTS,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_NAME_BYTES,
+    MAX_SEED,
+    MAX_STEPS,
+)
+from mlx_moe.terminal import printable
+
+
+def _folder_name(name: str) -> str:
+    way_out = "take a plain word"
+    if name != name.strip() or not name:
+        raise ValueError(f"is empty, or begins or ends with a blank; {way_out}")
+    if name[0] in "-." or set("/\\\n\t") & set(name):
+        raise ValueError(f"names a folder, so it must not begin with - or ., nor hold a slash or a line end; {way_out}")
+    if printable(name) != name:
+        raise ValueError(f"holds control characters; {way_out}")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"has {len(name.encode())} bytes; must be at most {MAX_NAME_BYTES}")
+    return name
+
+
+# What a folder of ours is called: one that stays where it is put, and that every shell and terminal shows as it is.
+FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
 class DataConfig(Frozen):
     """Where the text comes from and how it becomes tokens."""
 
-    source: str = "tinystories"  # `stories`, `tinystories`, or a path: .txt, .jsonl, .parquet, or a folder of them
-    n_documents: int | None = Field(50_000, ge=1)  # at most so many; null: all
-    text_field: str = "text"  # the column of JSONL and Parquet
-    tokenizer: str = "gpt2"  # `char`, `bpe:VOCAB`, or a Hugging Face tokenizer by name or folder
-    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    source: Text = "tinystories"  # `stories`, `tinystories`, or a path: .txt, .jsonl, .parquet, or a folder of them
+    n_documents: Whole | None = Field(50_000, ge=1, le=MAX_DOCUMENTS)  # at most so many; null: all
+    text_field: Text = "text"  # the column of JSONL and Parquet
+    tokenizer: Text = "gpt2"  # `char`, `bpe:VOCAB`, or a Hugging Face tokenizer by name or folder
+    validation_fraction: Real = Field(0.05, gt=0, lt=1)
     fit_vocabulary: bool = True  # the model takes the tokenizer's size; false where model.vocab_size was given
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Frozen):
     """AdamW; or Muon for the matrices inside the blocks, with AdamW for the rest. Decay on matrices only."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    momentum: Beta = 0.95  # of Muon
-    weight_decay: float = Field(0.1, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    momentum: BelowOne = 0.95  # of Muon
+    weight_decay: NotNegative = 0.1
+    max_grad_norm: Positive = 1.0
     transfer: Literal["carry", "reset"] = "carry"  # what becomes of the moments at a boundary
 
 
@@ -46,7 +85,9 @@ class EngineConfig(Frozen):
     """How a step is computed. Up to rounding, what it computes does not depend on this."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    accumulation_steps: int = Field(1, ge=1)  # parts of a batch that go through the model one after the other
+    accumulation_steps: Whole = Field(
+        1, ge=1, le=MAX_BATCH_SIZE
+    )  # parts of a batch that go through the model one after the other
     activation_checkpointing: bool = False  # keep only each block's input for the backward pass
     compile: bool = False  # torch.compile; MLX always compiles
     strategy: Literal["ddp", "zero1", "fsdp"] = "ddp"  # what several processes share out
@@ -55,34 +96,43 @@ class EngineConfig(Frozen):
 class PhaseConfig(Frozen):
     """Phase 1, and what every phase has: its length and its learning rate."""
 
-    steps: int = Field(1000, ge=1)
-    learning_rate: float = Field(3e-4, gt=0)
+    steps: Whole = Field(1000, ge=1, le=MAX_STEPS)
+    learning_rate: Positive = 3e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    final_lr_fraction: float = Field(0.1, ge=0, le=1)
+    warmup_steps: Whole = Field(0, ge=0, le=MAX_STEPS)
+    final_lr_fraction: Fraction = 0.1
 
 
 class UpcyclePhaseConfig(PhaseConfig, ExpertsConfig):
     """Phase 2: FFNs become experts. What model that makes of a dense one, `transfer.experts.experts_of` says."""
 
-    learning_rate: float = Field(1e-4, gt=0)
-    every: int = Field(1, ge=1)  # layers: those of which (i + 1) is a multiple get experts
-    granularity: int = Field(1, ge=1)  # each of n_experts, and of top_k, becomes so many experts of its neurons
+    learning_rate: Positive = 1e-4
+    every: Whole = Field(1, ge=1, le=MAX_LAYERS)  # layers: those of which (i + 1) is a multiple get experts
+    granularity: Whole = Field(1, ge=1, le=MAX_EXPERTS)  # each of n_experts, and of top_k, becomes so many smaller ones
     shared: bool = False  # one more expert for every token
     router_init: Literal["random", "zero", "centroids"] = "random"  # centroids: of what the routers would read
-    router_std: float = Field(0.02, gt=0)
-    noise: float = Field(0.0, ge=0)  # on the copies, relative to each tensor's standard deviation
-    drop: float = Field(0.0, ge=0, le=1)  # the share of its neurons that each expert draws anew
+    router_std: Positive = 0.02
+    noise: NotNegative = 0.0  # on the copies, relative to each tensor's standard deviation
+    drop: Fraction = 0.0  # the share of its neurons that each expert draws anew
+
+    @model_validator(mode="after")
+    def _parts_are_few(self) -> UpcyclePhaseConfig:
+        if self.n_experts * self.granularity > MAX_EXPERTS:
+            raise ValueError(
+                f"n_experts {self.n_experts} in {self.granularity} parts each (granularity): must be at most "
+                f"{MAX_EXPERTS} experts in all; lower granularity"
+            )
+        return self
 
 
 class GrowPhaseConfig(PhaseConfig):
     """Phase 3: wider and deeper at once. What is left out follows from the model (`transfer.growth.usual_size`)."""
 
-    learning_rate: float = Field(8e-5, gt=0)
-    d_model: int | None = Field(None, ge=2)
-    n_layers: int | None = Field(None, ge=1)
-    n_heads: int | None = Field(None, ge=1)
-    d_ff: int | None = Field(None, ge=1)
+    learning_rate: Positive = 8e-5
+    d_model: Whole | None = Field(None, ge=2, le=MAX_D_MODEL)
+    n_layers: Whole | None = Field(None, ge=1, le=MAX_LAYERS)
+    n_heads: Whole | None = Field(None, ge=1, le=MAX_HEADS)
+    d_ff: Whole | None = Field(None, ge=1, le=MAX_D_FF)
     split: Literal["uneven", "even"] = "uneven"
 
 
@@ -95,34 +145,40 @@ class PhasesConfig(Frozen):
 class TrainingConfig(Frozen):
     """Batches, and how often to look, measure and save (in steps)."""
 
-    batch_size: int = Field(8, ge=1)
-    log_every: int = Field(50, ge=1)
-    eval_every: int = Field(250, ge=1)
-    eval_sequences: int = Field(64, ge=1)
-    checkpoint_every: int = Field(500, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    batch_size: Whole = Field(8, ge=1, le=MAX_BATCH_SIZE)
+    log_every: Whole = Field(50, ge=1, le=MAX_STEPS)
+    eval_every: Whole = Field(250, ge=1, le=MAX_STEPS)
+    eval_sequences: Whole = Field(64, ge=1, le=MAX_BATCH_SIZE)
+    checkpoint_every: Whole = Field(500, ge=1, le=MAX_STEPS)
+    keep_checkpoints: Whole = Field(2, ge=1, le=MAX_STEPS)
     tracker: Literal["none", "trackio", "wandb"] = "none"  # gets the rows of metrics.jsonl too
 
 
 class VerificationConfig(Frozen):
     """What a boundary must satisfy before the next phase starts."""
 
-    probe_sequences: int = Field(8, ge=1)
-    max_logit_difference: float = Field(1e-4, gt=0)
-    max_loss_jump: float = Field(1e-3, gt=0)
+    probe_sequences: Whole = Field(8, ge=1, le=MAX_BATCH_SIZE)
+    max_logit_difference: Positive = 1e-4
+    max_loss_jump: Positive = 1e-3
+
+
+def _in_a_row(phases: tuple[int, ...]) -> tuple[int, ...]:
+    if not phases or phases[0] < 1 or phases[-1] > 3 or phases != tuple(range(phases[0], phases[-1] + 1)):
+        raise ValueError("must be of 1, 2 and 3 one or more in a row, as [2, 3]")
+    return phases
 
 
 class StartConfig(Frozen):
     """The model that a run starts from, where that is one there already (`mlxmoe train --from`)."""
 
-    model: str  # a checkpoint, or a Hugging Face folder
-    phases: tuple[int, ...]  # of 1, 2 and 3, those to run
+    model: Text  # a checkpoint, or a Hugging Face folder
+    phases: Annotated[tuple[Whole, ...], AfterValidator(_in_a_row)]  # of 1, 2 and 3, those to run
     lineage: tuple[str, ...] = ()  # what the model is, and what became of it so far
 
 
 class RunConfig(Frozen):
-    name: str = "three-phase"
-    seed: int = Field(0, ge=0, lt=2**63)
+    name: FolderName = "three-phase"
+    seed: Whole = Field(0, ge=0, lt=MAX_SEED + 1)
     start: StartConfig | None = None  # None: weights drawn anew
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -143,6 +199,12 @@ class RunConfig(Frozen):
             raise ValueError("model.lora: set lora.rank and the rest beside model, not in it")
         if self.lora.rank and self.start is None:
             raise ValueError(f"lora.rank {self.lora.rank}: adapters need a model to adapt; name one with --from")
+        missing = set() if self.model.ffn_type == "swiglu" else {"gate_proj"}
+        if self.lora.rank and not set(self.lora.targets) - missing:
+            raise ValueError(
+                f"lora.targets {quoted(list(self.lora.targets))}: the model has none of these, so that nothing would "
+                "be trained; take q_proj, v_proj or others"
+            )
         batch_size, parts = self.training.batch_size, self.engine.accumulation_steps
         if batch_size % parts:
             raise ValueError(

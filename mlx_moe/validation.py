@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from mlx_moe.errors import InputError
+from mlx_moe.errors import MAX_QUOTED, InputError, quoted
 
 Config = TypeVar("Config")
+MAX_FAULTS = 5  # that one message names
 
 
 def validate(kind: type[Config], values: dict[str, Any]) -> Config:
@@ -20,7 +21,9 @@ def validate(kind: type[Config], values: dict[str, Any]) -> Config:
         return _adapter(kind).validate_python(values)  # type: ignore[arg-type]
     except ValidationError as error:
         faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
-        raise InputError("\n".join(_explain(kind, fault) for fault in faults)) from None
+        lines = [_explain(kind, fault) for fault in faults[:MAX_FAULTS]]
+        more = [f"and {len(faults) - MAX_FAULTS:,} more"] if len(faults) > MAX_FAULTS else []
+        raise InputError("\n".join(lines + more)) from None
 
 
 @cache
@@ -38,21 +41,35 @@ def by_path(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def nearest(name: str, known: Sequence[str], cutoff: float = 0.5) -> str:
     """`did you mean …? `, or nothing where no known name is near."""
-    match = get_close_matches(name, known, n=1, cutoff=cutoff)
+    match = get_close_matches(name[:MAX_QUOTED], known, n=1, cutoff=cutoff)
     return f"did you mean {match[0]!r}? " if match else ""
 
 
 def _explain(kind: type[Any], fault: Any) -> str:
-    path = [str(part) for part in fault["loc"]]
+    path = ".".join(_shortened(str(part)) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        section: Any = kind
-        for part in path[:-1]:
-            annotation = section.model_fields[part].annotation
-            section = next(t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields"))
-        fields = list(section.model_fields)
-        hint = nearest(path[-1], fields)
-        return f"unknown key {'.'.join(path)!r}; {hint}known here: {', '.join(fields)}"
+        known = _known_keys(kind, fault["loc"][:-1])
+        hint = nearest(str(fault["loc"][-1]), known)
+        return f"unknown key {path!r}" + (f"; {hint}known here: {', '.join(known)}" if known else "; leave it out")
+    if fault["type"] == "invalid_key":
+        return f"{path}: keys should be strings, and this is {quoted(fault['input'])}; quote it"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "less_than_equal":
+        message = f"must be at most {fault['ctx']['le']:.15g}"
+    elif fault["type"] == "greater_than_equal":  # pydantic writes 1e-30 with all its zeros
+        message = f"must be greater than or equal to {fault['ctx']['ge']:.15g}"
     if fault["type"] in ("value_error", "missing") and isinstance(fault["input"], dict):  # about a section as a whole
-        return f"{'.'.join(path)}: {message}" if path else message
-    return f"{'.'.join(path)} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+        return f"{path}: {message}" if path else message
+    return f"{path} = {quoted(fault['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(kind: Any, path: Sequence[str | int]) -> list[str]:
+    """The keys of the section that a path leads to; none where that is no model."""
+    for part in path:
+        annotation = kind.model_fields[part].annotation if part in getattr(kind, "model_fields", {}) else None
+        kind = next((t for t in (annotation, *get_args(annotation)) if hasattr(t, "model_fields")), None)
+    return list(getattr(kind, "model_fields", {}))
+
+
+def _shortened(key: str) -> str:
+    return key if len(key) <= MAX_QUOTED else f"{key[: MAX_QUOTED - 1]}…"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_moe.commands.options import CheckpointArgument, Json, OutArgument
+from mlx_moe.commands.options import CheckpointArgument, Json, OutArgument, Seed
 
 
 def parity(
@@ -24,7 +24,7 @@ def parity(
     preset: Annotated[
         list[str] | None, typer.Option("--preset", "-p", help="Architectures to compare.", show_default="all")
     ] = None,
-    seed: int = 0,
+    seed: Seed = 0,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Put known faults in, too, and see that they are found.")
     ] = False,

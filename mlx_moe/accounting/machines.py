@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, quoted
 from mlx_moe.precision import PrecisionName
 from mlx_moe.validation import nearest
 
@@ -122,16 +122,18 @@ def choose(text: str) -> tuple[Machine, int]:
 
     Raises InputError for an unknown machine, and for a size that it was not sold with.
     """
-    size = re.search(r"(\d+)\s*(gb|g)\b", text, re.IGNORECASE)
+    size = re.search(r"(\d{1,6})\s*(gb|g)\b", text, re.IGNORECASE)
     name = text[: size.start()] if size else text
     machine = next((machine for machine in MACHINES if _words(name) in _spellings(machine)), None)
     if machine is None:
         known = [machine.name.split(maxsplit=1)[1] for machine in MACHINES]
-        raise InputError(f"--machine {text!r}: not known; {nearest(name.strip(), known)}known: {', '.join(known)}")
+        raise InputError(
+            f"--machine {quoted(text)}: not known; {nearest(name.strip(), known)}known: {', '.join(known)}"
+        )
     memory_gb = int(size[1]) if size else machine.memory[0]
     if memory_gb not in machine.memory:
         sizes = ", ".join(str(gb) for gb in machine.memory)
-        raise InputError(f"--machine {text!r}: the {machine.name} comes with {sizes} GB")
+        raise InputError(f"--machine {quoted(text)}: the {machine.name} comes with {sizes} GB")
     return machine, memory_gb
 
 

@@ -11,12 +11,14 @@ FFN, E experts, R rows that go through an FFN (N, or the assignments to experts)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from mlx_moe.accounting.parameters import counted_table, layer_of
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
-from mlx_moe.parameters import FFN_INPUTS, table
+from mlx_moe.parameters import FFN_INPUTS, Parameter
 
 FLOAT = 4
 Backend = Literal["mlx", "torch"]
@@ -95,8 +97,8 @@ def step_memory(
     # On CPU, MLX rounds to half precision, and keeps the rounded numbers in float32 (`model/elementwise.widened`).
     half = 2 if is_half and (backend, device) != ("mlx", "cpu") else FLOAT
     sizes = _sizes(config)
-    weights = FLOAT * sum(sizes.all)
-    gradients = FLOAT * sum(sizes.trained)
+    weights = FLOAT * sizes.all
+    gradients = FLOAT * sizes.trained
     moments = 2 * gradients - FLOAT * (sizes.hidden_matrices if optimizer.name == "muon" else 0)
     N = math.ceil(batch_size / engine.accumulation_steps) * config.context_length
     NV = N * config.vocab_size
@@ -125,7 +127,7 @@ def step_memory(
         loss = kept + logits
         backward = kept + recomputed + working + FLOAT * (sizes.block + head)
         # The embedding's gradient is as large as the embedding, also where only the head's is added to it.
-        update = gradients + FLOAT * max(sizes.trained) * (MUON_ARRAYS if optimizer.name == "muon" else 1)
+        update = gradients + FLOAT * sizes.largest[0] * (MUON_ARRAYS if optimizer.name == "muon" else 1)
     else:
         chunk = min(NV, MLX_LOGITS[device])
         logits = chunk * (MLX_LOGITS_ARRAYS[device][chunk < NV] * FLOAT + (half if half != FLOAT else 0))
@@ -151,34 +153,43 @@ def step_memory(
 
 class _Sizes(NamedTuple):
     """Numbers: of every parameter; of those trained; of all matrices; of those that Muon trains; and of those trained
-    of all experts, of the largest block."""
+    of all experts, of the largest block. Then how many tensors are trained, and the numbers of the largest of them."""
 
-    all: tuple[int, ...]
-    trained: tuple[int, ...]
+    all: int
+    trained: int
     matrices: int
     hidden_matrices: int
     experts: int
     block: int
+    n_trained_tensors: int
+    largest: tuple[int, ...]
 
 
 @lru_cache(maxsize=8)
 def _sizes(config: ModelConfig) -> _Sizes:
-    sizes = {parameter: math.prod(parameter.shape) for parameter in table(config)}
-    trained = {parameter: size for parameter, size in sizes.items() if parameter.is_trained}
-    inside = {parameter: size for parameter, size in trained.items() if parameter.name.startswith("layers.")}
-    return _Sizes(
-        all=tuple(sizes.values()),
-        trained=tuple(trained.values()),
-        matrices=sum(size for parameter, size in sizes.items() if parameter.is_matrix),
-        hidden_matrices=sum(
-            size for parameter, size in sizes.items() if parameter.is_hidden_matrix and parameter.is_trained
-        ),
-        experts=sum(size for parameter, size in inside.items() if ".experts." in parameter.name),
-        block=max(
-            sum(size for parameter, size in inside.items() if parameter.name.startswith(f"layers.{layer}."))
-            for layer in range(config.n_layers)
-        ),
+    rows = [(parameter, number, math.prod(parameter.shape)) for parameter, number in counted_table(config)]
+    trained = [row for row in rows if row[0].is_trained]
+    inside = [row for row in trained if layer_of(row[0]) is not None]
+    largest = sorted(
+        (size for _, number, size in trained for _ in range(min(number, METAL_COMMAND_BUFFERS))), reverse=True
     )
+    blocks = [0] * config.n_layers
+    for parameter, _, size in inside:
+        blocks[layer_of(parameter) or 0] += size
+    return _Sizes(
+        all=_total(rows),
+        trained=_total(trained),
+        matrices=_total(row for row in rows if row[0].is_matrix),
+        hidden_matrices=_total(row for row in trained if row[0].is_hidden_matrix),
+        experts=_total(row for row in inside if ".experts." in row[0].name),
+        block=max(blocks),
+        n_trained_tensors=sum(number for _, number, _ in trained),
+        largest=tuple(largest[:METAL_COMMAND_BUFFERS]),
+    )
+
+
+def _total(rows: Iterable[tuple[Parameter, int, int]]) -> int:
+    return sum(number * size for _, number, size in rows)
 
 
 class _Block:
@@ -237,12 +248,12 @@ class _Block:
 
 def _mlx_updates(sizes: _Sizes, device: Device) -> int:
     """Bytes of new weights and moments that are there before the old ones are freed."""
-    total = sum(sizes.trained)
+    total = sizes.trained
     if FLOAT * total > MLX_UPDATED_AT_ONCE:
-        return 3 * max(MLX_UPDATE_PART, FLOAT * max(sizes.trained))
+        return 3 * max(MLX_UPDATE_PART, FLOAT * sizes.largest[0])
     # One of the three takes the place of the gradient where that is contiguous: with experts, not with projections.
     arrays = 3 - sizes.experts / total
     if device == "cpu":
-        return int(arrays * FLOAT * total * min(1.0, MLX_UPDATES_AHEAD / len(sizes.trained)))
-    largest = sorted((FLOAT * n for n in sizes.trained), reverse=True)[:METAL_COMMAND_BUFFERS]
-    return int(arrays * min(FLOAT * total, sum(max(size, METAL_COMMAND_BUFFER_BYTES) for size in largest)))
+        return int(arrays * FLOAT * total * min(1.0, MLX_UPDATES_AHEAD / sizes.n_trained_tensors))
+    largest = (max(FLOAT * size, METAL_COMMAND_BUFFER_BYTES) for size in sizes.largest)
+    return int(arrays * min(FLOAT * total, sum(largest)))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.parameters import Axis, table
+from mlx_moe.parameters import Axis, Parameter, table
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,31 @@ class ParameterCount:
         }
 
 
+def counted_table(config: ModelConfig) -> list[tuple[Parameter, int]]:
+    """The table of a model with one layer of each kind, dense and with experts, and how many of each tensor there are.
+
+    All layers of a kind are alike, so that counting does not take longer for thousands of them.
+    """
+    n_mixtures = len(config.expert_layers)
+    layers = [number for number in (config.n_layers - n_mixtures, n_mixtures) if number]
+    moe = config.moe and config.moe.model_copy(update={"layers": (1,) if len(layers) == 2 else None})
+    short = config.model_copy(update={"n_layers": len(layers), "moe": moe})
+    rows = [(parameter, layer_of(parameter)) for parameter in table(short)]
+    return [(parameter, 1 if layer is None else layers[layer]) for parameter, layer in rows]
+
+
+def layer_of(parameter: Parameter) -> int | None:
+    """The layer that a parameter is in; None outside the blocks."""
+    place, _, rest = parameter.name.partition(".")
+    return int(rest.partition(".")[0]) if place == "layers" else None
+
+
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     """All parameters: `embeddings` (tokens and positions), `attention`, `router`, `ffn` (every expert's), `norms`, and
     `head`, 0 where it is tied."""
     parts = dict.fromkeys(("embeddings", "attention", "router", "ffn", "norms", "head"), 0)
-    for parameter in table(config):
-        parts[_part(parameter.name)] += math.prod(parameter.shape)
+    for parameter, number in counted_table(config):
+        parts[_part(parameter.name)] += number * math.prod(parameter.shape)
     return parts
 
 
@@ -55,8 +74,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     """Count every tensor of the model; a token visits `top_k` of the `n_experts` in each layer that has them."""
     total = inactive = 0
     idle_per_layer = config.moe.n_experts - config.moe.top_k if config.moe else 0
-    for parameter in table(config):
-        size = math.prod(parameter.shape)
+    for parameter, number in counted_table(config):
+        size = number * math.prod(parameter.shape)
         total += size
         if config.moe and Axis.EXPERT in parameter.axes and "experts" in parameter.name:
             inactive += size // config.moe.n_experts * idle_per_layer

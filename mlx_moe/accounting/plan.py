@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -118,7 +119,7 @@ def _largest_batch(work: Work, site: Site) -> int:
 def _ways_out(work: Work, site: Site) -> Iterator[str]:
     """Overrides under which the phase fits: each that does by itself, else the first that do together."""
     B = work.batch_size
-    parts = [n for n in range(work.engine.accumulation_steps + 1, B + 1) if B % n == 0]
+    parts = [n for n in _divisors(B) if n > work.engine.accumulation_steps]
     half = {"precision": "bf16"} if site.precision == "fp32" else {}
     recomputing = {"activation_checkpointing": True}
     alone = False
@@ -140,6 +141,12 @@ def _ways_out(work: Work, site: Site) -> Iterator[str]:
             if _fits(work, site, option, optimizer):
                 yield _as_overrides(option) + (" -o optimizer.name=muon" if optimizer != work.optimizer.name else "")
                 return
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors, rising."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return [*small, *(number // n for n in reversed(small) if n * n != number)]
 
 
 def _fits(work: Work, site: Site, engine: dict[str, Any], optimizer: str | None = None) -> bool:

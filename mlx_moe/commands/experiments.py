@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from mlx_moe.commands.ending import stop
-from mlx_moe.commands.options import BackendOption, ConfigFile, DeviceOption, Json, Overrides, Preset
+from mlx_moe.commands.options import BackendOption, ConfigFile, DeviceOption, Json, Level, Overrides, Preset, Seed
 from mlx_moe.errors import InputError
+from mlx_moe.limits import MAX_NEW_TOKENS
 from mlx_moe.terminal import echo
 
 data = typer.Typer(help="What the data of a run is.", no_args_is_help=True)
@@ -23,9 +24,11 @@ def eval_(
         str | None, typer.Option(help="stories, tinystories, or a path.", show_default="the run's own")
     ] = None,
     text_field: Annotated[str, typer.Option(help="The column of JSONL and Parquet.")] = "text",
-    max_bytes: Annotated[int, typer.Option(min=1, help="Of held-out text.")] = 250_000,
+    max_bytes: Annotated[int, typer.Option(min=1, max=1 << 40, help="Of held-out text.")] = 250_000,
     prompt: Annotated[list[str] | None, typer.Option(help="To continue; repeatable.", show_default="three")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="0: write nothing.")] = 60,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=0, max=MAX_NEW_TOKENS, help="0: write nothing.")
+    ] = 60,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     as_json: Json = False,
@@ -90,8 +93,8 @@ def fit(
     law: Annotated[str, typer.Option(help="auto, N, D or ND.")] = "auto",
     parameters: Annotated[str, typer.Option(help="What N counts: non_embedding, active or total.")] = "non_embedding",
     resamples: Annotated[int, typer.Option(min=20, max=10_000, help="Of the residuals, for the intervals.")] = 1000,
-    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.9,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+    level: Level = 0.9,
+    seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="The file to write.", show_default="fits.json beside RESULTS")
     ] = None,
@@ -105,7 +108,7 @@ def fit(
 
 def compare(
     runs: Annotated[list[Path] | None, typer.Argument(help="Runs.", show_default=False)] = None,
-    latest: Annotated[int | None, typer.Option(min=2, help="Instead of names: the last N runs.")] = None,
+    latest: Annotated[int | None, typer.Option(min=2, max=10_000, help="Instead of names: the last N runs.")] = None,
     folder: Annotated[Path, typer.Option(help="Where --latest looks.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:

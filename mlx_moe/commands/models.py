@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_moe.commands.ending import stop
-from mlx_moe.commands.options import AllowLossy, BackendOption, CheckpointArgument, DeviceOption, OutArgument
+from mlx_moe.commands.options import (
+    AllowLossy,
+    BackendOption,
+    CheckpointArgument,
+    DeviceOption,
+    NewTokens,
+    OutArgument,
+    Seed,
+    Temperature,
+)
+from mlx_moe.limits import MAX_D_FF, MAX_D_MODEL, MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCAB_SIZE
 from mlx_moe.terminal import echo
 
 if TYPE_CHECKING:
@@ -18,16 +28,16 @@ if TYPE_CHECKING:
 def upcycle(
     checkpoint: CheckpointArgument,
     out: OutArgument,
-    experts: Annotated[int, typer.Option(min=1, help="Copies of the FFN in a layer.")] = 8,
-    top_k: Annotated[int, typer.Option(min=1, help="Copies that a token visits.")] = 2,
-    every: Annotated[int, typer.Option(min=1, help="Experts in every n-th layer only.")] = 1,
-    granularity: Annotated[int, typer.Option(min=1, help="Cut every copy into so many experts.")] = 1,
+    experts: Annotated[int, typer.Option(min=1, max=MAX_EXPERTS, help="Copies of the FFN in a layer.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, max=MAX_EXPERTS, help="Copies that a token visits.")] = 2,
+    every: Annotated[int, typer.Option(min=1, max=MAX_LAYERS, help="Experts in every n-th layer only.")] = 1,
+    granularity: Annotated[int, typer.Option(min=1, max=MAX_EXPERTS, help="Cut every copy into so many experts.")] = 1,
     shared: Annotated[bool, typer.Option("--shared", help="One more copy, for every token.")] = False,
     router: Annotated[str, typer.Option(help="random, zero, or centroids of a --text.")] = "random",
     text: Annotated[str | None, typer.Option(help="For centroids: text, JSONL or Parquet.", metavar="FILE")] = None,
     noise: Annotated[float, typer.Option(help="On each expert, relative to a tensor's std; lossy.")] = 0.0,
     drop: Annotated[float, typer.Option(help="Share of its neurons that each expert draws anew; lossy.")] = 0.0,
-    seed: int = 0,
+    seed: Seed = 0,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     allow_lossy: AllowLossy = False,
@@ -50,14 +60,18 @@ def upcycle(
 def grow(
     checkpoint: CheckpointArgument,
     out: OutArgument,
-    d_model: Annotated[int | None, typer.Option(min=2, help="The new width.", show_default="as it is")] = None,
-    n_layers: Annotated[int | None, typer.Option(min=1, help="The new depth.", show_default="as it is")] = None,
-    n_heads: Annotated[int | None, typer.Option(min=1, show_default="grows with the width")] = None,
-    d_ff: Annotated[int | None, typer.Option(min=1, show_default="grows with the width")] = None,
+    d_model: Annotated[
+        int | None, typer.Option(min=2, max=MAX_D_MODEL, help="The new width.", show_default="as it is")
+    ] = None,
+    n_layers: Annotated[
+        int | None, typer.Option(min=1, max=MAX_LAYERS, help="The new depth.", show_default="as it is")
+    ] = None,
+    n_heads: Annotated[int | None, typer.Option(min=1, max=MAX_HEADS, show_default="grows with the width")] = None,
+    d_ff: Annotated[int | None, typer.Option(min=1, max=MAX_D_FF, show_default="grows with the width")] = None,
     split: Annotated[
         str, typer.Option(help="uneven or even shares for copies; even ones stay equal for ever.")
     ] = "uneven",
-    seed: int = 0,
+    seed: Seed = 0,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     allow_lossy: AllowLossy = False,
@@ -83,10 +97,12 @@ def grow(
 def generate(
     checkpoint: CheckpointArgument,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")] = "Once upon a time",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens only.")] = None,
-    seed: int = 0,
+    max_new_tokens: NewTokens = 100,
+    temperature: Temperature = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, max=MAX_VOCAB_SIZE, help="Draw from the k likeliest tokens only.")
+    ] = None,
+    seed: Seed = 0,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:

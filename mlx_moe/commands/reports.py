@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mlx_moe.commands.options import BackendOption, DeviceOption
+from mlx_moe.limits import MAX_BATCH_SIZE
 from mlx_moe.terminal import echo
 
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
@@ -16,7 +17,9 @@ RunArgument = Annotated[Path, typer.Argument(help="A run's folder.", show_defaul
 def experts(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option(help="The file to write.", show_default="RUN/experts.json")] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Of the validation split, each as long as the context.")] = 64,
+    sequences: Annotated[
+        int, typer.Option(min=1, max=MAX_BATCH_SIZE, help="Of the validation split, each as long as the context.")
+    ] = 64,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:

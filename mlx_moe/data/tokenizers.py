@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_moe.data.sources import END_OF_TEXT
-from mlx_moe.errors import InputError, one_line
+from mlx_moe.errors import InputError, one_line, quoted
 from mlx_moe.validation import nearest
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def make_tokenizer(spec: str, documents: Callable[[], Iterator[str]]) -> Tokeniz
     if spec == "char":
         return _of_characters(documents())
     if spec == "bpe" or spec.startswith("bpe:"):
-        return _train_bpe(_bpe_vocabulary(spec), documents())
+        return _train_bpe(bpe_vocabulary(spec), documents())
     folder = Path(spec).expanduser()
     return Tokenizer.load(folder if folder.is_dir() else _from_hub(spec))
 
@@ -144,12 +144,13 @@ def _train_bpe(vocab_size: int, documents: Iterator[str]) -> Tokenizer:
     return Tokenizer(inner, END_OF_TEXT)
 
 
-def _bpe_vocabulary(spec: str) -> int:
+def bpe_vocabulary(spec: str) -> int:
+    """The size that `bpe:VOCAB` asks for. Raises InputError where that is none, or out of range."""
     number = spec.partition(":")[2]
     if not re.fullmatch(r"[0-9]+", number) or not MIN_BPE_VOCAB <= int(number) <= MAX_BPE_VOCAB:
         raise InputError(
-            f"tokenizer {spec!r}: the vocabulary must be a number from {MIN_BPE_VOCAB} (256 bytes and {END_OF_TEXT}) "
-            f"to {MAX_BPE_VOCAB}; take e.g. bpe:2048"
+            f"tokenizer {quoted(spec)}: the vocabulary must be a number from {MIN_BPE_VOCAB} (256 bytes and "
+            f"{END_OF_TEXT}) to {MAX_BPE_VOCAB}; take e.g. bpe:2048"
         )
     return int(number)
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from mlx_moe.config import ModelConfig, RunConfig
-from mlx_moe.errors import InputError
-from mlx_moe.storage.reading import read_mapping
+from mlx_moe.errors import InputError, quoted
+from mlx_moe.storage.atomic import absolute
+from mlx_moe.storage.reading import check_values, parse_yaml, read_mapping
 from mlx_moe.validation import nearest, validate
 
 FOLDER = Path(__file__).parent
+MAX_DEPTH = 8  # dots in a key path; the deepest key there is has two
 
 
 def preset_names(kind: Literal["architectures", "runs"]) -> list[str]:
@@ -46,7 +46,7 @@ def load_run(
         layers[0].pop("model", None)
         layers.insert(1, dict(settled))
     if file is not None:
-        layers.append(read_mapping(file))
+        layers.append(read_mapping(absolute(file)))
     layers += [_parse_override(text) for text in overrides]
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -55,8 +55,8 @@ def load_run(
         merged["start"] = settled["start"]
     model = merged.setdefault("model", {})
     if isinstance(model, dict):
-        if "vocab_size" in model:
-            _merge(merged, {"data": {"fit_vocabulary": False}})
+        if "vocab_size" in model and isinstance(merged.setdefault("data", {}), dict):
+            merged["data"]["fit_vocabulary"] = False
         if merged.get("start") is None:
             merged["model"] = _read_preset("architectures", model.get("architecture", "simple")) | model
     return validate(RunConfig, merged)
@@ -75,20 +75,18 @@ def as_overrides(values: Mapping[str, Any]) -> list[str]:
 def _read_preset(kind: Literal["architectures", "runs"], name: Any) -> dict[str, Any]:
     known = preset_names(kind) + (preset_names("architectures") if kind == "runs" else [])
     if name not in known:
-        raise InputError(f"no preset named {name!r}; {nearest(str(name), known)}known: {', '.join(known)}")
+        raise InputError(f"no preset named {quoted(name)}; {nearest(str(name), known)}known: {', '.join(known)}")
     return read_mapping(FOLDER / kind / f"{name}.yaml")
 
 
 def _parse_override(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
-    if not equals or not path:
-        raise InputError(f"override {text!r} is not of the form key.path=value, e.g. model.n_layers=4")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(f"override {text!r}: the value {value!r} is not valid YAML; quote it") from None
+    if not equals or not path or path.count(".") > MAX_DEPTH:
+        raise InputError(f"override {quoted(text)} is not of the form key.path=value, e.g. model.n_layers=4")
+    nested: Any = parse_yaml(value, f"override {quoted(text)}: the value {quoted(value)}")
     for key in reversed(path.split(".")):
         nested = {key: nested}
+    check_values(nested, f"override {quoted(text)}")
     return nested
 
 

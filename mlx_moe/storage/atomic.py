@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlx_moe.errors import InputError, one_line
+from mlx_moe.errors import InputError, one_line, quoted
 from mlx_moe.storage import locks
 
 SCRATCH = ".mlxmoe-partial-"
@@ -129,15 +129,22 @@ def output_file(path: Path, name: str) -> Path:
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root, `~` expanded. Raises InputError for a `~user` that does not exist, and for NUL bytes."""
+    """The path from the root, `~` expanded. Raises InputError for a `~user` that does not exist, and for a path that no
+    file can have: with a NUL byte, or too long."""
     if "\0" in str(path):
-        raise InputError(f"{str(path)!r} holds a NUL byte, which no path may; leave it out")
+        raise InputError(f"{quoted(str(path))} holds a NUL byte, which no path may; leave it out")
     try:
-        return Path(os.path.abspath(path.expanduser()))  # `..` goes by the text, as the shell's `cd` does
+        expanded = Path(os.path.abspath(path.expanduser()))  # `..` goes by the text, as the shell's `cd` does
     except RuntimeError as error:
-        raise InputError(f"{path}: {one_line(error)}; write the folder out") from None
+        raise InputError(f"{quoted(str(path))}: {one_line(error).rstrip('.')}; write the folder out") from None
     except FileNotFoundError:
         raise InputError("the working folder was deleted; go to another one") from None
+    try:
+        os.lstat(expanded)
+    except OSError as error:  # that it is not there, or not to be seen, is for others to say
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{quoted(str(path))}: {error.strerror}; shorten it") from None
+    return expanded
 
 
 def make_folder(path: Path) -> list[Path]:

@@ -8,47 +8,54 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mlx_moe.errors import InputError, one_line
+from mlx_moe.errors import InputError, one_line, quoted
 
 LARGEST_CONFIG = 16 << 20  # bytes; the largest config.json known has some 100 kB
-MOST_NODES = 1_000_000  # of a YAML text, its aliases written out
+LARGEST_YAML = 100_000  # characters, which take a second or two; a config with all its layers listed has half of that
+MOST_NODES = 100_000  # of a YAML text, its aliases written out
 DEEPEST = 64  # levels of nesting
 MOST_DIGITS = 308  # of an integer: what a float can hold
+TOO_LARGE = 10**MOST_DIGITS
 NOT_JSON = (ValueError, RecursionError)  # a JSONDecodeError is a ValueError, as are too many digits
 
 
 def read_bytes(path: Path, at_most: int = LARGEST_CONFIG) -> bytes:
     """The bytes of a regular file. Raises InputError where it is none, is too large, or cannot be read."""
+    name = _name(path)
+    if "\0" in str(path):
+        raise InputError(f"cannot read {name}: no path holds a NUL byte; leave it out")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
         with open(descriptor, "rb") as stream:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"cannot read {path}: it is no regular file; name one")
+                raise InputError(f"cannot read {name}: it is no regular file; name one")
             if status.st_size > at_most:
                 raise InputError(
-                    f"cannot read {path}: it has {status.st_size:,} bytes, and at most {at_most:,} are read of such a "
+                    f"cannot read {name}: it has {status.st_size:,} bytes, and at most {at_most:,} are read of such a "
                     "file; is it the right one?"
                 )
-            return stream.read()
+            return stream.read(at_most)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or one_line(error)}") from None
-    except ValueError as error:  # a NUL byte in the name
-        raise InputError(f"cannot read {str(path)!r}: {one_line(error)}") from None
+        raise InputError(f"cannot read {name}: {error.strerror or one_line(error)}") from None
 
 
 def read_text(path: Path, at_most: int = LARGEST_CONFIG) -> str:
-    """The text of a regular UTF-8 file. Raises InputError as `read_bytes` does, and where it is not UTF-8."""
+    """The text of a regular UTF-8 file, without a byte order mark.
+
+    Raises InputError as `read_bytes` does, and where it is not UTF-8.
+    """
     try:
-        return read_bytes(path, at_most).decode("utf-8")
+        return read_bytes(path, at_most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {path}: {one_line(error)}; it must be UTF-8") from None
+        raise InputError(f"cannot read {_name(path)}: {one_line(error)}; it must be UTF-8") from None
 
 
 def own_file(folder: Path, name: str) -> Path | None:
@@ -70,36 +77,51 @@ def own_file(folder: Path, name: str) -> Path | None:
 
 def read_json(path: Path, at_most: int = LARGEST_CONFIG) -> Any:
     """The values of a JSON file, of whatever type. Raises InputError."""
-    return parse_json(read_text(path, at_most), str(path))
+    return parse_json(read_text(path, at_most), _name(path))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The values of a YAML or JSON file with a mapping at the top; none of an empty file. Raises InputError."""
     text = read_text(path)
-    values = parse_json(text, str(path)) if path.suffix == ".json" else parse_yaml(text, str(path))
+    values = parse_json(text, _name(path)) if path.suffix == ".json" else parse_yaml(text, _name(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}; it must be a mapping of keys to values")
+        raise InputError(f"{_name(path)} holds a {type(values).__name__}; it must be a mapping of keys to values")
     return values
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The values of a JSON text; `where` says in an InputError what it is."""
+    """The values of a JSON text, no key twice; `where` says in an InputError what it is."""
     try:
-        values = json.loads(text, parse_int=_integer)
+        values = json.loads(text, object_pairs_hook=_unique)
     except NOT_JSON as error:
+        if "integer string conversion" in str(error):
+            raise InputError(f"{where} holds an integer of more than {MOST_DIGITS} digits; shorten it") from None
         raise InputError(f"{where} is not valid JSON: {one_line(error, limit=300)}") from None
     check_values(values, where)
     return values
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The values of a YAML text: mappings, lists, strings, numbers, booleans and null; no key twice."""
+    """The values of a YAML text: mappings with texts as keys, lists, texts, numbers, booleans and null; no key twice.
+
+    Numbers are written as in JSON, `true` and `false` as that; what YAML 1.1 also takes for either stays a text.
+    """
+    if len(text) > LARGEST_YAML:
+        raise InputError(
+            f"{where} has {len(text):,} characters; at most {LARGEST_YAML:,} of YAML are read; is it YAML?"
+        )
     try:
-        loader = _PlainLoader(text)
-        values = loader.get_single_data()
-    except (yaml.YAMLError, *NOT_JSON, LookupError, AttributeError, TypeError, OverflowError) as error:
+        values = _PlainLoader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark, problem = (
+            error.problem_mark or error.context_mark,
+            ", ".join(filter(None, (error.context, error.problem))),
+        )
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise InputError(f"{where} is not valid YAML: {' '.join(problem.split())[:300]}{place}") from None
+    except (yaml.YAMLError, OverflowError, *NOT_JSON) as error:
         raise InputError(f"{where} is not valid YAML: {one_line(error, limit=300)}") from None
     check_values(values, where)
     return values
@@ -113,13 +135,14 @@ def check_values(values: Any, where: str) -> None:
             raise InputError(f"{where} is nested more than {DEEPEST} levels deep; flatten it")
         below: list[Any] = []
         for value in level:
-            if isinstance(value, dict):
+            if isinstance(value, str):
+                if not value.isascii() and not is_unicode(value):
+                    raise InputError(f"{where} holds half of a surrogate pair, which is no character; take it out")
+            elif isinstance(value, dict):
                 below += [*value.keys(), *value.values()]
             elif isinstance(value, list):
                 below += value
-            elif isinstance(value, str) and not is_unicode(value):
-                raise InputError(f"{where} holds half of a surrogate pair, which is no character; take it out")
-            elif isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+            elif isinstance(value, int) and abs(value) >= TOO_LARGE:
                 raise InputError(f"{where} holds an integer of more than {MOST_DIGITS} digits; shorten it")
         level, depth = below, depth + 1
 
@@ -133,10 +156,17 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits; at most {MOST_DIGITS} are read")
-    return int(digits)
+def _name(path: Path) -> str:
+    """A path as one line."""
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {quoted(next(key for key in values if keys.count(key) > 1))} comes twice")
+    return values
 
 
 def _written_out_size(node: Any, known: dict[int, int]) -> int:
@@ -153,12 +183,10 @@ def _written_out_size(node: Any, known: dict[int, int]) -> int:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader without dates, keys that come twice, and aliases that multiply without end or contain themselves."""
+    """SafeLoader without what surprises: dates, numbers in base 60, 16 or 8, `no` for false, tags of other types, keys
+    that come twice or are no text, and aliases that multiply without end or contain themselves."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -166,17 +194,56 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, f"its aliases stand for more than {MOST_NODES:,} values")
         return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool | None) or key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} comes twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.composer.ComposerError(None, None, "a key must be a text, and not a list", key.start_mark)
+            if (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"key {quoted(key.value)} comes twice", key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
+
+    def construct_text(self, node: Any) -> str:
+        """The text, halves of surrogate pairs joined: so JSON escapes what lies beyond the first 65,536 characters."""
+        text: str = self.construct_scalar(node)
+        return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+    def construct_plain(self, node: Any) -> Any:
+        """A null, boolean or number."""
+        text, kind = self.construct_scalar(node), node.tag.removeprefix(YAML_TAG)
+        if not _PLAIN[kind].fullmatch(text):
+            raise yaml.constructor.ConstructorError(None, None, f"{quoted(text)} is no {kind}", node.start_mark)
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind == "float":
+            return self.construct_yaml_float(node)
+        if len(text) > MOST_DIGITS:
+            problem = f"an integer of {len(text)} digits; at most {MOST_DIGITS} are read"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return int(text)
 
 
-for _tag in ("timestamp", "binary", "set", "omap", "pairs"):
-    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _PlainLoader.construct_undefined)  # type: ignore[type-var]
+YAML_TAG = "tag:yaml.org,2002:"
+# YAML 1.1 takes all of these for the same, so that PyYAML quotes a text that looks like one, and it is read back.
+_PLAIN = {
+    "null": re.compile(r"~|null|Null|NULL|"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"[-+]?(?:0|[1-9][0-9]*)"),
+    "float": re.compile(
+        r"[-+]?[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?|\.[0-9]+(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+    ),
+}
+for _kind, _pattern in _PLAIN.items():
+    _PlainLoader.add_implicit_resolver(YAML_TAG + _kind, re.compile(rf"(?:{_pattern.pattern})\Z"), None)
+_PlainLoader.add_implicit_resolver(f"{YAML_TAG}merge", re.compile(r"<<\Z"), None)
+_PlainLoader.yaml_constructors = {
+    **{YAML_TAG + kind: _PlainLoader.construct_plain for kind in _PLAIN},
+    f"{YAML_TAG}str": _PlainLoader.construct_text,
+    f"{YAML_TAG}seq": _PlainLoader.construct_yaml_seq,
+    f"{YAML_TAG}map": _PlainLoader.construct_yaml_map,
+    None: _PlainLoader.construct_undefined,
+}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_moe.accounting import count_parameters, machines
 from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
 from mlx_moe.config import RunConfig
-from mlx_moe.errors import InputError
+from mlx_moe.data.tokenizers import Tokenizer, bpe_vocabulary
+from mlx_moe.errors import InputError, quoted
 from mlx_moe.precision import choose_precision
+from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.checkpoint import PHASE_FOLDERS
 from mlx_moe.terminal import echo
 from mlx_moe.training.backend import Backend, choose_backend
@@ -18,6 +21,7 @@ from mlx_moe.training.boundary import phase_config, phase_model, trained_model
 from mlx_moe.training.console import Console, millions
 
 THIS = "this machine"
+GPT2_VOCABULARY = 50257
 EXAMPLES = ("M1 16GB", "M2 Max 32GB", "M4 Max 64GB", "RTX 4090 24GB", "H100 80GB")
 
 
@@ -63,7 +67,9 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
     if machine is None:
         first = this_machine(run, choose_backend(backend))
     elif backend != "auto":
-        raise InputError(f"--backend {backend} is for this machine; leave it out, or leave out --machine {machine!r}")
+        raise InputError(
+            f"--backend {quoted(backend)} is for this machine; leave it out, or leave out --machine {quoted(machine)}"
+        )
     else:
         first = site_of(*machines.choose(machine), run.engine)
     works = [
@@ -100,11 +106,35 @@ def this_machine(run: RunConfig, backend: Backend) -> Site:
 
 
 def with_its_vocabulary(run: RunConfig) -> RunConfig:
-    """The run with the vocabulary that its text will give it, where the config alone tells: `bpe:2048`."""
-    kind, _, size = run.data.tokenizer.partition(":")
-    if kind != "bpe" or not size.isdecimal() or not run.data.fit_vocabulary:
-        return run
-    return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": int(size)})})
+    """The run with the vocabulary that its text will give it, where that is known before the text is read."""
+    size = vocabulary_size(run)
+    return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": size or run.model.vocab_size})})
+
+
+def vocabulary_size(run: RunConfig) -> int | None:
+    """The model's vocabulary, where the config alone tells: of `bpe:2048`, of a folder, of GPT-2; else None.
+
+    Raises InputError where the folder's tokenizer cannot be read.
+    """
+    if not run.data.fit_vocabulary:
+        return run.model.vocab_size
+    name = run.data.tokenizer
+    if name == "bpe" or name.startswith("bpe:"):
+        return bpe_vocabulary(name)
+    if name in ("char", "gpt2"):
+        return {"gpt2": GPT2_VOCABULARY}.get(name)
+    folder = absolute(Path(name))
+    return Tokenizer.load(folder).vocab_size if folder.is_dir() else None
+
+
+def vocabulary_warnings(run: RunConfig) -> list[str]:
+    """One where the vocabulary is not known, so that what is counted is assumed."""
+    if vocabulary_size(run) is not None:
+        return []
+    return [
+        f"the vocabulary of tokenizer {run.data.tokenizer} is not known before the data is read; "
+        f"{run.model.vocab_size:,} tokens assumed (set it with -o model.vocab_size=N)"
+    ]
 
 
 def show_parameters(run: RunConfig, as_json: bool) -> None:
@@ -112,7 +142,10 @@ def show_parameters(run: RunConfig, as_json: bool) -> None:
     run = with_its_vocabulary(run)
     models = {PHASE_FOLDERS[phase]: phase_model(run, phase) for phase in range(run.first_phase, 4)}
     counts = {name: count_parameters(model) for name, model in models.items()}
+    warned = vocabulary_warnings(run)
     if as_json:
+        for warning in warned:
+            echo(f"warning: {warning}", err=True)
         rows = {name: {"architecture": models[name].display_name, **counts[name].to_json()} for name in models}
         echo(json.dumps(rows, indent=2))
         return
@@ -125,6 +158,8 @@ def show_parameters(run: RunConfig, as_json: bool) -> None:
         ],
     )
     console.facts([(name, model.display_name) for name, model in models.items()])
+    for warning in warned:
+        console.warn(warning)
 
 
 def show(plan: RunPlan, as_json: bool) -> None:
@@ -193,9 +228,9 @@ def show(plan: RunPlan, as_json: bool) -> None:
 
 
 def warnings(plan: RunPlan) -> list[str]:
-    """One for every phase that will not fit the machine that is asked about."""
+    """One for every phase that will not fit the machine that is asked about, after what is assumed."""
     site = plan.sites[0]
-    lines = []
+    lines = vocabulary_warnings(plan.run)
     for work, here in zip(plan.works, plan.fits[0], strict=True):
         if not here.fits:
             ways = "; or ".join(here.ways_out) or ("nothing but a smaller model or a larger machine")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mlx_moe.config import ModelConfig, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
+from mlx_moe.limits import MAX_PARAMETERS
 
 
 def experts_of(config: ModelConfig, phase: UpcyclePhaseConfig) -> MoEConfig:
@@ -21,7 +22,7 @@ def experts_of(config: ModelConfig, phase: UpcyclePhaseConfig) -> MoEConfig:
         nearest = max(n for n in range(1, parts) if config.d_ff % n == 0)
         raise InputError(f"granularity {parts} does not divide d_ff {config.d_ff}; take {nearest}, or another divisor")
     layers = tuple(range(phase.every - 1, config.n_layers, phase.every))
-    return MoEConfig(
+    moe = MoEConfig(
         n_experts=parts * phase.n_experts,
         top_k=parts * phase.top_k,
         load_balance_coefficient=phase.load_balance_coefficient,
@@ -30,6 +31,13 @@ def experts_of(config: ModelConfig, phase: UpcyclePhaseConfig) -> MoEConfig:
         shared_d_ff=config.d_ff if phase.shared else 0,
         layers=layers if phase.every > 1 else None,
     )
+    n_parameters = config.model_copy(update={"moe": moe}).n_matrix_elements
+    if n_parameters > MAX_PARAMETERS:
+        raise InputError(
+            f"{moe.n_experts} experts in {len(layers)} layers make {n_parameters:,} parameters; must be at most "
+            f"{MAX_PARAMETERS:,}; take fewer experts"
+        )
+    return moe
 
 
 def segments_of(config: ModelConfig, moe: MoEConfig) -> int:
@@ -55,7 +63,7 @@ def grown_experts(config: ModelConfig, d_ff: int, sources: Sequence[int]) -> MoE
         "d_ff": moe.d_ff and round(moe.d_ff * d_ff / config.d_ff),
         "shared_d_ff": round(moe.shared_d_ff * d_ff / config.d_ff),
     }
-    layers = tuple(layer for layer, source in enumerate(sources) if source in config.expert_layers)
+    layers = _grown_layers(config, sources)
     return moe.model_copy(update=widths | {"layers": None if moe.layers is None else layers})
 
 
@@ -65,7 +73,7 @@ def check_experts_kept(config: ModelConfig, target: ModelConfig, sources: Sequen
         raise InputError("growth keeps a dense model dense and experts experts; upcycle first, then grow")
     if config.moe is None or target.moe is None:
         return
-    layers = tuple(layer for layer, source in enumerate(sources) if source in config.expert_layers)
+    layers = _grown_layers(config, sources)
     kept = {
         "n_experts": (config.moe.n_experts, target.moe.n_experts),
         "top_k": (config.moe.top_k, target.moe.top_k),
@@ -81,3 +89,8 @@ def check_experts_kept(config: ModelConfig, target: ModelConfig, sources: Sequen
     ):
         if after < before:
             raise InputError(f"growth cannot shrink {name} from {before} to {after}; take at least {before}")
+
+
+def _grown_layers(config: ModelConfig, sources: Sequence[int]) -> tuple[int, ...]:
+    with_experts = set(config.expert_layers)
+    return tuple(layer for layer, source in enumerate(sources) if source in with_experts)

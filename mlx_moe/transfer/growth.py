@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
+from mlx_moe.limits import MAX_LAYERS
 from mlx_moe.parameters import Axis, Parameter, normal, table
 from mlx_moe.transfer.experts import check_experts_kept, grown_experts
 from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, fresh_tensor
@@ -48,7 +49,7 @@ def usual_size(config: ModelConfig) -> tuple[int, int]:
     """(d_model, n_layers) where none is asked for: 13/8 as wide and 11/7 as deep; post-norm only wider, by 2."""
     if config.norm_position == "post":
         return 2 * config.d_model, config.n_layers
-    return round(config.d_model * 13 / 8), round(config.n_layers * 11 / 7)
+    return round(config.d_model * 13 / 8), min(round(config.n_layers * 11 / 7), MAX_LAYERS)
 
 
 def grow_config(
@@ -86,7 +87,10 @@ def grow_config(
     eta = residual_scale(config.d_model, d_model)
     moe = grown_experts(config, grown["d_ff"], layer_sources(config.n_layers, n_layers))
     changed = {"norm_eps": eta**2 * config.norm_eps, "moe": moe and moe.model_dump()}
-    return validate(ModelConfig, config.model_dump() | grown | changed)
+    try:
+        return validate(ModelConfig, config.model_dump() | grown | changed)
+    except InputError as error:
+        raise InputError("\n".join(f"the grown model: {line}" for line in str(error).splitlines())) from None
 
 
 def plan_growth(config: ModelConfig, target: ModelConfig, split: Split = "uneven", seed: int = 0) -> Plan:
@@ -111,7 +115,11 @@ def residual_scale(d_model: int, d_model_target: int) -> float:
 
 def layer_sources(n_layers: int, n_layers_target: int) -> list[int]:
     """For every target layer, the source layer it copies; the first one of each source is the block itself."""
-    return [layer * n_layers // n_layers_target for layer in range(n_layers_target)]
+    return [layer_source(layer, n_layers, n_layers_target) for layer in range(n_layers_target)]
+
+
+def layer_source(layer: int, n_layers: int, n_layers_target: int) -> int:
+    return layer * n_layers // n_layers_target
 
 
 @dataclass(frozen=True)
@@ -141,8 +149,9 @@ class _Growth:
         if match is None:
             return name, False
         layer = int(match[1])
-        sources = layer_sources(self.config.n_layers, self.target.n_layers)
-        return f"layers.{sources[layer]}.{name[match.end() :]}", sources.index(sources[layer]) != layer
+        source = layer_source(layer, self.config.n_layers, self.target.n_layers)
+        is_new = layer > 0 and layer_source(layer - 1, self.config.n_layers, self.target.n_layers) == source
+        return f"layers.{source}.{name[match.end() :]}", is_new
 
     def index(self, kind: Axis, size: int, size_target: int, is_new: bool) -> NDArray[np.int64]:
         """The source coordinate of every target coordinate of an axis; from `size` on, a pad's.

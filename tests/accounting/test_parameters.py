@@ -4,8 +4,8 @@ import pytest
 from small_models import MIXED
 
 from mlx_moe.accounting import count_parameters
-from mlx_moe.accounting.parameters import non_embedding_parameters, parameters_by_part
-from mlx_moe.config import MoEConfig
+from mlx_moe.accounting.parameters import counted_table, non_embedding_parameters, parameters_by_part
+from mlx_moe.config import LoRAConfig, MoEConfig
 from mlx_moe.parameters import initialize, table
 from mlx_moe.presets import load_architecture, load_run, preset_names
 from mlx_moe.training.boundary import phase_model
@@ -82,3 +82,21 @@ def test_parts_of_gpt2_by_hand():
         "head": 0,
     }
     assert non_embedding_parameters(load_architecture("gpt2")) == 124_439_808 - parts["embeddings"]
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=3, targets=("q_proj", "down_proj"))], ids=["all", "adapters"])
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=5, top_k=2), MIXED], ids=["dense", "experts", "mixed"])
+@pytest.mark.parametrize("name", preset_names("architectures"))
+def test_counting_a_layer_of_each_kind_counts_them_all(name, moe, lora):
+    config = small_model(name, moe=moe).model_copy(update={"lora": lora})
+    counted = sorted(
+        (parameter.shape, parameter.is_trained) for parameter, number in counted_table(config) for _ in range(number)
+    )
+    assert counted == sorted((parameter.shape, parameter.is_trained) for parameter in table(config))
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=5, top_k=2), MIXED], ids=["dense", "experts", "mixed"])
+@pytest.mark.parametrize("name", preset_names("architectures"))
+def test_the_bound_of_a_model_goes_by_its_matrices(name, moe):
+    config = small_model(name, moe=moe)
+    assert config.n_matrix_elements == sum(math.prod(p.shape) for p in table(config) if p.is_matrix)
