@@ -196,8 +196,9 @@ def _table(config: ModelConfig) -> Iterator[Parameter]:
     if config.position_encoding == "learned_absolute":
         shape = (config.context_length, D)
         yield Parameter("embed_positions.weight", shape, (Axis.POSITION, Axis.RESIDUAL_WRITE), "normal")
+    with_experts = set(config.expert_layers)
     for layer in range(config.n_layers):
-        yield from _block(config, f"layers.{layer}.", layer in config.expert_layers)
+        yield from _block(config, f"layers.{layer}.", layer in with_experts)
     yield from _norm(config, "norm")
     if not config.weight_tying:
         yield Parameter("lm_head.weight", (V, D), (Axis.VOCAB, Axis.RESIDUAL_READ), "normal")
