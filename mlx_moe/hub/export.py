@@ -17,13 +17,12 @@ import yaml
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.config import ModelConfig
-from mlx_moe.data.tokenizers import Tokenizer
+from mlx_moe.data.tokenizers import HUB_NAME, Tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.hub import formats
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, layout, unpack
 from mlx_moe.hub.models import ORIGIN, with_finite_weights
-from mlx_moe.hub.names import HUB_NAME
 from mlx_moe.hub.sizes import check_room
 from mlx_moe.parameters import shapes
 from mlx_moe.storage.atomic import creating

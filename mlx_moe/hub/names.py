@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from pathlib import Path
 
+from mlx_moe.data.tokenizers import HUB_NAME
 from mlx_moe.errors import InputError, brief_name, one_line
 from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.tensor_files import INDEX, open_tensors
 from mlx_moe.storage.tokenizer_files import FILES
 
-HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 PATTERNS = ["config.json", "model*.safetensors", INDEX, *FILES]
 
 
