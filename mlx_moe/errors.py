@@ -38,5 +38,11 @@ def quoted(value: Any) -> str:
     return shortened if len(shortened) <= MAX_QUOTED else f"{shortened[: MAX_QUOTED - 1]}…"
 
 
+def brief_name(name: str, limit: int = 100) -> str:
+    """A name that somebody else gave: without quotes, its control characters written out."""
+    text = repr(name)[1:-1]
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 _REPR = Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 4, MAX_QUOTED, MAX_QUOTED, 40

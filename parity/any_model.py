@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from mlx_moe.errors import InputError
-from mlx_moe.storage.reading import read_mapping
-from mlx_moe.storage.tensor_files import sha256
+from mlx_moe.hub.foreign import ForeignModel, check_all_finite, opened_for_library
+from mlx_moe.storage.tensor_files import n_elements, sha256
 from mlx_moe.training.backend import BackendName, Tokens, is_installed
 from parity.library_bench import Bench, Measured, said
 from parity.lint import Config, Finding, lint_config, repairs, with_value
@@ -61,11 +59,19 @@ class Report:
 def compare_model(folder: Path, seed: int = 0) -> Report:
     """Open a folder with both libraries and compare. Whatever they cannot do is in the report.
 
-    Raises InputError where it is no model's folder, too large, or a library is not installed.
+    Raises InputError where it is no model's folder, brings code, is damaged or too large, or a library is not here.
     """
-    config, n_parameters = _look_at(folder)
-    hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-    report = Report(str(folder), str(config.get("model_type")), n_parameters, sha256(folder / "config.json"), hashes)
+    _check_libraries()
+    with opened_for_library(folder) as found:
+        n_parameters = n_elements(found.tensors)
+        _check_memory(folder, n_parameters)
+        check_all_finite(found)
+        return _compare(folder, found, n_parameters, seed)
+
+
+def _compare(folder: Path, found: ForeignModel, n_parameters: int, seed: int) -> Report:
+    config, hashes = found.config, {file.name: sha256(file) for file in found.files}
+    report = Report(str(folder), str(config["model_type"]), n_parameters, sha256(folder / "config.json"), hashes)
     torch_library = importlib.import_module("torch_ref.library")
     try:
         torch, exact = torch_library.LibraryModel(folder), torch_library.LibraryModel(folder, exact=True)
@@ -164,31 +170,20 @@ class _Comparison:
         return None
 
 
-def _look_at(folder: Path) -> tuple[Config, int]:
-    """config.json, and the number of parameters."""
+def _check_libraries() -> None:
     libraries: dict[BackendName, str] = {"torch": "transformers", "mlx": "mlx_lm"}
     for name, library in libraries.items():
         if not is_installed(name) or importlib.util.find_spec(library) is None:
             raise InputError(f"--model needs transformers with torch and mlx-lm with mlx: no {name} or {library} here")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"no config.json in {folder}; name the folder of a model, as Hugging Face's hub has it")
-    config = read_mapping(folder / "config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"no .safetensors in {folder}; pickled weights are not opened")
-    n_parameters = sum(_n_elements(file) for file in files)
+
+
+def _check_memory(folder: Path, n_parameters: int) -> None:
     needed, there = BYTES_PER_PARAMETER * n_parameters, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise InputError(
             f"{folder}: the truth of {n_parameters / 1e9:.1f} B parameters takes {needed >> 30} GiB, and this machine "
             f"has {there >> 30}; take a larger one, or a smaller model of the family"
         )
-    return config, n_parameters
-
-
-def _n_elements(file: Path) -> int:
-    with safe_open(file, framework="numpy") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def _tokens(torch: Any, n_parameters: int, seed: int) -> Tokens:

@@ -12,7 +12,7 @@ import numpy as np
 from mlx_moe.accounting import count_parameters
 from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, UpcyclePhaseConfig, VerificationConfig
 from mlx_moe.errors import InputError
-from mlx_moe.hub.models import is_model_folder, open_model
+from mlx_moe.hub.models import is_model_folder, open_model, with_finite_weights
 from mlx_moe.parameters import Arrays, Weights, initialize, normal
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.storage import checkpoint
@@ -129,7 +129,7 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
 def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
     """One checkpoint; or all phases of a run, each one's birth with the boundary behind it, and its end."""
     if (path / checkpoint.MANIFEST).is_file() or is_model_folder(path):
-        loaded = open_model(path)
+        loaded = with_finite_weights(open_model(path))
         pair = Pair.build(loaded.config, loaded.weights)
         yield _compare(path.name, pair, loaded.weights, seed, slack=CHECKPOINT_SLACK)
         return
@@ -141,7 +141,7 @@ def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
         is_birth, is_last = folder.name == "step-0", folder == checkpoint.latest(folder.parent)
         if not (is_birth or is_last):
             continue
-        loaded = checkpoint.load(folder)
+        loaded = with_finite_weights(checkpoint.load(folder))
         pair = Pair.build(loaded.config, loaded.weights)
         subject = f"{checkpoint.PHASE_FOLDERS[loaded.state.phase]} {folder.name}"
         boundary = (before, pair) if before and is_birth else None

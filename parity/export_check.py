@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mlx_moe.errors import InputError, one_line
-from mlx_moe.hub.export import export
+from mlx_moe.hub.export import fill
 from mlx_moe.hub.models import open_model, probe_tokens
+from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.training.backend import choose_backend, is_installed
 from mlx_moe.training.boundary import in_another_order, rounding_floor
@@ -29,10 +30,10 @@ LIBRARIES = {
 
 def export_checked(path: Path, out: Path, requested: str, verify: bool) -> None:
     """Export a model, and say what was proven. Raises InputError where a library disagrees; then nothing is kept."""
-    source, console = open_model(path), Console()
-    found: dict[str, tuple[float, float]] = {}
-    check = _checker(source, found) if verify else None
-    name = export(source, out, requested, check)
+    console, found = Console(), dict[str, tuple[float, float]]()
+    with creating(out) as partial:
+        source = open_model(path)
+        name = fill(source, partial, requested, _checker(source, found) if verify else None)
     console.title(f"{source.config.display_name} in the format {name}")
     console.facts([("read back", "the same weights, bit for bit")] + [
         (f"logits of {library}", f"{difference:.1e} from ours (limit {limit:.2g})")

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from mlx_moe.hub.foreign import check_described, opened_for_library, refuse_quantized, without_network
 from mlx_moe.training.backend import Logits, Tokens
 
 Array = NDArray[Any]
@@ -38,16 +39,22 @@ class LibraryModel:
 
     def __init__(self, folder: Path, exact: bool = False):
         self._exact = exact
-        with _quiet(), self._precision():
-            self._model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float64 if exact else torch.float32,
-                local_files_only=True,
-                output_loading_info=True,
-                **({"attn_implementation": "eager"} if exact else {}),
-            )
-            if exact and hasattr(self._model, "set_experts_implementation"):
-                self._model.set_experts_implementation("eager")  # grouped products know no float64
+        with opened_for_library(folder) as found, _quiet():
+            refuse_quantized(found)
+            check_described(found, _n_described(found.folder))
+            with self._precision():
+                self._model, info = AutoModelForCausalLM.from_pretrained(
+                    found.folder,
+                    dtype=torch.float64 if exact else torch.float32,
+                    local_files_only=True,
+                    trust_remote_code=False,  # None would ask on standard input
+                    use_safetensors=True,
+                    generation_config=GenerationConfig(),  # else it looks for a file
+                    output_loading_info=True,
+                    **({"attn_implementation": "eager"} if exact else {}),
+                )
+                if exact and hasattr(self._model, "set_experts_implementation"):
+                    self._model.set_experts_implementation("eager")  # grouped products know no float64
         self._model.eval()
         self.missing = tuple(sorted(info["missing_keys"]))  # in the model, not in the files: drawn at random
         self.unread = tuple(sorted(info["unexpected_keys"]))  # in the files, not in the model
@@ -70,9 +77,9 @@ class LibraryModel:
 
     def logits_with(self, config: Mapping[str, Any], tokens_BT: Tokens) -> Array:
         """Of the same weights under another config; raises whatever transformers does where they do not fit it."""
-        with _quiet(), self._precision(), no_init_weights():
+        with _quiet(), self._precision(), no_init_weights(), without_network():
             changed = AutoConfig.for_model(**{"model_type": self._model.config.model_type, **config})
-            model = AutoModelForCausalLM.from_config(changed).eval()
+            model = AutoModelForCausalLM.from_config(changed, trust_remote_code=False).eval()
         given = self.parameter_names()
         state = {name: tensor for name, tensor in self._model.state_dict().items() if name in given}
         left_over = model.load_state_dict(state, strict=False, assign=True)
@@ -154,6 +161,14 @@ class LibraryModel:
                 yield
         finally:
             torch.set_default_dtype(default)
+
+
+def _n_described(folder: Path) -> int:
+    """Values in the parameters and buffers of the model that transformers makes of config.json, none of them made."""
+    with torch.device("meta"), no_init_weights():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    return sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
 
 
 class _Choices(TorchFunctionMode):

@@ -21,6 +21,7 @@ from mlx_moe.limits import MAX_D_FF, MAX_D_MODEL, MAX_EXPERTS, MAX_HEADS, MAX_LA
 from mlx_moe.terminal import echo
 
 if TYPE_CHECKING:
+    from mlx_moe.config import ModelConfig
     from mlx_moe.storage.checkpoint import Checkpoint
     from mlx_moe.transfer.plan import Plan
 
@@ -44,7 +45,7 @@ def upcycle(
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts that computes the same, unless noise or drop is asked for."""
     from mlx_moe.config import UpcyclePhaseConfig
-    from mlx_moe.hub.models import upcycle_model
+    from mlx_moe.hub.models import Request, upcycle_model
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING
     from mlx_moe.validation import validate
@@ -53,7 +54,8 @@ def upcycle(
     phase = validate(UpcyclePhaseConfig, options | {"router_init": router, "noise": noise, "drop": drop})
     if router == "zero":
         echo(f"warning: {ZERO_ROUTER_WARNING}", err=True)
-    if not upcycle_model(checkpoint, out, choose_backend(backend), device, allow_lossy, phase, seed, text):
+    request = Request(checkpoint, out, choose_backend(backend), device, allow_lossy)
+    if not upcycle_model(request, phase, seed, text):
         _nothing_written()
 
 
@@ -78,19 +80,22 @@ def grow(
 ) -> None:
     """Make a checkpoint wider and deeper; it computes the same."""
     from mlx_moe.config import GrowPhaseConfig
-    from mlx_moe.hub.models import transfer_model
+    from mlx_moe.hub.models import Request, transfer_model
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.transfer.growth import grow_config, plan_growth
     from mlx_moe.validation import validate
 
     phase = validate(GrowPhaseConfig, {"split": split})
 
-    def plan(source: Checkpoint) -> Plan:
-        model = source.config
+    def target(model: ModelConfig) -> ModelConfig:
         size = {"d_model": d_model or model.d_model, "n_layers": n_layers or model.n_layers}
-        return plan_growth(model, grow_config(model, **size, n_heads=n_heads, d_ff=d_ff), phase.split, seed)
+        return grow_config(model, **size, n_heads=n_heads, d_ff=d_ff)
 
-    if not transfer_model(checkpoint, out, choose_backend(backend), device, allow_lossy, plan):
+    def plan(source: Checkpoint, grown: ModelConfig) -> Plan:
+        return plan_growth(source.config, grown, phase.split, seed)
+
+    request = Request(checkpoint, out, choose_backend(backend), device, allow_lossy)
+    if not transfer_model(request, target, plan):
         _nothing_written()
 
 
@@ -122,12 +127,14 @@ def generate(
 def import_(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a name on the hub.", show_default=False)],
     out: OutArgument,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Take weights that hold NaN or Inf, too.")
+    ] = False,
 ) -> None:
     """Turn a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, GPT-2) into a checkpoint."""
     from mlx_moe.hub.models import import_model
-    from mlx_moe.hub.names import find_model
 
-    import_model(find_model(model), out)
+    import_model(model, out, allow_nonfinite)
 
 
 def _nothing_written() -> None:

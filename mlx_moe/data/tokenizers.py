@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mlx_moe.data.panics import panics_reported
 from mlx_moe.data.sources import END_OF_TEXT
 from mlx_moe.errors import InputError, one_line, quoted
+from mlx_moe.storage.atomic import absolute
+from mlx_moe.storage.reading import own_file, read_mapping, read_text
+from mlx_moe.storage.tokenizer_files import LARGEST_FILE
 from mlx_moe.validation import nearest
 
 if TYPE_CHECKING:
@@ -21,6 +27,10 @@ if TYPE_CHECKING:
 UNKNOWN = "<|unknown|>"
 MIN_BPE_VOCAB, MAX_BPE_VOCAB = 257, 1_000_000  # 256 bytes and the end of text; above, training runs out of memory
 CHARACTERS_PER_PIECE = 250_000  # that a tokenizer gets at once
+MOST_TOKENS, LONGEST_TOKEN = 1 << 22, 10_000  # tokens; characters of one
+MOST_GROWTH = 64  # times what a normalizer or decoder may make of a text; Unicode's own forms grow it 18-fold at most
+TRIAL = "The 2 quick (brown) foxes' déjà vu: 東京 🙂 ﷺ\n\t__x = {1.5}\r\n"
+HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 WAYS_OUT = "take bpe:2048, char, or a local folder that holds tokenizer.json"
 
 # Left unset, the library prints a warning when a process that has encoded a batch forks.
@@ -30,12 +40,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 class Tokenizer:
     """Text to ids and back. `eot_id` ends every document; `vocab_size` is the largest id + 1."""
 
-    def __init__(self, inner: HFTokenizer, end_of_text: str) -> None:
+    def __init__(self, inner: HFTokenizer, end_of_text: str, origin: str) -> None:
+        """`origin` says in an error where the tokenizer came from."""
         # What a model was published with may cut or pad; training data must be neither.
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
         self._end_of_text = end_of_text
+        self._origin = origin
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.eot_id: int = vocabulary[end_of_text]
@@ -46,17 +58,22 @@ class Tokenizer:
         return hashlib.sha256(f"{self._end_of_text}\n{self._inner.to_str()}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with no special token added."""
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        """Ids of a text, with no special token added. Raises InputError where the tokenizer cannot encode it."""
+        with self._reported("encode a text"):
+            ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        if ids and max(ids) >= self.vocab_size:
+            raise InputError(f"{self._origin} gives token {max(ids)}, which is not in its vocabulary; save it anew")
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores."""
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+        """`encode` of every text, on all cores; the ids are as the library gives them."""
+        with self._reported("encode a text"):
+            return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens written out."""
-        text: str = self._inner.decode(ids, skip_special_tokens=False)
+        with self._reported("decode tokens"):
+            text: str = self._inner.decode(ids, skip_special_tokens=False)
         return text
 
     def save(self, folder: Path) -> None:
@@ -76,14 +93,20 @@ class Tokenizer:
         """The tokenizer of a folder with tokenizer.json. Raises InputError where it is missing or cannot be read."""
         from tokenizers import Tokenizer as HFTokenizer
 
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        path = own_file(folder, "tokenizer.json")
+        if path is None:
             raise InputError(f"no tokenizer.json in {folder}; save one there, or take bpe:2048 or char")
-        try:
-            inner = HFTokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises plain Exception on bad JSON
-            raise InputError(f"cannot read {path}: {one_line(error)}; save it anew") from None
-        return Tokenizer(inner, _find_end_of_text(folder, inner))
+        text = read_text(path, LARGEST_FILE)
+        with panics_reported(f"read {path}", "save it anew"):
+            inner = HFTokenizer.from_str(text)
+            _check_vocabulary(inner, path)
+            _check_growth(inner, path)
+            with contextlib.suppress(Exception):  # a text that it cannot encode need not come
+                inner.encode(TRIAL)
+        return Tokenizer(inner, _find_end_of_text(folder, inner), str(path))
+
+    def _reported(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return panics_reported(f"{doing} with {self._origin}", "take another tokenizer")
 
 
 def make_tokenizer(spec: str, documents: Callable[[], Iterator[str]]) -> Tokenizer:
@@ -95,8 +118,8 @@ def make_tokenizer(spec: str, documents: Callable[[], Iterator[str]]) -> Tokeniz
         return _of_characters(documents())
     if spec == "bpe" or spec.startswith("bpe:"):
         return _train_bpe(bpe_vocabulary(spec), documents())
-    folder = Path(spec).expanduser()
-    return Tokenizer.load(folder if folder.is_dir() else _from_hub(spec))
+    folder = absolute(Path(spec)) if spec.startswith("~") or "\0" in spec else Path(spec)
+    return Tokenizer.load(folder if os.path.isdir(folder) else _from_hub(spec))
 
 
 def cut(text: str) -> Iterator[str]:
@@ -123,7 +146,7 @@ def _of_characters(documents: Iterator[str]) -> Tokenizer:
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     inner.add_special_tokens([END_OF_TEXT, UNKNOWN])
-    return Tokenizer(inner, END_OF_TEXT)
+    return Tokenizer(inner, END_OF_TEXT, "tokenizer char")
 
 
 def _train_bpe(vocab_size: int, documents: Iterator[str]) -> Tokenizer:
@@ -141,13 +164,13 @@ def _train_bpe(vocab_size: int, documents: Iterator[str]) -> Tokenizer:
         show_progress=False,
     )
     inner.train_from_iterator((piece for text in documents for piece in cut(text)), trainer)
-    return Tokenizer(inner, END_OF_TEXT)
+    return Tokenizer(inner, END_OF_TEXT, f"tokenizer bpe:{vocab_size}")
 
 
 def bpe_vocabulary(spec: str) -> int:
     """The size that `bpe:VOCAB` asks for. Raises InputError where that is none, or out of range."""
     number = spec.partition(":")[2]
-    if not re.fullmatch(r"[0-9]+", number) or not MIN_BPE_VOCAB <= int(number) <= MAX_BPE_VOCAB:
+    if not re.fullmatch(r"[0-9]{1,9}", number) or not MIN_BPE_VOCAB <= int(number) <= MAX_BPE_VOCAB:
         raise InputError(
             f"tokenizer {quoted(spec)}: the vocabulary must be a number from {MIN_BPE_VOCAB} (256 bytes and "
             f"{END_OF_TEXT}) to {MAX_BPE_VOCAB}; take e.g. bpe:2048"
@@ -156,10 +179,10 @@ def bpe_vocabulary(spec: str) -> int:
 
 
 def _from_hub(name: str) -> Path:
-    if Path(name).expanduser().exists():
+    if os.path.exists(os.path.expanduser(name)):
         raise InputError(f"tokenizer {name!r} is a file; name the folder that holds tokenizer.json")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise InputError(f"no tokenizer folder {name!r}; {WAYS_OUT}")
+    if not HUB_NAME.fullmatch(name):
+        raise InputError(f"no tokenizer folder {quoted(name)}; {WAYS_OUT}")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -182,16 +205,62 @@ def _from_hub(name: str) -> Path:
 
 def _find_end_of_text(folder: Path, inner: HFTokenizer) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        try:
-            token = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.is_file() else None
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(f"cannot read {path}: {one_line(error)}; it must be a JSON object") from None
+        if (file := own_file(folder, name)) is None:
+            continue
+        token = read_mapping(file).get("eos_token")
         text = token.get("content") if isinstance(token, dict) else token
-        if text is not None:
-            if inner.token_to_id(text) is None:
-                raise InputError(f"{path}: eos_token {text!r} is not in the vocabulary of tokenizer.json; correct it")
-            return str(text)
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise InputError(f"{file}: eos_token {quoted(text)} is no string; write the token that ends a text")
+        if inner.token_to_id(text) is None:
+            raise InputError(f"{file}: eos_token {quoted(text)} is not in the vocabulary of tokenizer.json; correct it")
+        return text
     if inner.token_to_id(END_OF_TEXT) is None:
         raise InputError(f"{folder} names no end of text; add eos_token to its tokenizer_config.json")
     return END_OF_TEXT
+
+
+def _check_vocabulary(inner: HFTokenizer, path: Path) -> None:
+    vocabulary = inner.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise InputError(f"{path} has no token; save it anew")
+    if (largest := max(vocabulary.values())) >= MOST_TOKENS:
+        raise InputError(f"{path} has token {largest:,}, and at most {MOST_TOKENS:,} are read; save it anew")
+    if (longest := max(map(len, vocabulary))) > LONGEST_TOKEN:
+        raise InputError(f"{path} has a token of {longest:,} characters; at most {LONGEST_TOKEN:,} are read")
+
+
+def _check_growth(inner: HFTokenizer, path: Path) -> None:
+    """Raise InputError where the steps of a tokenizer could make a text so long that the memory is full."""
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        step = getattr(inner, name)
+        if step is not None and (growth := _growth(json.loads(step.__getstate__()))) > MOST_GROWTH:
+            times = f"{growth:,.0f}" if growth < 1e9 else "10⁹"
+            raise InputError(f"{path}: its {name} can make a text {times} times as long; at most {MOST_GROWTH} is read")
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """How many times as long a step can make a text, at most; those that only Unicode's forms bound are left out."""
+    kind = step.get("type")
+    if kind == "Sequence":
+        parts = next((value for value in step.values() if isinstance(value, list)), [])
+        return math.prod(max(1.0, _growth(part)) for part in parts)
+    if kind == "Replace":
+        pattern, content = step["pattern"], len(step["content"])
+        # A regular expression may match nothing at every place.
+        return content / len(pattern["String"]) if pattern.get("String") else 1.0 + content
+    if kind == "Prepend":
+        return 1.0 + len(step["prepend"])
+    if kind == "ByteLevel":
+        return 4.0  # a character per byte
+    if kind == "Precompiled":
+        return _longest_replacement(step["precompiled_charsmap"] or "")
+    return 1.0
+
+
+def _longest_replacement(charsmap: str) -> float:
+    """The longest text in a table of replacements: 4 bytes with the size of a trie, the trie, texts that end with 0."""
+    table = base64.b64decode(charsmap)
+    texts = table[4 + int.from_bytes(table[:4], "little") :]
+    return float(max(map(len, texts.split(b"\0"))))

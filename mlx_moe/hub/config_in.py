@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
+from mlx_moe.hub.foreign import CONFIG, read_settings
 from mlx_moe.hub.keys import REQUIRED, Keys
-from mlx_moe.hub.layout import FAMILIES
+from mlx_moe.hub.layout import FAMILIES, OWN_TENSOR_EACH
 from mlx_moe.hub.rope_keys import read_rope
-from mlx_moe.storage.reading import read_mapping
+from mlx_moe.hub.sizes import check_described
+from mlx_moe.storage.tensor_files import StoredTensor, n_elements
 from mlx_moe.validation import validate
 
 # Transformers' words for our activations; `gelu_new` and `gelu_pytorch_tanh` are the same function.
@@ -35,38 +38,40 @@ CLASSES = {
     "gpt2": "GPT2LMHeadModel",
 }
 GRANITES = ("granitemoe", "granitemoehybrid")
+LONGEST_CONTEXT = 1 << 30  # tokens: no tensor shows what RoPE can do; the longest published is 10 million
 SWITCHED_WINDOWS = {"qwen2", "qwen3", "qwen3_moe"}  # their sliding window counts only where use_sliding_window says so
 
 
-def read_config(folder: Path) -> tuple[str, ModelConfig]:
+def read_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[str, ModelConfig]:
     """The family of a model in Hugging Face's folder, and its architecture in our words.
 
-    Raises InputError, which names the key that cannot be honoured, its value, and what could be.
+    No size is believed that the tensors of its files leave no room for. Raises InputError, which names the key that
+    cannot be honoured, its value, and what could be.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InputError(f"no config.json in {folder}; name the folder of a model, as Hugging Face's hub has it")
-    keys = Keys(file, read_mapping(file))
+    file = folder / CONFIG
+    keys = Keys(file, read_settings(folder), n_elements(tensors))
     family = keys.one_of("model_type", FAMILIES)
     keys.one_of("architectures", [[CLASSES[family]], None], None)
-    fields = _gpt2(keys) if family == "gpt2" else _llama(keys, family)
+    fields = _gpt2(keys, len(tensors)) if family == "gpt2" else _llama(keys, family, len(tensors))
     keys.refuse_the_rest()
     try:
-        return family, validate(ModelConfig, {"architecture": family, **fields})
+        config = validate(ModelConfig, {"architecture": family, **fields})
     except InputError as error:
         raise InputError(f"{file}: {'; '.join(str(error).splitlines())}") from None
+    check_described(file, config, tensors, family in OWN_TENSOR_EACH)
+    return family, config
 
 
-def _llama(keys: Keys, family: str) -> dict[str, Any]:
+def _llama(keys: Keys, family: str, most_layers: int) -> dict[str, Any]:
     """Llama and its kin. What is left out has transformers' value for the family."""
     d_model, n_heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
-    n_kv_heads = keys.take("num_key_value_heads", None if family in ("llama", *GRANITES) else REQUIRED)
-    head_dim = keys.take("head_dim", 128 if family == "qwen3" else None)
+    n_kv_heads = keys.whole_or_null("num_key_value_heads", None if family in ("llama", *GRANITES) else REQUIRED)
+    head_dim = keys.whole_or_null("head_dim", 128 if family == "qwen3" else None)
     fields = {
         "vocab_size": keys.whole("vocab_size"),
-        "context_length": keys.whole("max_position_embeddings"),
+        "context_length": keys.whole("max_position_embeddings", largest=LONGEST_CONTEXT),
         "d_model": d_model,
-        "n_layers": keys.whole("num_hidden_layers"),
+        "n_layers": keys.whole("num_hidden_layers", largest=most_layers),
         "n_heads": n_heads,
         "normalization": "rmsnorm",
         "norm_eps": keys.number("rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
@@ -111,15 +116,15 @@ def _feed_forward(keys: Keys, family: str, n_layers: int) -> dict[str, Any]:
 def _qwen3_experts(keys: Keys, n_layers: int) -> dict[str, Any]:
     """`decoder_sparse_step` n says every n-th layer, from which `mlp_only_layers` are taken."""
     keys.one_of("norm_topk_prob", [True], False)  # gates sum to 1
-    step, dense = keys.whole("decoder_sparse_step", 1), keys.take("mlp_only_layers", None) or []
+    step, dense = keys.whole("decoder_sparse_step", 1), set(keys.list_of(int, "mlp_only_layers", None) or [])
     layers = [layer for layer in range(n_layers) if (layer + 1) % step == 0 and layer not in dense]
     if not layers:
         keys.refuse(
-            "mlp_only_layers", dense, f"of {n_layers} layers, every {step}th of them, none is left with experts"
+            "mlp_only_layers", sorted(dense), f"of {n_layers} layers, every {step}th of them, none is left with experts"
         )
     n_experts = keys.whole("num_experts" if "num_experts" in keys else "num_local_experts")
     keys.one_of("num_local_experts", [n_experts], n_experts)
-    d_ff, d_ff_dense = keys.whole("moe_intermediate_size"), keys.take("intermediate_size", None)
+    d_ff, d_ff_dense = keys.whole("moe_intermediate_size"), keys.whole_or_null("intermediate_size", None)
     moe = {"n_experts": n_experts, "top_k": keys.whole("num_experts_per_tok")}
     if len(layers) == n_layers:
         return {"d_ff": d_ff, "moe": moe}
@@ -128,25 +133,21 @@ def _qwen3_experts(keys: Keys, n_layers: int) -> dict[str, Any]:
 
 def _refuse_windows(keys: Keys, family: str, context_length: int, n_layers: int) -> None:
     """A window that hides a token from another changes the model; one that sees all of the context does not."""
-    window = keys.take("sliding_window", 4096 if family == "mistral" else None)
-    layer_types = keys.take("layer_types", None)
+    window = keys.whole_or_null("sliding_window", 4096 if family == "mistral" else None, LONGEST_CONTEXT)
+    layer_types = keys.list_of(str, "layer_types", None)
     slides = window is not None
     if family in SWITCHED_WINDOWS:
         slides = keys.one_of("use_sliding_window", [True, False], False) and slides
     if family in ("qwen2", "qwen3"):
-        first_to_slide = keys.take("max_window_layers", 28)
-        if layer_types is None and isinstance(first_to_slide, int) and first_to_slide >= n_layers:
+        first_to_slide = keys.whole_or_null("max_window_layers", 28, LONGEST_CONTEXT)
+        if layer_types is None and first_to_slide is not None and first_to_slide >= n_layers:
             slides = False
     if layer_types is not None:
         kinds = ("full_attention", "sliding_attention") if slides else ("full_attention",)
-        if (
-            not isinstance(layer_types, list)
-            or len(layer_types) != n_layers
-            or any(kind not in kinds for kind in layer_types)
-        ):
+        if len(layer_types) != n_layers or any(kind not in kinds for kind in layer_types):
             keys.refuse("layer_types", layer_types, f"supported: {' or '.join(kinds)} in each of {n_layers} layers")
         slides = "sliding_attention" in layer_types
-    if slides and (not isinstance(window, int) or window < context_length):
+    if slides and (window is None or window < context_length):
         keys.refuse(
             "sliding_window", window,
             f"supported: none, or one that sees all of max_position_embeddings; lower that to {window} "
@@ -155,8 +156,8 @@ def _refuse_windows(keys: Keys, family: str, context_length: int, n_layers: int)
 
 
 def _refuse_mamba(keys: Keys, n_layers: int) -> None:
-    kinds, supported = keys.take("layer_types"), ("attention", "full_attention")
-    if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in supported for kind in kinds):
+    kinds, supported = keys.list_of(str, "layer_types") or [], ("attention", "full_attention")
+    if len(kinds) != n_layers or any(kind not in supported for kind in kinds):
         keys.refuse("layer_types", kinds, f"supported: {' or '.join(supported)} in each of {n_layers} layers")
     keys.one_of("position_embedding_type", ["rope"], None)
     for name in (
@@ -180,15 +181,15 @@ def _refuse_multipliers(keys: Keys, head_dim: int) -> None:
     keys.one_of("attention_multiplier", [head_dim**-0.5], 1)
 
 
-def _gpt2(keys: Keys) -> dict[str, Any]:
+def _gpt2(keys: Keys, most_layers: int) -> dict[str, Any]:
     d_model, context_length = keys.whole("n_embd"), keys.whole("n_positions")
     keys.one_of("n_ctx", [context_length], context_length)
-    d_ff = keys.take("n_inner", None)
+    d_ff = keys.whole_or_null("n_inner", None)
     return {
         "vocab_size": keys.whole("vocab_size"),
         "context_length": context_length,
         "d_model": d_model,
-        "n_layers": keys.whole("n_layer"),
+        "n_layers": keys.whole("n_layer", largest=most_layers),
         "n_heads": keys.whole("n_head"),
         "d_ff": 4 * d_model if d_ff is None else d_ff,
         "normalization": "layernorm",

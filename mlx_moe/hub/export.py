@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -11,49 +13,60 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.config import ModelConfig
-from mlx_moe.data.tokenizers import Tokenizer
+from mlx_moe.data.tokenizers import HUB_NAME, Tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.hub import formats
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.layout import find, layout, unpack
-from mlx_moe.hub.models import ORIGIN
+from mlx_moe.hub.models import ORIGIN, with_finite_weights
+from mlx_moe.hub.sizes import check_room
 from mlx_moe.parameters import shapes
 from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.reading import read_mapping
 from mlx_moe.storage.tensor_files import SHARD_BYTES, StoredWeights, open_tensors, write_tensors
 from mlx_moe.storage.tokenizer_files import copy_tokenizer
+from mlx_moe.terminal import printable
+
+LONGEST_CELL = 1000  # characters of a card's table
 
 
-def export(
+def export(source: Checkpoint, out: Path, requested: str, shard_bytes: int = SHARD_BYTES) -> str:
+    """Write `out` in a format, as `fill` does; it appears when it is whole. Returns the format."""
+    with creating(out) as partial:
+        return fill(source, partial, requested, shard_bytes=shard_bytes)
+
+
+def fill(
     source: Checkpoint,
-    out: Path,
+    folder: Path,
     requested: str,
     check: Callable[[Path], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Write `out` in a format, `auto` for the one that fits, and return the format.
+    """Write a model into an empty folder in a format, `auto` for the one that fits, and return the format.
 
-    What was written is read back, and must be the same model bit for bit; `check` may look at it too, and raise. `out`
-    appears only after that. Raises InputError where it exists, where no format fits, or where the disk does not let it.
+    What was written is read back, and must be the same model bit for bit; `check` may look at it too, and raise. Raises
+    InputError where no format fits, the weights hold NaN or Inf, or the disk does not let it.
     """
     name = formats.choose_format(source.config, requested)
-    source = _held_as(source, name)
+    check_room(folder, source.config)
+    source = with_finite_weights(_held_as(source, name))
     holders = {holder.name: holder for holder in layout(name, source.config)}
-    with creating(out) as partial:
-        special_tokens = _write_tokenizer(source, partial)
-        _write_json(formats.to_json(source.config, name, special_tokens), partial / "config.json")
-        (partial / "README.md").write_text(_card(source, name), encoding="utf-8")
-        theirs = {name: holder.shape(shapes(source.config)) for name, holder in holders.items()}
-        # One tensor of ours holds the experts of many of theirs.
-        weights = StoredWeights(source.weights, lru_cache(1)(source.weights.__getitem__))
-        write_tensors(partial, theirs, lambda name: [holders[name].pack(weights)], shard_bytes)
-        _read_back(source, name, partial)
-        if check is not None:
-            check(partial)
+    special_tokens = _write_tokenizer(source, folder)
+    _write_json(formats.to_json(source.config, name, special_tokens), folder / "config.json")
+    (folder / "README.md").write_text(_card(source, name), encoding="utf-8")
+    theirs = {name: holder.shape(shapes(source.config)) for name, holder in holders.items()}
+    # One tensor of ours holds the experts of many of theirs.
+    weights = StoredWeights(source.weights, lru_cache(1)(source.weights.__getitem__))
+    write_tensors(folder, theirs, lambda name: [holders[name].pack(weights)], shard_bytes)
+    _read_back(source, name, folder)
+    if check is not None:
+        check(folder)
     return name
 
 
@@ -67,14 +80,15 @@ def _held_as(source: Checkpoint, name: str) -> Checkpoint:
 
 
 def _read_back(source: Checkpoint, name: str, folder: Path) -> None:
-    family, config = read_config(folder)
+    tensors = open_tensors(folder)
+    family, config = read_config(folder, tensors)
     # What no reader of the folder computes the logits from is not in it.
     training: dict[str, Any] = dict.fromkeys(("architecture", "dropout", "attention_backend"), True)
     training["moe"] = {"load_balance_coefficient", "z_loss_coefficient"}
     ours, theirs = (model.model_dump(exclude=training) for model in (source.config, config))
     if ours != theirs:
         raise InputError(f"{name} does not hold {source.path} as it is: {ours} became {theirs}; nothing was kept")
-    for tensor, array in unpack(find(folder, open_tensors(folder), family, config), config).items():
+    for tensor, array in unpack(find(folder, tensors, family, config), config).items():
         if not np.array_equal(array, source.weights[tensor]):
             raise InputError(f"{tensor} came back from {folder} changed; the disk may be faulty; nothing was kept")
 
@@ -94,6 +108,7 @@ def _write_tokenizer(source: Checkpoint, folder: Path) -> dict[str, int | None]:
 
 
 def _card(source: Checkpoint, name: str) -> str:
+    """README.md. What others named in it is text, and never YAML, Markdown or HTML."""
     config, count, state = source.config, count_parameters(source.config), source.state
     active = f", {count.active:,} of them for each token" if config.moe else ""
     made = "imported from Hugging Face's format"
@@ -101,28 +116,29 @@ def _card(source: Checkpoint, name: str) -> str:
         begun = {1: "dense", 2: "upcycled to experts", 3: "grown"}[state.phase]
         trained = f"trained for {state.step:,} steps, by the {state.backend} backend"
         made = f"by its lineage, then {trained}" if state.lineage else f"{begun}, then {trained}"
-    loss = (
-        "" if state.validation_loss is None else f"| validation loss | {state.validation_loss:.4f} nats per token |\n"
-    )
-    experts = f"| experts | {_experts(config)} |\n" if config.moe else ""
-    lineage = f"| lineage | {', '.join(state.lineage)} |\n" if state.lineage else ""
-    base_model = f"base_model: {state.lineage[0]}\n" if state.lineage and "/" in state.lineage[0] else ""
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if state.lineage and HUB_NAME.fullmatch(state.lineage[0]) and "/" in state.lineage[0]:
+        front["base_model"] = state.lineage[0]
+    rows = {
+        "architecture": f"{config.display_name}, in the format {name}",
+        "parameters": f"{count.total:,}{active}",
+        "experts": _experts(config) if config.moe else None,
+        "context": f"{config.context_length:,} tokens",
+        "source checkpoint": source.path.resolve().name,
+        "made": made,
+        "lineage": ", ".join(state.lineage) or None,
+        "validation loss": None if state.validation_loss is None else f"{state.validation_loss:.4f} nats per token",
+        "exported": f"with mlxmoe {version('mlxmoe')}, float32",
+    }
+    table = "\n".join(f"| {key} | {_plain_text(value)} |" for key, value in rows.items() if value is not None)
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-{base_model}tags: [mlx, mlxmoe]
----
+{yaml.safe_dump(front | {"tags": ["mlx", "mlxmoe"]}, sort_keys=False)}---
 
 # {config.display_name}
 
 | | |
 |---|---|
-| architecture | {config.display_name}, in the format {name} |
-| parameters | {count.total:,}{active} |
-{experts}| context | {config.context_length:,} tokens |
-| source checkpoint | {source.path.resolve().name} |
-| made | {made} |
-{lineage}{loss}| exported | with mlxmoe {version("mlxmoe")}, float32 |
+{table}
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -134,6 +150,14 @@ from mlx_lm import load
 model, tokenizer = load("PATH")
 ```
 """
+
+
+def _plain_text(text: str) -> str:
+    """Text for a cell of a Markdown table that shows as it is: on one line, no markup, links or mentions."""
+    line = " ".join(printable(text).split())
+    line = line if len(line) <= LONGEST_CELL else f"{line[: LONGEST_CELL - 1]}…"
+    marked = re.sub(r"([\\`*_\[\]!|~#])", r"\\\1", html.escape(line, quote=False))
+    return marked.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
 def _experts(config: ModelConfig) -> str:

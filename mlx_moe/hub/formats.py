@@ -35,6 +35,8 @@ def choose_format(config: ModelConfig, requested: str) -> str:
         way_out = "no other format comes nearer"
     else:
         way_out = f"nearest is {nearest}, which cannot hold {', '.join(lacking[nearest])}"
+    if not fitting:
+        way_out += "; models trained with --preset llama or smollm can be exported"
     missing = "the model" if requested == "auto" else ", ".join(lacking[requested])
     raise InputError(f"--format {requested} cannot hold {missing}; {way_out}")
 

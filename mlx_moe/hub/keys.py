@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, brief_name, quoted
+from mlx_moe.hub.foreign import NO_CODE, NO_QUANTIZED
 from mlx_moe.validation import nearest
 
 # What the logits do not depend on: provenance, training, generation, other heads, and how something is computed.
@@ -46,10 +47,8 @@ INERT: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
 }
 WAYS_OUT = {
-    "quantization_config": "quantised weights are not read; take the model in float32, bfloat16 or float16",
-    "quantization": "quantised weights are not read; take the model in float32, bfloat16 or float16",
-    "auto_map": "the model brings code of its own, which is never run",
-    "model_file": "the model brings code of its own, which is never run",
+    **dict.fromkeys(("quantization_config", "quantization"), NO_QUANTIZED),
+    **dict.fromkeys(("auto_map", "model_file"), NO_CODE),
 }
 
 
@@ -57,11 +56,15 @@ REQUIRED = object()
 
 
 class Keys:
-    """The keys of a config.json; those that nobody asked for are refused in the end."""
+    """The keys of a config.json; those that nobody asked for are refused in the end.
 
-    def __init__(self, file: Path, values: dict[str, Any], section: str = ""):
+    `largest`: no size in it is larger, which is the number of values that the files hold.
+    """
+
+    def __init__(self, file: Path, values: dict[str, Any], largest: int, section: str = ""):
         self._file = file
         self._left = dict(values)
+        self._largest = largest
         self._section = section
 
     def take(self, key: str, default: Any = REQUIRED) -> Any:
@@ -86,11 +89,35 @@ class Keys:
                 return value
         self.refuse(key, value, f"supported: {', '.join(map(str, supported))}")
 
-    def whole(self, key: str, default: Any = REQUIRED) -> int:
+    def whole(self, key: str, default: Any = REQUIRED, largest: int | None = None) -> int:
+        """A whole number from 1 to `largest`, or to the number of values that the files hold."""
         value = self.take(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_whole(value) or value < 1:
             self.refuse(key, value, "it must be a whole number from 1")
-        return value
+        if value > (self._largest if largest is None else largest):
+            self.refuse(
+                key, value,
+                f"at most {largest:,}" if largest is not None
+                else f"the files hold only {self._largest:,} values; it is not that of these weights",
+            )  # fmt: skip
+        return int(value)
+
+    def whole_or_null(self, key: str, default: Any, largest: int | None = None) -> int | None:
+        """`whole`, or None where the key is null, or is not there and has no other default."""
+        if self._left.get(key, default) is None:
+            self._left.pop(key, None)
+            return None
+        return self.whole(key, default, largest)
+
+    def list_of(self, kind: type[Any], key: str, default: Any = REQUIRED) -> list[Any] | None:
+        """A list of whole numbers or of strings; or None, where that is the default or is written out."""
+        value = self.take(key, default)
+        if value is None and default is None:
+            return None
+        is_kind = _is_whole if kind is int else lambda entry: isinstance(entry, kind)
+        if not isinstance(value, list) or not all(map(is_kind, value)):
+            self.refuse(key, value, f"it must be a list of {'whole numbers' if kind is int else 'strings'}")
+        return list(value)
 
     def number(self, key: str, default: Any = REQUIRED) -> float:
         value = self.take(key, default)
@@ -103,10 +130,11 @@ class Keys:
         values = self.take(key, None)
         if values is not None and not isinstance(values, dict):
             self.refuse(key, values, "it must be a mapping")
-        return None if values is None else Keys(self._file, values, f"{key}.")
+        return None if values is None else Keys(self._file, values, self._largest, f"{key}.")
 
-    def refuse(self, key: str, value: Any, supported: str) -> Any:
-        raise InputError(f"{self._file}: {self._section}{key} = {value!r} cannot be honoured; {supported}")
+    def refuse(self, key: str, value: Any, supported: str) -> NoReturn:
+        place = brief_name(f"{self._section}{key}")
+        raise InputError(f"{self._file}: {place} = {quoted(value)} cannot be honoured; {supported}")
 
     def refuse_the_rest(self) -> None:
         for key, value in self._left.items():
@@ -119,3 +147,7 @@ class Keys:
                 self.refuse(
                     key, value, f"{hint}the key is unknown for this model_type; delete it if nothing hangs on it"
                 )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, brief_name, quoted
 from mlx_moe.parameters import Weights, shapes, table
 from mlx_moe.storage.tensor_files import DTYPES, StoredTensor, StoredWeights
 
@@ -44,6 +44,7 @@ EXPERTS = {
     "granitemoehybrid": GRANITE
     | {"shared_expert.gate_proj": "shared_mlp.input_linear", "shared_expert.down_proj": "shared_mlp.output_linear"},
 }
+OWN_TENSOR_EACH = {family for family, names in EXPERTS.items() if any("{}" in name for name in names.values())}
 GPT2_TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
 GPT2_BLOCK = {
     "ln_1": ("input_layernorm",),
@@ -142,11 +143,11 @@ def find(
             raise InputError(f"{folder}: tensor {holder.name} is missing, which its config asks for")
         stored, shape = left.pop(name), holder.shape(expected)
         if stored.shape != shape:
-            raise InputError(f"{folder}: {name} has shape {stored.shape}, its config asks for {shape}")
-        if stored.dtype not in DTYPES:
-            raise InputError(f"{folder}: {name} holds {stored.dtype}; save it as one of {', '.join(DTYPES)}")
+            raise InputError(f"{folder}: {name} has shape {quoted(stored.shape)}, its config asks for {shape}")
+        _check_dtype(folder, name, stored)
         found.append((holder, stored))
     if config.weight_tying and (head := left.pop("lm_head.weight", None)) is not None:
+        _check_dtype(folder, "lm_head.weight", head)
         embeddings = next(stored for holder, stored in found if holder.parts == ("embed_tokens.weight",))
         if head.shape != embeddings.shape or not np.array_equal(head.read(), embeddings.read()):
             raise InputError(
@@ -154,10 +155,15 @@ def find(
             )
     if surplus := sorted(name for name in left if not DERIVED.fullmatch(name)):
         raise InputError(
-            f"{folder}: a {family} model of this config has no tensor {surplus[0]} ({len(surplus)} such); "
+            f"{folder}: a {family} model of this config has no tensor {brief_name(surplus[0])} ({len(surplus)} such); "
             "it is another architecture, or config.json is not that of these weights"
         )
     return found
+
+
+def _check_dtype(folder: Path, name: str, stored: StoredTensor) -> None:
+    if not stored.is_readable:
+        raise InputError(f"{folder}: {name} holds {stored.dtype}; save it as one of {', '.join(DTYPES)}")
 
 
 def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> StoredWeights:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import os
 from pathlib import Path
 
-from mlx_moe.errors import InputError, one_line
+from mlx_moe.data.tokenizers import HUB_NAME
+from mlx_moe.errors import InputError, brief_name, one_line
+from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.tensor_files import INDEX, open_tensors
 from mlx_moe.storage.tokenizer_files import FILES
 
@@ -18,9 +20,9 @@ def find_model(name: str) -> Path:
 
     Raises InputError where there is neither a folder nor a model that can be had.
     """
-    folder = Path(name).expanduser()
-    is_best = folder.name == "best" and folder.parent.is_dir()  # of a run
-    if folder.exists() or is_best or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    folder = absolute(Path(name)) if name.startswith("~") or "\0" in name else Path(name)
+    is_best = folder.name == "best" and os.path.isdir(folder.parent)  # of a run
+    if os.path.exists(folder) or is_best or not HUB_NAME.fullmatch(name):
         return folder
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -35,8 +37,8 @@ def find_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except Exception as error:  # whatever fails between here and the hub, the way out is the same
         raise InputError(
-            f"no folder {name}, and cannot get a model of that name from the Hugging Face hub ({one_line(error)}); "
-            "name a folder that holds one"
+            f"no folder {brief_name(name)}, and cannot get a model of that name from the Hugging Face hub "
+            f"({one_line(error)}); name a folder that holds one"
         ) from None
 
 

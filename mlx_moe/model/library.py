@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
-from mlx_lm.utils import _get_classes, load_config, load_model
+from mlx_lm.utils import _get_classes, load_model
 from numpy.typing import NDArray
-from safetensors import safe_open
 
+from mlx_moe.hub.foreign import opened_for_library
 from mlx_moe.training.backend import Logits, Tokens
 
 Array = NDArray[Any]
@@ -34,10 +34,10 @@ class LibraryModel:
     """The model of a folder in float32 on the CPU, its config with these changes."""
 
     def __init__(self, folder: Path, changes: Mapping[str, Any] | None = None):
-        with mx.stream(mx.cpu):
-            self._model, self._config = load_model(folder, lazy=True, model_config=dict(changes or {}))
+        with opened_for_library(folder) as found, mx.stream(mx.cpu):
+            self._model, self._config = load_model(found.folder, lazy=True, model_config=dict(changes or {}))
             self._model.set_dtype(mx.float32)
-        self._folder = folder
+        self._shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
         self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Routes]] = {}
 
     def logits(self, tokens_BT: Tokens) -> Array:
@@ -131,22 +131,17 @@ class LibraryModel:
             return ()
         step = 1000  # apart, since a `sanitize` may add 1 to a norm
         with mx.stream(mx.cpu):
-            shapes = {
-                name: tensors.get_slice(name).get_shape()
-                for file in sorted(self._folder.glob("model*.safetensors"))
-                for tensors in [safe_open(file, framework="numpy")]
-                for name in tensors.keys()  # noqa: SIM118
-            }
-            marked = {name: mx.full(shape, step * (i + 1.0)) for i, (name, shape) in enumerate(shapes.items())}
+            marked = {name: mx.full(shape, step * (i + 1.0)) for i, (name, shape) in enumerate(self._shapes.items())}
             arrived: set[int] = set()
             for array in self._model.sanitize(dict(marked)).values():
                 arrived |= set(np.flatnonzero(np.bincount(np.rint(np.array(array).ravel() / step).astype(np.int64))))
-        return tuple(name for i, name in enumerate(shapes) if i + 1 not in arrived)
+        return tuple(name for i, name in enumerate(self._shapes) if i + 1 not in arrived)
 
 
 def fields(folder: Path) -> dict[str, Any]:
     """What mlx-lm's config of this model takes, with the defaults; `inspect.Parameter.empty` for what it must have."""
-    _, arguments = _get_classes(load_config(folder))
+    with opened_for_library(folder) as found:
+        _, arguments = _get_classes(found.config)
     return {name: field.default for name, field in inspect.signature(arguments).parameters.items()}
 
 

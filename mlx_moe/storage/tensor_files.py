@@ -6,9 +6,11 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from mlx_moe.errors import InputError, one_line
-from mlx_moe.storage.reading import read_mapping
+from mlx_moe.errors import InputError, brief_name, one_line
+from mlx_moe.storage.reading import NOT_JSON, own_file, read_mapping
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers' own limit is 50 GB, the hub asks for 5 GB
@@ -28,6 +30,8 @@ DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 PIECE_BYTES = 4 << 20  # written and hashed at once; it fits the cache that both read it from
 WRITE_BYTES = 256 << 10  # a write; Linux (6.18, ext4) takes twice as long for the same in pieces of 4 MB
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+SHARD = re.compile(r"[^/\\\0]{1,200}\.safetensors")
+GIT_LFS = b"version https://git-lfs"  # what stands in place of a file that git did not fetch
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class StoredTensor:
     offset: int
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether `read` knows its dtype."""
+        return self.dtype in DTYPES
 
     def read(self) -> NDArray[np.float32]:
         """Its values as float32: mapped where the file holds that, else converted, which is exact."""
@@ -75,51 +84,91 @@ def stored_weights(tensors: Mapping[str, StoredTensor]) -> StoredWeights:
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a model, from one file or from the shards that its index names.
 
-    Raises InputError where a file is missing, damaged, or does not hold what the index says.
+    Raises InputError where a file is missing, damaged, a link out of the folder, or does not hold what the index says.
     """
-    single, index = folder / SINGLE, folder / INDEX
-    if single.is_file() and index.is_file():
-        raise InputError(f"{folder} holds both {SINGLE} and {INDEX}; delete the one that is not the model")
-    if single.is_file():
-        return read_header(single)
-    if not index.is_file():
+    single, index = own_file(folder, SINGLE), own_file(folder, INDEX)
+    if not single and not index:
         pickles = [name for name in PICKLES if (folder / name).is_file()]
         found = f"only {pickles[0]}, a pickle, and reading one can run code" if pickles else f"no {SINGLE}"
         raise InputError(f"{folder} holds {found}; save the model as safetensors (transformers: save_pretrained)")
-    places = read_mapping(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files; download it anew")
-    tensors: dict[str, StoredTensor] = {}
+    places = _read_index(index) if index else {}
+    if single:
+        if set(places.values()) - {SINGLE}:
+            raise InputError(f"{folder} holds both {SINGLE} and {INDEX}; delete the one that is not the model")
+        tensors = read_header(single)
+        if not tensors:
+            raise InputError(f"{single} holds no tensor; get it anew")
+        return tensors
+    tensors = {}
     for shard in sorted(set(places.values())):
-        file = folder / shard
-        if file.parent != folder:
-            raise InputError(f"{index} names {shard}, which is not in its folder")
-        if not file.is_file():
-            raise InputError(f"{index} names {shard}, which is missing; download it too")
+        if not SHARD.fullmatch(shard):
+            raise InputError(f"{index} names {brief_name(shard)}, which is not in its folder, or no .safetensors file")
+        file = own_file(folder, shard)
+        if file is None:
+            raise InputError(f"{index} names {brief_name(shard)}, which is missing; download it too")
         for name, tensor in read_header(file).items():
             if places.get(name) != shard:
-                raise InputError(f"{file} holds {name}, which {INDEX} places in {places.get(name, 'no file')}")
+                place = brief_name(places.get(name, "no file"))
+                raise InputError(f"{file} holds {brief_name(name)}, which {INDEX} places in {place}; download it anew")
             tensors[name] = tensor
     if lost := sorted(places.keys() - tensors.keys()):
-        raise InputError(f"{index} places {lost[0]} in {places[lost[0]]}, which does not hold it ({len(lost)} such)")
+        raise InputError(
+            f"{index} places {brief_name(lost[0])} in {brief_name(places[lost[0]])}, which does not hold it "
+            f"({len(lost)} such); download it anew"
+        )
     return tensors
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    places = read_mapping(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(f"{index} has no weight_map from tensors to files; download it anew")
+    return places
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file. Raises InputError where it is damaged."""
     try:
         with safe_open(file, "np"):
-            pass  # checks the header against the file's size
+            pass  # checks the header against the file's size: no tensor is longer than the file, none overlap
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header: dict[str, Any] = json.loads(stream.read(length))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, *NOT_JSON) as error:
+        if _is_git_lfs(file):
+            raise InputError(
+                f"{file} is a git-lfs pointer in place of the weights; get them: git lfs pull, in its folder"
+            ) from None
         raise InputError(f"cannot read {file}: {one_line(error)}; it is damaged or cut short, get it anew") from None
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(file, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
         for name, entry in header.items()
     }
+
+
+def _is_git_lfs(file: Path) -> bool:
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        return stream.read(len(GIT_LFS)) == GIT_LFS
+    return False
+
+
+def n_elements(tensors: Mapping[str, StoredTensor]) -> int:
+    """The number of values in all of these tensors."""
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+
+def check_finite(name: str, array: NDArray[np.float32], where: Path, remedy: str = "get the model anew") -> None:
+    """Raise InputError, which names the tensor, where an array holds NaN or Inf."""
+    # A sum costs less than half of looking at each value, and loses no NaN or Inf; finite values may overflow.
+    with np.errstate(all="ignore"):
+        if np.isfinite(np.sum(array)):
+            return
+    if n_bad := array.size - int(np.count_nonzero(np.isfinite(array))):
+        raise InputError(
+            f"{where}: tensor {brief_name(name)} holds NaN or Inf ({n_bad:,} of {array.size:,} values); {remedy}"
+        )
 
 
 # What a tensor's values are, in pieces that follow one another in the order in which they lie.

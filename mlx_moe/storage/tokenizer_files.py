@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from mlx_moe.errors import InputError
 from mlx_moe.storage.reading import own_file
 
 # What may come with a tokenizer: its own files, and how to talk to the model.
@@ -13,13 +14,19 @@ FILES = (
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 
+LARGEST_FILE = 64 << 20  # bytes; the largest published tokenizers have 33 MB
+
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files, and nothing else, out of a folder that may hold more.
 
-    Raises InputError where one is a link to somewhere outside the folder.
+    Raises InputError where one is a link to somewhere outside the folder, or too large to be one.
     """
     target.mkdir(exist_ok=True)
     for name in FILES:
         if (file := own_file(source, name)) is not None:
+            if (size := file.stat().st_size) > LARGEST_FILE:
+                raise InputError(
+                    f"{file} has {size:,} bytes, and at most {LARGEST_FILE:,} are read; is it a tokenizer's?"
+                )
             shutil.copyfile(file, target / name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -188,14 +187,18 @@ class Transfer:
     seconds_certified: float  # of those
 
 
-class _ChangedModel(Exception):
-    pass
+class ChangedModel(Exception):
+    """A transfer changed the model, and that was not allowed."""
+
+    def __init__(self, certificate: Certificate):
+        super().__init__("the transfer changed the model")
+        self.certificate = certificate
 
 
 def transfer_checkpoint(
     source: Checkpoint,
     plan: Plan,
-    out: Path,
+    folder: Path,
     backend: Backend,
     device: str,
     limits: VerificationConfig,
@@ -204,8 +207,8 @@ def transfer_checkpoint(
 ) -> Transfer:
     """Apply a plan to a checkpoint, piece by piece, and prove on the probes that what was written is lossless.
 
-    Of the weights only: nothing trains on from a checkpoint outside a run. Raises InputError where `out` exists; keeps
-    nothing where the certificate fails and `allow_lossy` is not set.
+    Fills a folder that is not seen yet. Of the weights only: nothing trains on from a checkpoint outside a run. Raises
+    ChangedModel where the certificate fails and `allow_lossy` is not set.
     """
     began = time.perf_counter()
     found: list[tuple[Certificate, float]] = []
@@ -220,14 +223,13 @@ def transfer_checkpoint(
         certificate = certify_streamed(limits, *models, probes_BT1)
         found.append((certificate, time.perf_counter() - began))
         if not certificate.passed and not allow_lossy:
-            raise _ChangedModel
+            raise ChangedModel(certificate)
 
     phase = 2 if source.config.moe is None and plan.target_config.moe else 3
     done = _became(phase, plan.target_config)
     state = TrainerState(phase, 0, backend.name, lineage=(*lineage_so_far(source.state), done))
     blocks = made_in_blocks(plan, source.weights)
-    with suppress(_ChangedModel):
-        checkpoint.create(out, plan.target_config, state, blocks, source.tokenizer_folder, check)
+    checkpoint.fill(folder, plan.target_config, state, blocks, source.tokenizer_folder, check)
     ((certificate, seconds_certified),) = found
     n_bytes = 4 * sum(math.prod(tensor.shape) for tensor in plan.tensors)
     return Transfer(certificate, n_bytes, time.perf_counter() - began, seconds_certified)

@@ -12,6 +12,7 @@ from mlx_moe.config import OptimizerConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.storage.checkpoint import Checkpoint
+from mlx_moe.storage.reading import is_unicode
 from mlx_moe.training.backend import Backend, Trainer
 
 
@@ -46,7 +47,12 @@ def generate(
 
 
 def choose(logits_V: NDArray[np.float32], temperature: float, top_k: int | None, generator: np.random.Generator) -> int:
-    """The likeliest token at temperature 0, else a draw from the softmax over the `top_k` likeliest."""
+    """The likeliest token at temperature 0, else a draw from the softmax over the `top_k` likeliest.
+
+    Raises InputError where the logits hold NaN or Inf.
+    """
+    if not np.isfinite(logits_V).all():
+        raise InputError("the model's logits hold NaN or Inf, so its weights are damaged; take another checkpoint")
     if temperature == 0:
         return int(logits_V.argmax())
     scaled_V = logits_V.astype(np.float64) / temperature
@@ -73,6 +79,8 @@ def continue_text(
     loaded: Checkpoint, prompt: str, backend: Backend, device: str, max_new_tokens: int, **sampling: Any
 ) -> Iterator[str]:
     """Yield a prompt and what follows it, as it comes. Raises InputError without a tokenizer that fits, or a prompt."""
+    if not is_unicode(prompt):
+        raise InputError("--prompt holds bytes that are no UTF-8; give it text")
     tokenizer = tokenizer_of(loaded)
     ids = tokenizer.encode(prompt)
     if not ids:

@@ -183,7 +183,7 @@ def test_bad_folders(bpe, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|nowhere|>"}')
     assert "'<|nowhere|>' is not in the vocabulary" in refusal(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    assert "must be a JSON object" in refusal(tmp_path)
+    assert "must be a mapping" in refusal(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert "cannot read" in refusal(tmp_path)
 

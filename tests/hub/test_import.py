@@ -224,16 +224,16 @@ def test_unknown_dtype(tmp_path):
 
 def test_import_overwrites_nothing(tmp_path):
     save("llama", tmp_path / "theirs")
-    import_model(tmp_path / "theirs", tmp_path / "ours")
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours")
     with pytest.raises(InputError, match="exists already"):
-        import_model(tmp_path / "theirs", tmp_path / "ours")
+        import_model(str(tmp_path / "theirs"), tmp_path / "ours")
     with pytest.raises(InputError, match="a checkpoint already"):
-        import_model(tmp_path / "ours", tmp_path / "again")
+        import_model(str(tmp_path / "ours"), tmp_path / "again")
 
 
 def refused(tmp_path, said):
     with pytest.raises(InputError) as error:
-        import_model(tmp_path / "theirs", tmp_path / "ours")
+        import_model(str(tmp_path / "theirs"), tmp_path / "ours")
     assert re.search(said, str(error.value)), error.value
     assert "\n" not in str(error.value)
     assert {path.name for path in tmp_path.iterdir()} <= {"theirs"}  # nothing half-written

@@ -15,6 +15,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
 from mlx_moe.parameters import initialize, shapes, table
 from mlx_moe.storage import checkpoint
+from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import TrainerState
 from mlx_moe.training import boundary
 from mlx_moe.training.backend import Backend, choose_backend
@@ -44,8 +45,9 @@ def backend(request):
 
 
 def transfer(source, plan, out, backend, allow_lossy=False):
-    probes = random_probes(source.config, 3)
-    return boundary.transfer_checkpoint(source, plan, out, backend, "cpu", VerificationConfig(), allow_lossy, probes)
+    probes, limits = random_probes(source.config, 3), VerificationConfig()
+    with creating(out) as partial:
+        return boundary.transfer_checkpoint(source, plan, partial, backend, "cpu", limits, allow_lossy, probes)
 
 
 def saved(config, path):
@@ -155,7 +157,9 @@ def test_what_changes_the_model_is_not_kept(tmp_path, backend):
     wrong = [tensor for tensor in plan.tensors if tensor.target != "norm.weight"]
     other = [tensor for tensor in plan.tensors if tensor.target == "layers.0.input_layernorm.weight"]
     plan = type(plan)(DENSE, plan.target_config, (*wrong, type(other[0])("norm.weight", (48,), other[0].source)))
-    assert not transfer(source, plan, tmp_path / "out", backend).certificate.passed
+    with pytest.raises(boundary.ChangedModel) as changed:
+        transfer(source, plan, tmp_path / "out", backend)
+    assert not changed.value.certificate.passed
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert not transfer(source, plan, tmp_path / "out", backend, allow_lossy=True).certificate.passed
     assert checkpoint.load(tmp_path / "out").config == plan.target_config

@@ -193,7 +193,7 @@ def test_transformers_in_float64_is_float64_throughout(tmp_path):
     [
         ({}, "no config.json"),
         ({"config.json": "{"}, "config.json"),
-        ({"config.json": '{"model_type": "llama"}'}, "no .safetensors"),
+        ({"config.json": '{"model_type": "llama"}'}, "no model.safetensors"),
     ],
 )
 def test_no_model(files, said, mlxmoe, tmp_path):
@@ -250,7 +250,7 @@ def test_smollm2(repaired, tmp_path):
     folder = tmp_path / "smollm2"
     folder.mkdir()
     for file in SMOLLM2.iterdir():
-        (folder / file.name).symlink_to(file.resolve())
+        shutil.copyfile(file, folder / file.name)
     if repaired:
         config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 1e5}
         (folder / "config.json").unlink()

@@ -1,0 +1,85 @@
+"""Errors of the tokenizers library, which is written in Rust: as one line, without what Rust prints about them.
+
+A panic is no Exception, and prints a stack trace on standard error by itself before anybody can catch it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+
+from mlx_moe.errors import InputError, one_line
+
+
+@contextlib.contextmanager
+def panics_reported(doing: str, remedy: str) -> Iterator[None]:
+    """Turn whatever the library raises into an InputError: "cannot DOING: ...; REMEDY"."""
+    _stderr.hold()
+    is_panic = False
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if is_panic or isinstance(error, Exception):
+            raise InputError(f"cannot {doing}: {one_line(error)}; {remedy}") from None
+        raise
+    finally:
+        _stderr.let_go(is_panic)
+
+
+class _HeldStderr:
+    """Standard error, kept while the library works: what other threads write meanwhile comes after, a panic's never.
+
+    For all threads at once, since they share it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._panicked = False
+        self._kept: int | None = None  # a file without a name
+        self._stderr: int | None = None  # where standard error went before, while it is held
+
+    def hold(self) -> None:
+        with self._lock:
+            self._holders += 1
+            if self._holders > 1:
+                return
+            with contextlib.suppress(OSError):  # no standard error, or no place to keep it: it is not held
+                if self._kept is None:
+                    self._kept = _nameless_file()
+                self._stderr = os.dup(2)
+                os.dup2(self._kept, 2)
+
+    def let_go(self, panicked: bool) -> None:
+        with self._lock:
+            self._holders -= 1
+            self._panicked = self._panicked or panicked
+            if self._holders or self._stderr is None or self._kept is None:
+                return
+            os.dup2(self._stderr, 2)
+            os.close(self._stderr)
+            self._stderr = None
+            if n_bytes := os.lseek(self._kept, 0, os.SEEK_CUR):
+                text = os.pread(self._kept, n_bytes, 0)
+                os.lseek(self._kept, 0, os.SEEK_SET)
+                os.ftruncate(self._kept, 0)
+                if not self._panicked:
+                    with contextlib.suppress(OSError):
+                        os.write(2, text)
+            self._panicked = False
+
+
+def _nameless_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("stderr")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+_stderr = _HeldStderr()

@@ -1,0 +1,188 @@
+"""The one door through which other libraries open a model that somebody else made.
+
+transformers and mlx-lm run code that a model's folder names or holds: `auto_map` and `model_file` in config.json, a
+kernel as its attention, adapters and pickles beside the weights, `custom_generate/`. So they never see the folder. They
+open a copy of its config.json, checked here, beside links to its safetensors files; nothing else lies there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_moe.errors import InputError, brief_name, quoted
+from mlx_moe.storage.reading import own_file, read_mapping
+from mlx_moe.storage.tensor_files import INDEX, StoredTensor, check_finite, n_elements, open_tensors
+
+CONFIG = "config.json"
+# Files that may name code, for one library or another.
+SETTINGS = (CONFIG, "tokenizer_config.json", "generation_config.json", "processor_config.json")
+NO_CODE = "the model brings code of its own, which is never run"
+NO_QUANTIZED = "quantised weights are not read; take the model in float32, bfloat16 or float16"
+ONE_FILE = "only config.json and model.safetensors are read; delete the key"
+# At any depth of the files above. What is empty names nothing.
+CODE = {
+    **dict.fromkeys(("auto_map", "model_file", "custom_pipelines", "custom_generate", "trust_remote_code"), NO_CODE),
+    **dict.fromkeys(("configuration_files", "transformers_weights"), ONE_FILE),
+}
+# A name on the hub in place of a name that a library knows is a kernel, which it fetches and runs.
+COMPUTED_BY = (
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+)
+QUANTIZED = ("quantization_config", "quantization")
+# How and where to compute, and where the model came from: not for a library to act on.
+LEFT_OUT = {
+    *(*CODE, *COMPUTED_BY, "_attn_implementation_autoset", "name_or_path", "_name_or_path", "_commit_hash"),
+    *("use_kernels", "kernel_config", "fusion_config", "distributed_config"),
+    *("base_model_tp_plan", "base_model_ep_plan", "base_model_pp_plan", "tp_plan", "tp_size", "device_map"),
+}
+FAMILY = re.compile(r"[A-Za-z0-9_-]{1,100}")
+COUNTS_LAYERS = re.compile(r"(n|num|decoder|encoder)(_\w+)?_layers?")
+NO_SIZE = re.compile(r".*(_id|_ids|theta|seed|base)")  # integers that nothing is made as large as
+LARGEST_SIZE = 1 << 24  # of what no tensor shows, such as positions; the longest context published is 10 million
+SPARE_ELEMENTS = 50_000_000  # that a library may make beside what the files hold, such as tables of positions
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A model in the folder that libraries get: its config.json as they read it, the tensors of its files."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def source(self) -> Path:
+        """The config.json that it was made of."""
+        return self.files[0].with_name(CONFIG)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of its weights, where they came from."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The keys of config.json. Raises InputError where there is none, or a file of the folder names code to run."""
+    found: dict[str, Any] | None = None
+    for name in SETTINGS:
+        if (file := own_file(folder, name)) is not None:
+            values = read_mapping(file)
+            for place, key, value in _every_key(values):
+                if key in CODE and value:
+                    raise InputError(f"{file}: {brief_name(place)} = {quoted(value)} cannot be honoured; {CODE[key]}")
+                if key in COMPUTED_BY and not _is_plain(value):
+                    raise InputError(f"{file}: {brief_name(place)} = {quoted(value)} cannot be honoured; {NO_CODE}")
+            found = values if name == CONFIG else found
+    if found is None:
+        raise InputError(f"no {CONFIG} in {folder}; name the folder of a model, as Hugging Face's hub has it")
+    return found
+
+
+@contextlib.contextmanager
+def opened_for_library(folder: Path) -> Iterator[ForeignModel]:
+    """A model for another library to open: in a folder with its config.json and weights, and nothing else.
+
+    What is opened there stays open when that folder goes, at the end. Raises InputError where the model names code to
+    run, is described as larger than it can be, or is damaged.
+    """
+    values, file = read_settings(folder), folder / CONFIG
+    family = values.get("model_type")
+    if not isinstance(family, str) or not FAMILY.fullmatch(family):
+        raise InputError(f"{file}: model_type = {quoted(family)} is no family of models; correct it")
+    tensors = open_tensors(folder)
+    _check_config(values, file, tensors)
+    with tempfile.TemporaryDirectory(prefix="mlxmoe-") as name, without_network():
+        model = ForeignModel(Path(name), _without(values, LEFT_OUT), tensors)
+        (model.folder / CONFIG).write_text(json.dumps(model.config), encoding="utf-8")
+        for weights in model.files:
+            (model.folder / weights.name).symlink_to(weights.resolve())
+        if len(model.files) > 1:
+            index = {"metadata": {}, "weight_map": {name: tensor.file.name for name, tensor in tensors.items()}}
+            (model.folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        yield model
+
+
+@contextlib.contextmanager
+def without_network() -> Iterator[None]:
+    """Let huggingface_hub, and whoever goes through it, fetch nothing."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def check_described(model: ForeignModel, n_described: int) -> None:
+    """Raise InputError where the model that a library makes of config.json is far larger than the files."""
+    n_stored = n_elements(model.tensors)
+    if n_described > 2 * n_stored + SPARE_ELEMENTS:
+        raise InputError(
+            f"{model.source} describes a model of {n_described:,} values, and the files hold "
+            f"{n_stored:,}; it is not that of these weights"
+        )
+
+
+def refuse_quantized(model: ForeignModel) -> None:
+    """Raise InputError where a model's weights are quantised."""
+    for place, key, value in _every_key(model.config):
+        if key in QUANTIZED and value:
+            raise InputError(
+                f"{model.source}: {brief_name(place)} = {quoted(value)} cannot be honoured; {NO_QUANTIZED}"
+            )
+
+
+def check_all_finite(model: ForeignModel) -> None:
+    """Raise InputError, which names the tensor, where one holds NaN or Inf."""
+    for name, tensor in model.tensors.items():
+        if tensor.is_readable:
+            check_finite(name, tensor.read(), tensor.file)
+
+
+def _check_config(values: dict[str, Any], file: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    largest = max(n_elements(tensors), LARGEST_SIZE)
+    for place, key, value in _every_key(values):
+        if not isinstance(value, int) or NO_SIZE.fullmatch(key):
+            continue
+        if COUNTS_LAYERS.fullmatch(key) and value > len(tensors):
+            raise InputError(
+                f"{file}: {brief_name(place)} = {quoted(value)} is more than the {len(tensors)} tensors of its files; "
+                "it is not that of these weights"
+            )
+        if abs(value) > largest:
+            raise InputError(
+                f"{file}: {brief_name(place)} = {quoted(value)} is beyond all sizes; take at most {largest:,}"
+            )
+
+
+def _every_key(values: Any, above: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Every key at any depth: as it is reached from above, by itself, and its value."""
+    parts = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in parts:
+        if isinstance(key, str):
+            yield f"{above}{key}", key, value
+        yield from _every_key(value, f"{above}{key}.")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is the name of a function that a library has itself, or such names by part of the model."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, bool) or (isinstance(value, str) and bool(re.fullmatch(r"[\w|]*", value)))
+
+
+def _without(values: Any, keys: set[str]) -> Any:
+    """A copy without these keys, at any depth."""
+    if isinstance(values, dict):
+        return {key: _without(value, keys) for key, value in values.items() if key not in keys}
+    return [_without(value, keys) for value in values] if isinstance(values, list) else values

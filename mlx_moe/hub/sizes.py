@@ -1,0 +1,71 @@
+"""How large a model would be, by its config alone and at once: compared with what is there before anything is made.
+
+D model, F ffn, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.errors import InputError
+from mlx_moe.parameters import FFN_INPUTS
+from mlx_moe.storage.atomic import absolute
+from mlx_moe.storage.tensor_files import StoredTensor, n_elements
+
+LARGEST = {"d_model": 1 << 20, "n_layers": 10_000, "n_heads": 1 << 16, "d_ff": 1 << 24, "n_experts": 1 << 16}
+BYTES = 4  # of a float32
+LEEWAY = 16  # times what the files hold; below, the tensor that is missing, or has another shape, is named instead
+
+
+def least_parameters(config: ModelConfig) -> int:
+    """The values in a model's matrices, embeddings and routers: all but norms, biases and an untied head.
+
+    Unlike `count_parameters` it makes no table, so it takes no longer for a billion layers than for one.
+    """
+    D, moe = config.d_model, config.moe
+    attention = 2 * D * config.head_dim * (config.n_heads + config.n_kv_heads)
+    matrices = 1 + len(FFN_INPUTS[config.ffn_type])
+    n_mixtures = _n_mixtures(config)
+    total = config.vocab_size * D + config.n_layers * attention
+    total += (config.n_layers - n_mixtures) * matrices * D * config.d_ff
+    if moe is not None:
+        experts = moe.n_experts * (D + matrices * D * config.expert_d_ff)
+        total += n_mixtures * (experts + matrices * D * moe.shared_d_ff)
+    return total
+
+
+def check_described(
+    file: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], one_tensor_each: bool
+) -> None:
+    """Raise InputError where config.json asks for more than the files hold; `one_tensor_each`: of the experts."""
+    needed, there, what = least_parameters(config), n_elements(tensors), "values"
+    if needed <= LEEWAY * there and config.moe and one_tensor_each:
+        needed, there, what = _n_mixtures(config) * config.moe.n_experts, len(tensors), "tensors"
+    if needed > LEEWAY * there:
+        raise InputError(
+            f"{file} describes a model of at least {needed:,} {what}, and the files hold {there:,}; "
+            "it is not that of these weights"
+        )
+
+
+def check_room(out: Path, config: ModelConfig) -> None:
+    """Raise InputError where the disk of a folder that is to be made has no room for a model in float32."""
+    place = absolute(out)
+    while not place.exists():
+        place = place.parent
+    needed, free = BYTES * least_parameters(config), shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(
+            f"the model takes {needed / 1e9:,.1f} GB, and the disk of {out} has {free / 1e9:,.1f} GB free; make room, "
+            "or ask for a smaller one"
+        )
+
+
+def _n_mixtures(config: ModelConfig) -> int:
+    """The number of layers with experts; `len(config.expert_layers)` would list them all."""
+    if config.moe is None:
+        return 0
+    return config.n_layers if config.moe.layers is None else len(config.moe.layers)
