@@ -66,7 +66,8 @@ def new_folder(path: Path, aside: str | None = None) -> Iterator[Path]:
         if aside is not None and os.path.lexists(path):
             set_aside(path, aside)
         try:
-            partial.rename(path)
+            with _free_of_others(path):
+                partial.rename(path)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
@@ -136,7 +137,7 @@ def absolute(path: Path) -> Path:
     try:
         return Path(os.path.abspath(path.expanduser()))  # `..` goes by the text, as the shell's `cd` does
     except RuntimeError as error:
-        raise InputError(f"{_shown(path)}: {one_line(error)}; write the folder out") from None
+        raise InputError(f"{path}: {one_line(error)}; write the folder out") from None
     except FileNotFoundError:
         raise InputError("the working folder was deleted; go to another one") from None
 
@@ -241,6 +242,24 @@ def _made_folders(folder: Path) -> Iterator[None]:
         for path in reversed(made):
             with contextlib.suppress(OSError):  # not empty: the work came to something
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def _free_of_others(path: Path) -> Iterator[None]:
+    """Keep the empty folder at `path`, where there is one, from a run that is about to begin in it, which locks it.
+
+    Raises FileExistsError where one has begun.
+    """
+    descriptor = None
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = locks.acquire(path)
+        yield
+    except locks.Busy:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ axes:
 
 
 def build(folder: Path, cache: Path) -> None:
-    """Fill a folder with a finished run of two phases, a Hugging Face model, a finished sweep, and results to fit to."""
+    """Fill a folder with a finished run of two phases, a Hugging Face model, a finished sweep, results to fit to."""
     folder.mkdir(parents=True)
     (folder / "tmp").mkdir()
     (folder / "tmp" / "of-others.txt").write_text("somebody's\n")
@@ -30,11 +30,9 @@ def build(folder: Path, cache: Path) -> None:
     _mlxmoe(folder, cache, "sweep", "sweep.yaml", *ON_CPU, "--out", "sweep")
     (folder / "scaling").mkdir()
     rows = [
-        {
-            **{"run": f"r{n}", "status": "finished", "choices": {"n": n}, "seed": 0, "tokens": 10_000},
-            **{"parameters_non_embedding": n, "parameters_active": n, "parameters_total": n},
-            "validation_loss": 1.5 + 40 * n**-0.4,
-        }
+        {"run": f"r{n}", "status": "finished", "choices": {"n": n}, "seed": 0, "tokens": 10_000}
+        | {f"parameters_{kind}": n for kind in ("non_embedding", "active", "total")}
+        | {"validation_loss": 1.5 + 40 * n**-0.4}
         for n in (1_000, 3_000, 10_000, 30_000, 100_000)
     ]
     (folder / "scaling" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -14,15 +14,12 @@ import pytest
 
 import cli
 
-ENVIRONMENT = {
-    **{"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-    **{"PYTHONHASHSEED": "0", "NO_COLOR": "1"},
-}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`crash`: the traceback of what no code had expected, which only the last resort in `cli.main` turned into a line."""
+    """`crash`: the traceback of what nobody expected, and only the last resort in `cli.main` turned into a line."""
 
     code: int
     out: str
