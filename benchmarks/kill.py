@@ -1,11 +1,15 @@
-"""Kill a run with SIGKILL at random moments, resume it each time, and compare what it comes to with a run left alone.
+"""Kill a command with SIGKILL at random moments, start it again each time, and compare what it comes to with one that
+was left alone.
 
     python benchmarks/kill.py --backend torch --kills 50
+    python benchmarks/kill.py --what import --kills 50
 
 Every fifth moment is drawn evenly over the length of a whole run, start-up included; the others over what is left to do
-after it: training, saving, boundaries. A run that ends before its moment is checked, and another begun. Exit 0: every
-run ended with the rows and the weights of the one left alone, to the last bit, and each resumption began at the latest
-checkpoint that was whole. Prints a table and JSON.
+after it: training, saving, boundaries; or reading, certifying, writing. A run that ends before its moment is checked,
+and another begun. Exit 0: all ended with the files of the one left alone, to the last bit but for times, at no moment
+half an output was to be seen, no process outlived the one that was killed, and nothing was left over. A run of `train`
+is resumed, each time from the latest checkpoint that was whole; of a sweep the process is killed that starts the runs,
+which have to end by themselves. Prints a table and JSON.
 """
 
 from __future__ import annotations
@@ -14,12 +18,15 @@ import argparse
 import json
 import os
 import random
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +36,7 @@ from mlx_moe.training.phases import open_run
 
 ROOT = Path(__file__).parents[1]
 TIMING = {"tokens_per_s", "step_ms", "peak_memory_bytes", "mfu", "seconds"}
+PATIENCE_SECONDS = 60  # for the runs of a sweep that was killed to end
 # A checkpoint after every step, so that saving takes a good share of the time.
 RUN = [
     *("model.d_model=64", "model.n_layers=2", "model.n_heads=2", "model.context_length=16", "training.batch_size=4"),
@@ -38,8 +46,29 @@ RUN = [
 ]
 
 
+LARGER = ["model.d_model=128", "model.n_layers=4", "phases.moe.n_experts=2"]  # so that writing takes a while
+# Whether it is started again until it ends by itself, and what `mlxmoe` is called with; the output's place comes last.
+COMMANDS = {
+    "sweep": (True, ["sweep", "sweep.yaml", "--jobs", "2", "--out"]),
+    "import": (False, ["import", "model"]),
+    "upcycle": (False, ["upcycle", "run/phases/1-dense", "--experts", "4"]),
+    "grow": (False, ["grow", "run/phases/1-dense", "--d-model", "192"]),
+    "export": (False, ["export", "run/phases/1-dense", "--no-verify"]),
+    "report": (False, ["report", "run", "--out"]),
+}
+SWEEP = """\
+name: s
+preset: llama
+n_phases: 2
+overrides: {phases.dense.steps: 4, phases.moe.steps: 4, %s}
+axes:
+  seed: [0, 1, 2]
+"""
+
+
 @dataclass
 class Result:
+    what: str
     backend: str
     kills: Counter[str] = field(default_factory=Counter)  # by what the run was doing
     runs: int = 0
@@ -50,20 +79,25 @@ class Result:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", default="train", choices=["train", *COMMANDS])
     parser.add_argument("--backend", default="torch", choices=["mlx", "torch"])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=60, help="of each phase")
+    parser.add_argument("--steps", type=int, default=60, help="of each phase of train")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = kill(options.backend, options.kills, options.steps, options.seed, Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.what == "train":
+            result = kill(options.backend, options.kills, options.steps, options.seed, folder)
+        else:
+            result = Killing(options.what, options.backend, folder).kill(options.kills, options.seed)
     show(result)
     return 1 if result.faults else 0
 
 
 def kill(backend: str, n_kills: int, n_steps: int, seed: int, folder: Path) -> Result:
     """Begin runs, kill and resume them until `n_kills` are done and the last run has ended."""
-    result, began = Result(backend), time.perf_counter()
+    result, began = Result("train", backend), time.perf_counter()
     begin = ["--preset", "demo", "--steps", str(n_steps), *(word for override in RUN for word in ("-o", override))]
     whole = folder / "left-alone"
     seconds_after_start = Attempt(folder, backend, whole, begin).wait()
@@ -100,15 +134,13 @@ class Attempt:
         self.run = run
         self.began = (run / "config.yaml").exists()
         self.latest = checkpoint.latest(run)
-        self.environment = _modified(run / "environment.json")
+        self.began_at = _modified(run / "environment.json")
         self.faults: list[str] = []
         self.said = folder / "said.txt"
         arguments = ["--resume", str(run)] if self.began else [*begin, "--out", str(run)]
         command = [sys.executable, "-m", "cli", "train", *arguments, "--backend", backend, "--device", "cpu"]
-        environment = os.environ | {"MLXMOE_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with self.said.open("w") as said:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=said, stderr=said)
 
     def wait(self) -> float:
         """Let it end; the seconds it took after its start."""
@@ -130,7 +162,7 @@ class Attempt:
         return 1 - (phase - 1 + step / open_run(self.run).phases.dense.steps) / 3
 
     def is_starting(self) -> bool:
-        return _modified(self.run / "environment.json") == self.environment
+        return _modified(self.run / "environment.json") == self.began_at
 
     def ends_within(self, seconds: float | None) -> bool:
         """Whether it came to its end; else it is killed."""
@@ -150,7 +182,7 @@ class Attempt:
         """What the process did when it was killed, by what it left."""
         if any(self.run.glob("phases/*/checkpoints/.*")):
             return "saving a checkpoint"
-        if _modified(self.run / "environment.json") == self.environment:
+        if _modified(self.run / "environment.json") == self.began_at:
             return "starting"
         latest = checkpoint.latest(self.run)
         if (latest and latest.name == f"step-{self.steps_of_phase()}") or any(self.run.glob("**/.*.partial")):
@@ -158,7 +190,6 @@ class Attempt:
         return "training"
 
     def steps_of_phase(self) -> int:
-
         return open_run(self.run).phases.dense.steps
 
     def steps_lost(self) -> int:
@@ -184,9 +215,188 @@ def differences(run: Path, whole: Path) -> list[str]:
         for name, array in getattr(one, arrays).items():
             if array.tobytes() != getattr(other, arrays)[name].tobytes():
                 faults.append(f"{run.name}: {name} of the {arrays} differs")
-    if left := [str(path) for path in run.rglob(".*")]:
+    if left := [*leftovers(run), *leftovers(run.parent)]:
         faults.append(f"{run.name}: left over: {left}")
     return faults
+
+
+class Killing:
+    """Kills a command that writes one output into a folder of its own."""
+
+    def __init__(self, what: str, backend: str, folder: Path):
+        self.resumes, self.call = COMMANDS[what]
+        if what in ("sweep", "upcycle", "grow"):
+            self.call = [self.call[0], "--backend", backend, "--device", "cpu", *self.call[1:]]
+        self.result = Result(what, backend)
+        self.folder = folder
+        self.mark = secrets.token_hex(8)  # in the environment of all processes that are killed
+        self.before: bytes | None = None  # of a file: what an earlier call wrote there
+        self._make_materials(backend)
+
+    def kill(self, n_kills: int, seed: int) -> Result:
+        """Kill until there were `n_kills`, and the last run has ended."""
+        moments, whole = random.Random(seed), self.folder / "left-alone" / "out"
+        seconds_of_work = self._leave_alone(whole)
+        while sum(self.result.kills.values()) < n_kills and not self.result.faults:
+            place = self.folder / f"run-{self.result.runs}" / "out"
+            self._prepare(place)
+            ended = False
+            while not ended and not self.result.faults:
+                done = sum(self.result.kills.values())
+                attempt = self._start(place)
+                if done == n_kills or (done and not self.resumes and self.result.runs < done):
+                    ended = self._ends_within(attempt, place, None)
+                elif done % 5 == 4:
+                    ended = self._ends_within(attempt, place, moments.uniform(0, self.result.seconds_of_a_run))
+                else:
+                    self._await_work(attempt, place)
+                    ended = self._ends_within(attempt, place, moments.uniform(0, 1.1 * seconds_of_work))
+                if not ended:
+                    self._note_a_kill(place, whole)
+            self.result.runs += 1
+            self.result.faults += self._differences(place, whole)
+            shutil.rmtree(place.parent)
+        return self.result
+
+    def _make_materials(self, backend: str) -> None:
+        overrides = [override for override in RUN if not override.startswith("phases")] + LARGER
+        train = ["train", "--preset", "llama", "--phases", "2", "--steps", "2", "--backend", backend, "--device", "cpu"]
+        self._run([*train, *(word for override in overrides for word in ("-o", override)), "--out", "run"])
+        self._run(["export", "run/phases/1-dense", "--no-verify", "model"])
+        values = ", ".join(override.replace("=", ": ") for override in RUN)
+        (self.folder / "sweep.yaml").write_text(SWEEP % values)
+
+    def _leave_alone(self, whole: Path) -> float:
+        """Run it once; the seconds from its first sign until its output is there, or, where it is resumed, its end."""
+        self._prepare(whole)
+        began = time.perf_counter()
+        attempt = self._start(whole)
+        self._await_work(attempt, whole)
+        start = time.perf_counter()
+        while not self.resumes and not self._is_there(whole) and attempt.poll() is None:
+            time.sleep(0.001)
+        appeared = time.perf_counter()
+        if not self._ends_within(attempt, whole, None) or self.result.faults:
+            raise SystemExit(f"the command that is left alone failed: {self.result.faults}")
+        self.result.seconds_of_a_run = time.perf_counter() - began
+        return (time.perf_counter() if self.resumes else appeared) - start
+
+    def _prepare(self, place: Path) -> None:
+        place.parent.mkdir(parents=True)
+        if self.result.what == "report" and self.result.runs % 2:
+            self.before = b"<!-- written by mlxmoe report --> of an earlier run"
+            place.write_bytes(self.before)
+        else:
+            self.before = None
+
+    def _start(self, place: Path) -> subprocess.Popen[bytes]:
+        with (self.folder / "said.txt").open("w") as said:
+            return subprocess.Popen(
+                [sys.executable, "-m", "cli", *self.call, str(place)],
+                cwd=self.folder,
+                env=environment(self.folder) | {"MLXMOE_KILLED": self.mark},
+                stdout=said,
+                stderr=said,
+            )
+
+    def _await_work(self, attempt: subprocess.Popen[bytes], place: Path) -> None:
+        """Until something is beside the place, or in it, that was not there."""
+        there = set(os.listdir(place.parent)), _modified(place)
+        while there == (set(os.listdir(place.parent)), _modified(place)) and attempt.poll() is None:
+            time.sleep(0.001)
+
+    def _ends_within(self, attempt: subprocess.Popen[bytes], place: Path, seconds: float | None) -> bool:
+        was_there = self._is_there(place)
+        try:
+            exit_code = attempt.wait(seconds)
+        except subprocess.TimeoutExpired:
+            attempt.send_signal(signal.SIGKILL)
+            exit_code = attempt.wait()
+        text = (self.folder / "said.txt").read_text()
+        # What appeared in the moment before the kill may not be written over.
+        refused = exit_code == 2 and was_there and "exists already" in text.splitlines()[-1]
+        if exit_code not in (0, -signal.SIGKILL) and not refused:
+            self.result.faults.append(f"exit code {exit_code}: {text[-500:]}")
+        return exit_code != -signal.SIGKILL
+
+    def _is_there(self, place: Path) -> bool:
+        return place.exists() and (not place.is_file() or place.read_bytes() != self.before)
+
+    def _note_a_kill(self, place: Path, whole: Path) -> None:
+        """What it was doing, whether it left half an output, and whether all of its processes end."""
+        started = leftovers(place.parent) or (self.resumes and place.exists())
+        doing = "its work" if started else "done" if self._is_there(place) else "starting"
+        self.result.kills[doing] += 1
+        if not self.resumes and self._is_there(place):
+            self.result.faults += [fault for fault in self._differences(place, whole) if "left over" not in fault]
+        elif not self.resumes and self.before is not None and not place.exists():
+            self.result.faults.append(f"{place}: what was there is gone")
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (alive := list(marked(self.mark))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for number in alive:
+            self.result.faults.append(f"process {number} outlived the one that was killed")
+            os.kill(number, signal.SIGKILL)
+
+    def _differences(self, place: Path, whole: Path) -> list[str]:
+        found = [f"left over: {name}" for name in leftovers(place.parent)]
+        if self.result.what == "sweep":
+            runs = sorted(path.parent.name for path in whole.glob("*/config.yaml"))
+            found += [fault for run in runs for fault in differences(place / run, whole / run)]
+            rows = [
+                [
+                    {key: row.get(key) for key in ("run", "status", "tokens", "validation_loss")}
+                    for row in jsonl.read(file)
+                ]
+                for file in (place / "results.jsonl", whole / "results.jsonl")
+            ]
+            return found if rows[0] == rows[1] else [*found, "results.jsonl differs"]
+        files = [contents(folder) for folder in (place, whole)]
+        names = sorted(name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name))
+        return found + [f"{place.name}/{name} differs" for name in names]
+
+    def _run(self, argv: list[str]) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "cli", *argv],
+            cwd=self.folder,
+            env=environment(self.folder),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise SystemExit(f"mlxmoe {' '.join(argv)}: {done.stderr}")
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    """The bytes of a file, or of all files of a folder."""
+    files = place.rglob("*") if place.is_dir() else [place]
+    return {str(file.relative_to(place)): file.read_bytes() for file in files if file.is_file()}
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Scratch folders and lock files."""
+    return [str(path) for path in folder.rglob(".mlxmoe-*")]
+
+
+def marked(mark: str) -> Iterator[int]:
+    """The processes with a mark in their environment that have not ended."""
+    if Path("/proc/self/environ").exists():
+        for file in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if mark.encode() in file.read_bytes():
+                    yield int(file.parent.name)
+            except OSError:  # it has just ended, or is another user's
+                continue
+        return
+    listed = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, text=True, check=True)
+    yield from (int(line.split()[0]) for line in listed.stdout.splitlines() if mark in line)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """That of a command: its own token cache, one thread."""
+    own = {"MLXMOE_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return os.environ | own | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -197,7 +407,8 @@ def show(result: Result) -> None:
     for name, count in result.kills.most_common():
         print(f"{name:<24}{count:>4} kills")
     print(f"{'runs brought to an end':<24}{result.runs:>4}, {result.seconds_of_a_run:.1f} s each when left alone")
-    print(f"{'steps done again':<24}{max(result.steps_lost, default=0):>4} at most after a kill")
+    if result.steps_lost:
+        print(f"{'steps done again':<24}{max(result.steps_lost):>4} at most after a kill")
     print(f"{'faults':<24}{len(result.faults):>4}")
     for fault in result.faults:
         print(f"  {fault}")

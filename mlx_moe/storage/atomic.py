@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mlx_moe.errors import InputError, one_line, quoted
 from mlx_moe.storage import locks
+from mlx_moe.terminal import printable
 
 SCRATCH = ".mlxmoe-partial-"
 # Every file that a command writes says so in its first bytes: only such a file does it write over.
@@ -36,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A link stays: what it points to is replaced. Raises IsADirectoryError where a folder stands there. On an error
     nothing of it is kept, and what was at `path` stays.
     """
-    target = path.resolve() if path.is_symlink() else path
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with _scratch(target.parent) as scratch:
@@ -65,7 +66,8 @@ def new_folder(path: Path, aside: str | None = None) -> Iterator[Path]:
         if aside is not None and os.path.lexists(path):
             set_aside(path, aside)
         try:
-            partial.rename(path)
+            with _free_of_others(path):
+                partial.rename(path)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
@@ -112,7 +114,7 @@ def creating(path: Path, remedy: str = "name a folder that does not exist") -> I
         try:
             check_free(target)
         except FileExistsError:
-            raise InputError(f"{path} exists already; {remedy}") from None
+            raise InputError(f"{_shown(path)} exists already; {remedy}") from None
         with _made_folders(target.parent), _held(target), new_folder(target) as partial:
             yield partial
 
@@ -209,7 +211,7 @@ def clean_leftovers(folder: Path) -> None:
 
 def flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -250,12 +252,30 @@ def _made_folders(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _free_of_others(path: Path) -> Iterator[None]:
+    """Keep the empty folder at `path`, where there is one, from a run that is about to begin in it, which locks it.
+
+    Raises FileExistsError where one has begun.
+    """
+    descriptor = None
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = locks.acquire(path)
+        yield
+    except locks.Busy:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
 def _held(target: Path) -> Iterator[None]:
     try:
         with locks.holding(target):
             yield
     except locks.Busy:
-        raise InputError(f"another process is writing {target}; wait for it, or name another place") from None
+        raise InputError(f"another process is writing {_shown(target)}; wait for it, or name another place") from None
 
 
 @contextlib.contextmanager
@@ -264,9 +284,14 @@ def _reported(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
-        raise InputError(f"{path} came into being in the meantime; nothing of it was changed; {remedy}") from None
+        raise InputError(f"{_shown(path)} came into being in the meantime and was not changed; {remedy}") from None
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or one_line(error)}; {remedy}") from None
+        raise InputError(f"cannot write {_shown(path)}: {error.strerror or one_line(error)}; {remedy}") from None
+
+
+def _shown(path: Path) -> str:
+    """The path for a message of one line, which a name may not break."""
+    return printable(str(path)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _is_old_file(path: Path) -> bool:
@@ -280,11 +305,13 @@ def _check_replaceable(target: Path, is_own_place: bool, remedy: str) -> None:
     if not os.path.lexists(target):
         return
     if target.is_dir():
-        raise InputError(f"{target} is a folder; {remedy}")
+        raise InputError(f"{_shown(target)} is a folder; {remedy}")
+    if os.path.islink(os.path.realpath(target)):
+        raise InputError(f"{_shown(target)} is a link that leads back to itself; {remedy}")
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-        raise InputError(f"{target} is no regular file; {remedy}")
+        raise InputError(f"{_shown(target)} is no regular file; {remedy}")
     if target.exists() and not is_own_place and not is_signed(target):
-        raise InputError(f"{target} exists and was not written by this command; delete it first, or {remedy}")
+        raise InputError(f"{_shown(target)} exists and was not written by this command; delete it first, or {remedy}")
 
 
 def is_signed(file: Path) -> bool:
