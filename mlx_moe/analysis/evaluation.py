@@ -32,6 +32,7 @@ from mlx_moe.training.console import Console
 from mlx_moe.training.generation import generate, tokenizer_of
 from mlx_moe.training.phases import open_run
 from mlx_moe.training.results import PROMPTS
+from mlx_moe.validation import validate
 
 RESULTS, GENERATIONS = "evaluation_results.csv", "generations.md"
 TEMPERATURES = (0.0, 0.8)
@@ -199,7 +200,7 @@ def _data_config(loaded: Checkpoint, options: EvaluationOptions) -> DataConfig:
     run = next((parent for parent in loaded.path.resolve().parents if (parent / CONFIG).is_file()), None)
     if options.data is not None:
         fields: dict[str, Any] = {"source": options.data, "text_field": options.text_field, "n_documents": None}
-        return DataConfig(**fields, tokenizer=str(loaded.tokenizer_folder))
+        return validate(DataConfig, fields | {"tokenizer": str(loaded.tokenizer_folder)})
     if run is None:
         raise InputError(f"{loaded.path} is not in a run's folder, so its data is not known; name some with --data")
     return open_run(run).data

@@ -28,7 +28,7 @@ from mlx_moe.analysis import one_run
 from mlx_moe.analysis.one_run import HELD_ELSEWHERE, SWEEP, is_held, read_sweep
 from mlx_moe.analysis.results import ELSEWHERE, FAILED, FAILURE, FINISHED, INTERRUPTED, gather, row_of, show, write
 from mlx_moe.analysis.sweeps import PlannedRun
-from mlx_moe.errors import InputError, one_line
+from mlx_moe.errors import InputError, brief_name, one_line
 from mlx_moe.storage import locks
 from mlx_moe.storage.atomic import SCRATCH, SYSTEM_FILES, absolute, clean_leftovers, make_folder, replacing, set_aside
 from mlx_moe.storage.run_folder import CONFIG
@@ -303,7 +303,7 @@ def _sole(planned: Sequence[PlannedRun], out: Path, console: Console) -> Iterato
 def _check_folder(planned: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
     """Return what the folder's `sweep.json` says. Raises InputError where the folder is something else."""
     if os.path.lexists(out) and not out.is_dir():
-        raise InputError(f"--out {out} is no folder; name another one")
+        raise InputError(f"--out {brief_name(str(out), 4096)} is no folder; name another one")
     if not (out / SWEEP).is_file():
         if out.is_dir() and not all(map(_is_of_a_beginning, out.iterdir())):
             raise InputError(f"{out} is not empty and holds no sweep; name another --out")

@@ -41,6 +41,7 @@ from mlx_moe.training.console import Console
 from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.plan import Plan
 from mlx_moe.transfer.upcycling import LOSSY_METHOD, plan_phase
+from mlx_moe.validation import validate
 
 PROBE_TOKENS = 64
 WINDOW_TOKENS = 256  # of the text that centroids are taken of
@@ -149,7 +150,7 @@ def text_tokens(source: Checkpoint, text: str, n: int) -> Tokens:
         raise InputError(f"{source.path} has no tokenizer to read {text} with; take --router random")
     tokenizer, ids = Tokenizer.load(source.tokenizer_folder), list[int]()
     width = min(source.config.context_length, WINDOW_TOKENS)
-    for document in open_source(DataConfig(source=text, n_documents=None)).documents():
+    for document in open_source(validate(DataConfig, {"source": text, "n_documents": None})).documents():
         ids += [*tokenizer.encode(document), tokenizer.eot_id]
         if len(ids) > n + n // width + width:
             break

@@ -21,13 +21,14 @@ from mlx_moe.data import sources
 from mlx_moe.data.sources import open_source
 from mlx_moe.data.tokens import prepare
 from mlx_moe.errors import InputError
+from mlx_moe.validation import validate
 
 ALL = None
 
 
 def read(path, **settings):
     """All documents of a source, or the one line that says why there are none."""
-    config = DataConfig(source=str(path), **({"n_documents": ALL} | settings))
+    config = validate(DataConfig, {"source": str(path), "n_documents": ALL} | settings)
     try:
         documents = list(open_source(config).documents())
     except InputError as error:
@@ -511,7 +512,7 @@ class Changing:
         self.path, self.change = path, change
 
     def read(self, **settings):
-        source = open_source(DataConfig(source=str(self.path), **({"n_documents": ALL} | settings)))
+        source = open_source(validate(DataConfig, {"source": str(self.path), "n_documents": ALL} | settings))
         documents = source.documents()
         texts = [next(documents)]
         self.change(self.path)

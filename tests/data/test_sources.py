@@ -9,14 +9,15 @@ from mlx_moe.config import DataConfig
 from mlx_moe.data.sources import open_source
 from mlx_moe.data.stories import story
 from mlx_moe.errors import InputError
+from mlx_moe.validation import validate
 
 
 def documents(path, **settings):
-    return list(open_source(DataConfig(source=str(path), **settings)).documents())
+    return list(open_source(validate(DataConfig, {"source": str(path)} | settings)).documents())
 
 
 def identity(path, **settings):
-    return open_source(DataConfig(source=str(path), **settings)).identity
+    return open_source(validate(DataConfig, {"source": str(path)} | settings)).identity
 
 
 def refusal(path, **settings):

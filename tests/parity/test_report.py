@@ -129,8 +129,8 @@ def test_a_page_of_what_differs(mlxmoe, monkeypatch, tmp_path):
     ("arguments", "said"),
     [
         (["--model", "x", "--preset", "nano"], "--model compares mlx-lm with transformers"),
-        (["--html", "nowhere/page.html"], "no folder nowhere"),
-        (["--out", "nowhere/page.json"], "no folder nowhere"),
+        (["--html", "/dev/null"], "/dev/null is no regular file"),
+        (["--out", "x" * 300], "File name too long"),
     ],
 )
 def test_bad_arguments(arguments, said, mlxmoe, tmp_path, monkeypatch):
