@@ -70,9 +70,9 @@ def values(path: Path, file: ParquetFile, name: str) -> Iterator[str | None]:
         repeated = _longest_repeated(path, file, group, column, name)
         rows_at_once = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(1, repeated)))
         if chunk.total_uncompressed_size + chunk.num_values * (repeated + BYTES_OF_A_ROW) > allowed:
-            counted = chunk.total_uncompressed_size
+            counted = max(chunk.total_uncompressed_size, chunk.num_values * BYTES_OF_A_ROW)  # at least
             if counted <= allowed + spare:
-                counted = _count(file, group, name, rows_at_once, allowed + spare)
+                counted = _count(file, group, name, BYTES_AT_ONCE // max(BYTES_OF_A_ROW, repeated), allowed + spare)
             spare -= max(0, counted - allowed)
             if spare < 0:
                 raise InputError(
@@ -115,7 +115,7 @@ def _count(file: ParquetFile, group: int, name: str, rows_at_once: int, limit: i
     from pyarrow import compute
 
     counted = 0
-    for batch in _batches(file, group, name, rows_at_once):
+    for batch in _batches(file, group, name, max(1, rows_at_once)):
         decoded = batch.dictionary_decode() if isinstance(batch, pyarrow.DictionaryArray) else batch
         lengths = compute.binary_length(decoded.cast(pyarrow.large_string()))
         counted += (compute.sum(lengths).as_py() or 0) + len(batch) * BYTES_OF_A_ROW

@@ -202,7 +202,7 @@ def clean_leftovers(folder: Path) -> None:
     stale = [path for path in folder.glob(f"{locks.LOCK_PREFIX}*{locks.LOCK_SUFFIX}") if _is_old_file(path)]
     for leftover in [*scratch, *stale]:
         with contextlib.suppress(OSError, locks.Busy):
-            descriptor = locks.acquire(leftover)
+            descriptor = locks.acquire(leftover, needed=True)  # else it may be what another process is writing
             try:
                 shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
             finally:

@@ -23,10 +23,11 @@ class Busy(Exception):
     """Another process holds the lock."""
 
 
-def acquire(path: Path, shared: bool = False) -> int:
+def acquire(path: Path, shared: bool = False, needed: bool = False) -> int:
     """Lock a file or a folder that exists, and return the descriptor that holds it; `os.close` lets go.
 
-    Raises Busy where another process holds it, FileNotFoundError where it was renamed or deleted in the meantime.
+    Raises Busy where another process holds it, or where a lock is `needed` and the file system knows none, and
+    FileNotFoundError where it was renamed or deleted in the meantime.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -37,6 +38,8 @@ def acquire(path: Path, shared: bool = False) -> int:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
+            if needed:
+                raise Busy(str(path)) from None
         if not _is_at(descriptor, path):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     except BaseException:

@@ -369,7 +369,7 @@ def test_a_small_file_of_very_much_text_is_refused(tmp_path):
         seconds, said = line.split(maxsplit=1)
         is_limited = number % 2 == 1  # the first documents may be had where they alone are not too much
         assert "unpacks to more than 256 times as much text" in said or (is_limited and said == "10000")
-        assert float(seconds) < 5
+        assert float(seconds) < 10
 
 
 KINDS = ["string", "large_string", "string_view", "dictionary", "json"]

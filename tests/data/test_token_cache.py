@@ -392,8 +392,7 @@ def _race(cache, barrier, queue, is_locked):
     queue.put((prepare(STORIES, Path(cache), lines.append).provenance, lines))
 
 
-@pytest.mark.parametrize("is_locked", [True, False])
-@pytest.mark.parametrize("is_damaged", [True, False])
+@pytest.mark.parametrize(("is_locked", "is_damaged"), [(True, True), (True, False), (False, False)])
 def test_processes_at_once_all_succeed(tmp_path, made, is_locked, is_damaged):
     cache = tmp_path / "cache"
     if is_damaged:
@@ -415,6 +414,18 @@ def test_processes_at_once_all_succeed(tmp_path, made, is_locked, is_damaged):
     assert len(builds) == 1 or not is_locked
     prepare(STORIES, cache, pytest.fail)
     assert [path for path in cache.iterdir() if ".damaged" not in path.name] == [cache / entries_name(made)]
+
+
+def test_where_nothing_can_be_locked_the_work_of_others_is_left_alone(tmp_path, monkeypatch):
+    process = build_elsewhere(tmp_path, "time.sleep(0.7)")
+    wait_for(nearly_done(tmp_path))
+
+    def unsupported(*arguments):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    prepare(STORIES.model_copy(update={"n_documents": 61}), tmp_path)
+    assert process.communicate()[0].endswith("finished\n")
 
 
 def entries_name(cache):
