@@ -100,6 +100,7 @@ def writing(
         _check_replaceable(target, is_own_place, remedy)
         with _made_folders(target.parent), _held(target), replacing(target) as partial:
             yield partial
+            _check_replaceable(target, is_own_place, remedy)  # something may have come there during the work
 
 
 @contextlib.contextmanager
@@ -111,12 +112,13 @@ def creating(path: Path, remedy: str = "name a folder that does not exist") -> I
     """
     with _reported(path, "nothing of it was kept; make room, or name another place"):
         target = absolute(path)
-        try:
-            check_free(target)
-        except FileExistsError:
-            raise InputError(f"{_shown(path)} exists already; {remedy}") from None
-        with _made_folders(target.parent), _held(target), new_folder(target) as partial:
-            yield partial
+        with _made_folders(target.parent), _held(target):  # before it is refused: a kill may have left something over
+            try:
+                check_free(target)
+            except FileExistsError:
+                raise InputError(f"{_shown(path)} exists already; {remedy}") from None
+            with new_folder(target) as partial:
+                yield partial
 
 
 def signature(command: str) -> str:
