@@ -277,7 +277,7 @@ def test_a_tokenizer_that_names_code_is_not_passed_on(tmp_path):
     save_tokenizer(tmp_path / "step-7" / "tokenizer")
     file = tmp_path / "step-7" / "tokenizer" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["x.Y", None]}}))
-    with pytest.raises(InputError, match="auto_map = .* never run"):
+    with pytest.raises(InputError, match=r"auto_map = .* never run"):
         export(fresh(config, tmp_path), tmp_path / "out", "auto")
     assert not (tmp_path / "out").exists()
 

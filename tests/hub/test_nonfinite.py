@@ -81,7 +81,7 @@ def test_what_is_finite_though_its_sum_is_not():
     check_finite("large", large, None)
     check_finite("cancelling", large * np.array([1, -1, 1, -1], np.float32), None)
     large[1, 2] = np.nan
-    with pytest.raises(InputError, match="large holds NaN or Inf .1 of 16"):
+    with pytest.raises(InputError, match=r"large holds NaN or Inf .1 of 16"):
         check_finite("large", large, None)
     both = np.array([np.inf, -np.inf, 0], np.float32)
     with pytest.raises(InputError, match="2 of 3"):
