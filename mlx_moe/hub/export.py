@@ -21,6 +21,7 @@ from mlx_moe.data.tokenizers import HUB_NAME, Tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.hub import formats
 from mlx_moe.hub.config_in import read_config
+from mlx_moe.hub.foreign import refuse_code
 from mlx_moe.hub.layout import find, layout, unpack
 from mlx_moe.hub.models import ORIGIN, with_finite_weights
 from mlx_moe.hub.sizes import check_room
@@ -97,6 +98,7 @@ def _write_tokenizer(source: Checkpoint, folder: Path) -> dict[str, int | None]:
     """Copy the tokenizer, and write generation_config.json where none came with it; the ids of special tokens."""
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
     if source.tokenizer_folder is not None:
+        refuse_code(source.tokenizer_folder)  # others would be asked to run it
         copy_tokenizer(source.tokenizer_folder, folder)
         ids["eos_token_id"] = Tokenizer.load(folder).eot_id
     generation = folder / "generation_config.json"

@@ -71,6 +71,14 @@ class ForeignModel:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The keys of config.json. Raises InputError where there is none, or a file of the folder names code to run."""
+    found = refuse_code(folder)
+    if found is None:
+        raise InputError(f"no {CONFIG} in {folder}; name the folder of a model, as Hugging Face's hub has it")
+    return found
+
+
+def refuse_code(folder: Path) -> dict[str, Any] | None:
+    """Raise InputError where a file of a folder names code to run; else return the keys of config.json, if any."""
     found: dict[str, Any] | None = None
     for name in SETTINGS:
         if (file := own_file(folder, name)) is not None:
@@ -81,8 +89,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 if key in COMPUTED_BY and not _is_plain(value):
                     raise InputError(f"{file}: {brief_name(place)} = {quoted(value)} cannot be honoured; {NO_CODE}")
             found = values if name == CONFIG else found
-    if found is None:
-        raise InputError(f"no {CONFIG} in {folder}; name the folder of a model, as Hugging Face's hub has it")
     return found
 
 

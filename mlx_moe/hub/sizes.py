@@ -15,7 +15,6 @@ from mlx_moe.parameters import FFN_INPUTS
 from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.tensor_files import StoredTensor, n_elements
 
-LARGEST = {"d_model": 1 << 20, "n_layers": 10_000, "n_heads": 1 << 16, "d_ff": 1 << 24, "n_experts": 1 << 16}
 BYTES = 4  # of a float32
 LEEWAY = 16  # times what the files hold; below, the tensor that is missing, or has another shape, is named instead
 

@@ -1,9 +1,12 @@
 """Ours out: transformers and mlx-lm open the files as they are, and give our logits."""
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from published_models import LIMIT, logits, our_logits, random_tokens, save, save_tokenizer
 from transformers import AutoTokenizer
 
@@ -215,6 +218,68 @@ def test_export_overwrites_nothing(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="exists already"):
         export(fresh(small_model("llama"), tmp_path), tmp_path, "auto")
+
+
+HOSTILE = (
+    "a/b\nlicense: mit\ntags: [x]",
+    "---\n# owned\n---",
+    "<script>alert(1)</script>",
+    "x | y |\n| made | up |",
+    "[click](javascript:alert(1)) ![i](http://evil/x.png) `code` **bold** @user https://evil.example www.evil.example",
+    "\x1b[31mred\x1b[0m \u202egnp.exe",
+    "a" * 100_000,
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_lineage_writes_no_markup_into_the_card(name, tmp_path):
+    plain, hostile = (
+        replace(fresh(small_model("llama"), tmp_path), state=TrainerState(1, 7, "torch", lineage=lineage))
+        for lineage in (("safe/model", "grown"), (name, name))
+    )
+    cards = []
+    for folder, source in (("plain", plain), ("hostile", hostile)):
+        export(source, tmp_path / folder, "auto")
+        cards.append((tmp_path / folder / "README.md").read_text())
+    fronts = [yaml.safe_load(card.split("---")[1]) for card in cards]
+    assert fronts[0].pop("base_model") == "safe/model"
+    assert (
+        fronts[1]
+        == fronts[0]
+        == {
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "tags": ["mlx", "mlxmoe"],
+        }
+    )
+    assert len(cards[0].splitlines()) == len(cards[1].splitlines()) + 1  # base_model
+    (row,) = [line for line in cards[1].splitlines() if line.startswith("| lineage |")]
+    assert len(row) < 5000
+    assert row.isprintable()
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert not re.search(r"<|(?<!\\)[\[`*!]|://|@|www\.", row)
+
+
+def test_a_folder_named_like_markup(tmp_path, mlxmoe):
+    """Its name becomes the lineage."""
+    folder = tmp_path / "<img src=x> | a\nlicense: mit"
+    save("llama", folder)
+    assert mlxmoe("export", folder, tmp_path / "out", "--no-verify").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1]).keys() == {"library_name", "pipeline_tag", "tags"}
+    assert "<img" not in card
+    assert "\nlicense" not in card
+
+
+def test_a_tokenizer_that_names_code_is_not_passed_on(tmp_path):
+    config = small_model("llama", vocab_size=96)
+    (tmp_path / "step-7" / "tokenizer").mkdir(parents=True)
+    save_tokenizer(tmp_path / "step-7" / "tokenizer")
+    file = tmp_path / "step-7" / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["x.Y", None]}}))
+    with pytest.raises(InputError, match=r"auto_map = .* never run"):
+        export(fresh(config, tmp_path), tmp_path / "out", "auto")
+    assert not (tmp_path / "out").exists()
 
 
 def fresh(config, path):
