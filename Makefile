@@ -1,14 +1,16 @@
 # make demo: an environment, three phases on embedded stories, then both backends compared.
 # make test: an environment, then the checks and the tests.
+# make fuzz: wrong files and options for every reader, for ten minutes.
 
 VENV ?= .venv
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
+FUZZ_SECONDS ?= 600
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fuzz clean
 
 demo: $(VENV)/ready
 	$(BIN)/mlxmoe train --phases 3 --preset demo --out $(RUN)
@@ -21,6 +23,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/ready
+	$(BIN)/python tests/faults/fuzz.py --seconds $(FUZZ_SECONDS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
