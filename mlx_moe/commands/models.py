@@ -117,9 +117,12 @@ def generate(
     from mlx_moe.training.generation import continue_text
 
     chosen, loaded = choose_backend(backend), open_model(checkpoint)
-    echo(f"backend: {chosen.reason}", err=True)
     sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
-    for piece in continue_text(loaded, prompt, chosen, device, max_new_tokens, **sampling):
+    pieces = continue_text(loaded, prompt, chosen, device, max_new_tokens, **sampling)
+    first = next(pieces)  # what is wrong with the prompt or the tokenizer is said here, and nothing before it
+    echo(f"backend: {chosen.reason}", err=True)
+    echo(first, nl=False)
+    for piece in pieces:
         echo(piece, nl=False)
     echo()
 

@@ -17,7 +17,7 @@ from mlx_moe.data.sources import open_source
 from mlx_moe.data.stories import story
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import fixed_windows
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, brief_name
 from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.foreign import read_settings
 from mlx_moe.hub.layout import find, unpack
@@ -54,7 +54,7 @@ def open_model(path: Path) -> Checkpoint:
     Raises InputError where it is missing, damaged, or not a model that our config can describe.
     """
     if not os.path.isdir(path) and not (path.name == "best" and os.path.isdir(path.parent)):
-        raise InputError(f"no checkpoint at {path}: there is no such folder")
+        raise InputError(f"no checkpoint at {brief_name(str(path), limit=400)}: there is no such folder")
     if not is_model_folder(path):
         return checkpoint.load(path)
     config, weights = read_model(path)
@@ -77,7 +77,7 @@ def with_finite_weights(source: Checkpoint, remedy: str = "get the model anew") 
 
 def is_model_folder(path: Path) -> bool:
     """Whether a folder looks like Hugging Face's, and not like a checkpoint or a run."""
-    if not os.path.isdir(path):  # unlike is_dir(), False where the name is too long
+    if not os.path.isdir(path):
         return False
     if any((path / name).is_file() for name in (checkpoint.MANIFEST, checkpoint.STATE, "config.yaml")):
         return False
@@ -86,8 +86,8 @@ def is_model_folder(path: Path) -> bool:
 
 def read_model(folder: Path) -> tuple[ModelConfig, Weights]:
     """The architecture and float32 weights of a model in Hugging Face's folder; InputError where they do not fit."""
-    if not folder.is_dir():
-        raise InputError(f"no model at {folder}: there is no such folder")
+    if not os.path.isdir(folder):  # unlike is_dir(), False where the name is too long
+        raise InputError(f"no model at {brief_name(str(folder), limit=400)}: there is no such folder")
     read_settings(folder)  # before the weights: what has no config.json, or brings code, is no model
     tensors = open_tensors(folder)
     family, config = read_config(folder, tensors)
@@ -120,7 +120,7 @@ def import_model(name: str, out: Path, allow_nonfinite: bool = False) -> None:
     """
     with creating(out) as partial:
         folder, console = find_model(name), Console()
-        if (folder / checkpoint.MANIFEST).is_file():
+        if os.path.isfile(folder / checkpoint.MANIFEST):
             raise InputError(f"{folder} is a checkpoint already; use it as it is")
         config, weights = read_model(folder)
         check_room(out, config)

@@ -73,3 +73,13 @@ def test_folders_are_found_as_they_are(cache, tmp_path):
     for name in (str(tmp_path), "/no/such/folder", "../there"):
         assert str(find_model(name)) == name
     assert model_name(tmp_path / "SmolLM2-135M") == "SmolLM2-135M"
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "~nobody-of-that-name/x", "x\0y", "\x1b[31m"])
+def test_a_name_that_no_folder_can_have(name, mlxmoe, tmp_path):
+    """What cannot be read is named, not the place that would be written."""
+    result = mlxmoe("import", name, tmp_path / "out")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "cannot write" not in result.err
+    assert result.err.strip().isprintable()
+    assert not (tmp_path / "out").exists()

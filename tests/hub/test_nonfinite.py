@@ -76,6 +76,12 @@ def test_generation_stops_in_one_line(temperature, backend, broken, mlxmoe):
     assert "Traceback" not in result.err
 
 
+def test_a_prompt_that_is_no_utf8(published, mlxmoe):
+    result = mlxmoe("generate", published, "--prompt", "w1 \udcff")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "error: --prompt holds bytes that are no UTF-8; give it text\n"
+
+
 def test_what_is_finite_though_its_sum_is_not():
     large = np.full((4, 4), 3e38, np.float32)
     check_finite("large", large, None)
