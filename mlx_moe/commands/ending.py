@@ -7,7 +7,17 @@ from typing import NoReturn
 
 from mlx_moe.terminal import echo
 
+LONGEST_LINE = 1_000  # characters; a message may repeat what a user gave, and the remedy stands at its end
+
 
 def stop(message: str, exit_code: int) -> NoReturn:
+    """Print a message, each line of it cut in the middle where it is too long to read, and end with the exit code."""
+    message = "\n".join(_readable(line) for line in message.split("\n"))
     echo(f"error: {message}" if exit_code < 128 else message, err=True)
     sys.exit(exit_code)
+
+
+def _readable(line: str) -> str:
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE * 2 // 3]} … {line[-LONGEST_LINE // 4 :]}"
