@@ -90,11 +90,12 @@ def list_anew(folder: Path, random: Random) -> None:
     if random.random() < 0.25:
         return
     for manifest in (folder / "run").glob("phases/*/checkpoints/*/manifest.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
             listed = json.loads(manifest.read_text())
             for name in listed:
-                data = (manifest.parent / name).read_bytes()
-                listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                if (manifest.parent / name).is_file():  # and no device without an end
+                    data = (manifest.parent / name).read_bytes()
+                    listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             manifest.write_text(json.dumps(listed))
 
 
