@@ -193,6 +193,11 @@ class RunConfig(Frozen):
     def first_phase(self) -> int:
         return self.start.phases[0] if self.start else 1
 
+    @property
+    def last_phase(self) -> int:
+        """The last phase where nobody names another."""
+        return self.start.phases[-1] if self.start else 3
+
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
         if self.model.lora is not None:

@@ -166,7 +166,7 @@ def optimizer_table(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str
 def check_optimizer_state(config: ModelConfig, optimizer: OptimizerConfig, state: Arrays) -> None:
     """Raise InputError unless `state` holds just what this optimizer keeps for this model."""
     expected = optimizer_table(config, optimizer)
-    way_out = "go on with the optimizer and the model that wrote it"
+    way_out = "take the optimizer and the model that wrote it"
     for name, shape in expected.items():
         if name not in state:
             raise InputError(f"optimizer state: no {name}, which optimizer.name {optimizer.name} needs; {way_out}")

@@ -19,7 +19,7 @@ from mlx_moe.accounting.flops import flops_per_token
 from mlx_moe.accounting.parameters import non_embedding_parameters
 from mlx_moe.analysis.record import Record, Row, read_record
 from mlx_moe.errors import InputError
-from mlx_moe.storage.run_folder import CONFIG
+from mlx_moe.storage.run_folder import CONFIG, resume_command
 from mlx_moe.training.console import Console, millions
 from mlx_moe.validation import by_path
 
@@ -123,7 +123,7 @@ def summarize(record: Record) -> ComparedRun:
     """What a run came to, as far as it went."""
     points = curve(record)
     if not points:
-        raise InputError(f"{record.path} has no validation loss yet; train on: mlxmoe train --resume {record.path}")
+        raise InputError(f"{record.path} has no validation loss yet; train on: {resume_command(record.path)}")
     count, last = count_parameters(record.phases[-1].model), points[-1]
     per_byte = nats_to_bits_per_byte(record.data)
     return ComparedRun(

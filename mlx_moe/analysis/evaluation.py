@@ -22,11 +22,12 @@ from mlx_moe.config import DataConfig, OptimizerConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import held_out
 from mlx_moe.errors import InputError
-from mlx_moe.hub.models import open_model
+from mlx_moe.hub.models import check_place, is_model_folder, open_model
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import writing
 from mlx_moe.storage.checkpoint import Checkpoint
-from mlx_moe.storage.run_folder import CONFIG
+from mlx_moe.storage.run_folder import CONFIG, resume_command
+from mlx_moe.terminal import echo
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.console import Console
 from mlx_moe.training.generation import generate, tokenizer_of
@@ -59,7 +60,10 @@ class Subset:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` in nats per token, over `tokens`; `bits_per_byte` over the subset's `text_bytes` of UTF-8."""
+    """`loss` in nats per token, over `tokens`; `bits_per_byte` over the subset's `text_bytes` of UTF-8.
+
+    Of the tokens, `unknown_tokens` stand for text that the tokenizer has no token for.
+    """
 
     checkpoint: str
     phase: int
@@ -71,6 +75,7 @@ class Evaluation:
     perplexity: float
     bits_per_byte: float
     tokens: int
+    unknown_tokens: int
     text_documents: int
     text_bytes: int
     text_sha256: str
@@ -94,16 +99,20 @@ class EvaluationOptions:
 def evaluate(path: Path, backend: Backend, options: EvaluationOptions, console: Console) -> list[Evaluation]:
     """Evaluate a run's every checkpoint, or the one checkpoint or Hugging Face model that a path means.
 
-    In a run's folder, `evaluation_results.csv` and `generations.md` take the place of earlier ones. Raises InputError
-    where the data or a tokenizer that fits is missing, or a checkpoint is damaged.
+    In a run's folder, `evaluation_results.csv` and `generations.md` take the place of earlier ones. A checkpoint that
+    a run deletes meanwhile, because it trains, is left out with a warning. Raises InputError where the data or a
+    tokenizer that fits is missing, or a checkpoint is damaged.
     """
     is_run = (path / CONFIG).is_file()
-    found = list(checkpoint.complete_in(path)) if is_run else [path]
-    if not found:
-        raise InputError(f"{path} has no checkpoint yet; train on: mlxmoe train --resume {path}")
     evaluations, generations, subset = [], [], None
-    for folder in found:
-        loaded = open_model(folder)
+    for folder in find_checkpoints(path):
+        try:
+            loaded = open_model(folder)
+        except checkpoint.Pruned as error:
+            if not is_run:
+                raise
+            echo(f"warning: {error}; it was left out", err=True)
+            continue
         tokenizer = tokenizer_of(loaded)
         if subset is None:
             subset = pinned(_data_config(loaded, options), options.max_bytes)
@@ -111,6 +120,8 @@ def evaluate(path: Path, backend: Backend, options: EvaluationOptions, console: 
         name = str(folder.relative_to(path)) if is_run else str(folder)
         evaluation = _evaluation(name, loaded, trainer, tokenizer, subset, backend)
         evaluations.append(evaluation)
+        if evaluation.unknown_tokens:
+            echo(f"warning: {name}: {_unknown(evaluation)}", err=True)
         console.line(_line(evaluation))
         if options.new_tokens:
             written = _generations(trainer, tokenizer, options)
@@ -125,6 +136,18 @@ def evaluate(path: Path, backend: Backend, options: EvaluationOptions, console: 
     return evaluations
 
 
+def find_checkpoints(path: Path) -> list[Path]:
+    """A run's every checkpoint, or the one model that a path means. Raises InputError where there is none."""
+    if (path / CONFIG).is_file():
+        if not (found := list(checkpoint.complete_in(path))):
+            raise InputError(f"{path} has no checkpoint yet; train on: {resume_command(path)}")
+        return found
+    check_place(path)
+    if not is_model_folder(path):
+        checkpoint.resolve(path)
+    return [path]
+
+
 def pinned(config: DataConfig, max_bytes: int) -> Subset:
     """The first documents of the validation split up to so many bytes, the last of them cut to fit."""
     documents, left = [], max_bytes
@@ -137,8 +160,8 @@ def pinned(config: DataConfig, max_bytes: int) -> Subset:
     return Subset(documents)
 
 
-def score(trainer: Trainer, tokenizer: Tokenizer, subset: Subset) -> tuple[float, int]:
-    """(nats in all, tokens) of a subset, where every token, the ends of documents too, is predicted once.
+def score(trainer: Trainer, tokenizer: Tokenizer, subset: Subset) -> tuple[float, NDArray[np.int32]]:
+    """(nats in all, tokens (N,)) of a subset, where every token, the ends of documents too, is predicted once.
 
     The text goes through in stretches of the context's length; the first follows an end of text.
     """
@@ -148,7 +171,7 @@ def score(trainer: Trainer, tokenizer: Tokenizer, subset: Subset) -> tuple[float
     nats = 0.0
     for windows_BT1 in _stretches(np.array(ids, np.int32), trainer.config.context_length):
         nats += trainer.loss(windows_BT1) * (windows_BT1.size - len(windows_BT1))
-    return nats, len(ids) - 1
+    return nats, np.array(ids[1:], np.int32)
 
 
 def as_csv(evaluations: Sequence[Evaluation]) -> str:
@@ -173,7 +196,8 @@ def _stretches(ids: NDArray[np.int32], context_length: int) -> Iterator[NDArray[
 def _evaluation(
     name: str, loaded: Checkpoint, trainer: Trainer, tokenizer: Tokenizer, subset: Subset, backend: Backend
 ) -> Evaluation:
-    nats, tokens = score(trainer, tokenizer, subset)
+    nats, tokens_N = score(trainer, tokenizer, subset)
+    tokens = len(tokens_N)
     count = count_parameters(loaded.config)
     return Evaluation(
         checkpoint=name,
@@ -186,6 +210,7 @@ def _evaluation(
         perplexity=math.exp(min(nats / tokens, 700)),
         bits_per_byte=nats / subset.bytes / math.log(2),
         tokens=tokens,
+        unknown_tokens=0 if tokenizer.unknown_id is None else int((tokens_N == tokenizer.unknown_id).sum()),
         text_documents=len(subset.documents),
         text_bytes=subset.bytes,
         text_sha256=subset.sha256,
@@ -222,6 +247,14 @@ def _line(evaluation: Evaluation) -> str:
     return (
         f"{evaluation.checkpoint}: loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
         f"{evaluation.bits_per_byte:.4f} bits per byte"
+    )
+
+
+def _unknown(evaluation: Evaluation) -> str:
+    share = evaluation.unknown_tokens / evaluation.tokens
+    return (
+        f"{100 * share:.2g} % of the tokens stand for text that its tokenizer does not know, whose bytes are counted "
+        "and never predicted: its bits per byte are too low to compare with another tokenizer's"
     )
 
 

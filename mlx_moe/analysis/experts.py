@@ -25,7 +25,8 @@ from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import output_file, signature, writing
 from mlx_moe.storage.checkpoint import Checkpoint
-from mlx_moe.storage.run_folder import RunFolder
+from mlx_moe.storage.run_folder import RunFolder, resume_command
+from mlx_moe.terminal import echo
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.boundary import phase_model
 from mlx_moe.training.console import Console
@@ -88,13 +89,19 @@ def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict
         if phase_model(run, phase).moe
     ]
     if not found:
-        raise InputError(f"{path} has no checkpoint with experts; train phase 2 (mlxmoe train --resume {path})")
+        raise InputError(
+            f"{path} has no checkpoint with experts; train phase 2: {resume_command(path, '--phases', '2')}"
+        )
     data = prepare(run.data)
     RunFolder(path).check_data(data)
     texts = _texts(data.tokenizer)
     checkpoints = []
     for folder in found:
-        loaded = checkpoint.load(folder)
+        try:
+            loaded = checkpoint.load(folder)
+        except checkpoint.Pruned as error:
+            echo(f"warning: {error}; it was left out", err=True)
+            continue
         trainer = backend.trainer(loaded.config, OptimizerConfig(), loaded.weights, device)
         routes = routes_of(trainer, data, n_sequences, run.training.batch_size)
         checkpoints.append(
@@ -105,6 +112,8 @@ def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict
                 "layers": list(_layers(run, loaded, routes, texts)),
             }
         )
+    if not checkpoints:
+        raise InputError(f"{path}: its run deleted every checkpoint with experts before it was read; try again")
     return {"tokens": len(routes.tokens_N), "twin_distance": TWIN_DISTANCE, "checkpoints": checkpoints}
 
 

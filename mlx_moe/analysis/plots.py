@@ -25,6 +25,7 @@ from mlx_moe.analysis.scaling_plot import read_fits, scaling
 from mlx_moe.analysis.sweep_plot import choices
 from mlx_moe.errors import InputError
 from mlx_moe.storage.atomic import signature, writing
+from mlx_moe.storage.run_folder import resume_command
 
 # Okabe and Ito's colours: distinct to all kinds of colour vision, and of different lightness.
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"
@@ -74,7 +75,7 @@ def plot(path: Path, out: Path | None, warn: Callable[[str], None] = lambda line
             figures |= {name: draw(record) for name, draw in FIGURES.items()}
         drawn = {name: figure for name, figure in figures.items() if figure is not None}
         if not drawn:
-            raise InputError(f"no row of {path} has a figure to draw yet; train on: mlxmoe train --resume {path}")
+            raise InputError(f"no row of {path} has a figure to draw yet; train on: {resume_command(path)}")
         return [
             file for name, figure in drawn.items() for file in save(figure, out or folder / "plots", name, out is None)
         ]

@@ -16,8 +16,9 @@ from mlx_moe.accounting import ParameterCount, count_parameters
 from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.errors import InputError, one_line
 from mlx_moe.storage import jsonl, records
+from mlx_moe.storage.identity import read_identity
 from mlx_moe.storage.reading import LARGEST_CONFIG, read_mapping
-from mlx_moe.storage.run_folder import CONFIG, DATA, ENVIRONMENT, HISTORY, METRICS, read_run
+from mlx_moe.storage.run_folder import CONFIG, DATA, ENVIRONMENT, HISTORY, METRICS, read_run, resume_command
 from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.loop import TITLES
 
@@ -84,6 +85,7 @@ class Record:
     path: Path
     run: RunConfig
     phases: list[PhaseRecord]
+    planned_phases: tuple[int, ...]
     boundaries: dict[str, Row]  # `1-2`, `2-3`: the certificates, passed or not
     environment: Row
     data: Row
@@ -92,11 +94,11 @@ class Record:
 
     @property
     def missing(self) -> list[str]:
-        """What a whole run of three phases would have and this one has not, each in a few words."""
+        """What the run would have if all its planned phases were finished, and has not, each in a few words."""
         begun = {phase.number: phase for phase in self.phases}
         missing = [
             begun[number].unfinished if number in begun else self._without_rows(number)
-            for number in (self.run.start.phases if self.run.start else TITLES)
+            for number in self.planned_phases
             if number not in begun or begun[number].event is None
         ]
         files = {ENVIRONMENT: self.environment, DATA: self.data}
@@ -126,12 +128,13 @@ def read_record(path: Path) -> Record:
     if not phases:
         if unread:
             raise InputError(f"cannot read any row of {path / METRICS}; {unread[0]}")
-        raise InputError(f"{path} has no rows in {METRICS} yet; wait for the first, or go on with it: --resume {path}")
+        raise InputError(f"{path} has no rows in {METRICS} yet; wait for the first, or resume: {resume_command(path)}")
     _add_history(phases, _log(path / HISTORY, records.HistoryRow, unread), unread)
     return Record(
         path=path,
         run=run,
         phases=phases,
+        planned_phases=_planned_phases(path, run, unread),
         boundaries=_boundaries(path / "boundaries", unread),
         environment=_file(records.Environment, path / ENVIRONMENT, unread),
         data=_file(records.Provenance, path / DATA, unread),
@@ -156,6 +159,17 @@ def read_config(path: Path) -> RunConfig:
         return read_run(path, values)
     except InputError as error:
         raise InputError(f"cannot read {file}: {_one_line(error)}") from None
+
+
+def _planned_phases(path: Path, run: RunConfig, unread: list[str]) -> tuple[int, ...]:
+    """The phases from the first to the last that the run was begun, or last resumed, with."""
+    try:
+        identity = read_identity(path)
+    except InputError as error:
+        unread.append(_one_line(error))
+        identity = None
+    last = run.last_phase if identity is None else identity.last_phase
+    return tuple(range(run.first_phase, last + 1))
 
 
 def _log(file: Path, kind: Any, unread: list[str]) -> list[Row]:

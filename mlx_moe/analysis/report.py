@@ -131,7 +131,7 @@ def _boundary(name: str, values: Row) -> Row:
             f"largest difference is {_size(values['free_logit_difference'])}."
         )
     if values["allowed_lossy"]:
-        notes.append("Training went on all the same, as --allow-lossy asked.")
+        notes.append("Training continued, as --allow-lossy asked.")
     return {
         "title": f"{before} → {after}: {'upcycling' if after == '2' else 'growth'}",
         "verdict": verdict,

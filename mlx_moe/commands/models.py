@@ -141,4 +141,4 @@ def import_(
 
 
 def _nothing_written() -> None:
-    stop("the transfer changed the model, so nothing was written; --allow-lossy writes it all the same", 1)
+    stop("the transfer changed the model, so nothing was written; write it nevertheless with --allow-lossy", 1)

@@ -160,10 +160,8 @@ def _phases(text: str) -> list[int]:
 
 def _last_phase(named: list[int] | None, run: RunConfig) -> int:
     """One number by itself stands for all phases up to it."""
-    from mlx_moe.training.phases import last_planned_phase
-
     if named is None:
-        return last_planned_phase(run)
+        return run.last_phase
     if named[-1] < run.first_phase or (len(named) > 1 and named[0] != run.first_phase):
         raise InputError(
             f"--phases {','.join(map(str, named))}: the run begins with phase {run.first_phase}; take --phases "

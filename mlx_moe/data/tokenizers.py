@@ -38,7 +38,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class Tokenizer:
-    """Text to ids and back. `eot_id` ends every document; `vocab_size` is the largest id + 1."""
+    """Text to ids and back. `eot_id` ends every document; `vocab_size` is the largest id + 1.
+
+    `unknown_id` stands for what has no token; None where the tokenizer has tokens for any text.
+    """
 
     def __init__(self, inner: HFTokenizer, end_of_text: str, origin: str) -> None:
         """`origin` says in an error where the tokenizer came from."""
@@ -51,6 +54,7 @@ class Tokenizer:
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.eot_id: int = vocabulary[end_of_text]
+        self.unknown_id: int | None = vocabulary.get(getattr(inner.model, "unk_token", None) or "")
 
     @property
     def identity(self) -> str:

@@ -53,12 +53,17 @@ def open_model(path: Path) -> Checkpoint:
 
     Raises InputError where it is missing, damaged, or not a model that our config can describe.
     """
-    if not os.path.isdir(path) and not (path.name == "best" and os.path.isdir(path.parent)):
-        raise InputError(f"no checkpoint at {brief_name(str(path), limit=400)}: there is no such folder")
+    check_place(path)
     if not is_model_folder(path):
         return checkpoint.load(path)
     config, weights = read_model(path)
     return Checkpoint(path, config, _state(path, config), weights)
+
+
+def check_place(path: Path) -> None:
+    """Raise InputError where a path names no folder, and not the best checkpoint of one."""
+    if not os.path.isdir(path) and not (path.name == "best" and os.path.isdir(path.parent)):
+        raise InputError(f"no checkpoint at {brief_name(str(path), limit=400)}: there is no such folder")
 
 
 def with_finite_weights(source: Checkpoint, remedy: str = "get the model anew") -> Checkpoint:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_moe.config import ModelConfig, RunConfig
+from mlx_moe.data.sources import BUILTIN
 from mlx_moe.errors import InputError, quoted
 from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.reading import check_values, parse_yaml, read_mapping
@@ -33,6 +34,8 @@ def load_run(
 ) -> RunConfig:
     """The merged config of a run: preset < file < overrides (`key.path=value`, the value read as YAML).
 
+    All documents of a path are taken: a preset's `data.n_documents` counts for the sources that come with us.
+
     `preset` names a run, or an architecture, which then stands in the `three-phase` run. `settled` is what a model to
     start from says, its whole `model` section among it: it takes the place of the preset's.
 
@@ -45,9 +48,11 @@ def load_run(
     if settled is not None:
         layers[0].pop("model", None)
         layers.insert(1, dict(settled))
-    if file is not None:
-        layers.append(read_mapping(absolute(file)))
-    layers += [_parse_override(text) for text in overrides]
+    given = [] if file is None else [read_mapping(absolute(file))]
+    given += [_parse_override(text) for text in overrides]
+    if any(map(_names_a_path, given)):
+        layers.append({"data": {"n_documents": None}})
+    layers += given
     merged: dict[str, Any] = {}
     for layer in layers:
         _merge(merged, layer)
@@ -88,6 +93,12 @@ def _parse_override(text: str) -> dict[str, Any]:
         nested = {key: nested}
     check_values(nested, f"override {quoted(text)}")
     return nested
+
+
+def _names_a_path(layer: Mapping[str, Any]) -> bool:
+    data = layer.get("data")
+    source = data.get("source") if isinstance(data, dict) else None
+    return isinstance(source, str) and source not in BUILTIN
 
 
 def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ Figure = Annotated[float, Field(ge=-LARGEST_FIGURE, le=LARGEST_FIGURE)]
 Amount = Annotated[float, Field(ge=0, le=LARGEST_FIGURE)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e12)]  # of a step: at most thirty years
 Share = Annotated[float, Field(ge=0, le=1)]
-# Of a log: one that is not finite is no figure, and the row holds all the same.
+# Of a log: one that is not finite is no figure; the row still counts.
 LoggedFigure = Annotated[Figure | None, BeforeValidator(_missing_unless_finite)]
 LoggedAmount = Annotated[Amount | None, BeforeValidator(_missing_unless_finite)]
 LoggedShare = Annotated[Share | None, BeforeValidator(_missing_unless_finite)]

@@ -40,7 +40,7 @@ P = ParamSpec("P")
 
 
 def resume_command(run: Path, *options: str) -> str:
-    """What a user types to go on with a run, quoted for the shell."""
+    """Return what a user types to resume a run, quoted for the shell."""
     return shlex.join(["mlxmoe", "train", "--resume", str(run), *options])
 
 
@@ -258,7 +258,7 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        """What a user types to go on with the run."""
+        """Return what a user types to resume the run."""
         if self.world.size == 1:
             return resume_command(self.path)
         return f"{resume_command(self.path)} under the launcher, with {self.world.size} processes as before"

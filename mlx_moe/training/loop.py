@@ -212,6 +212,7 @@ def _go_on(folder: RunFolder) -> str:
 
 
 def _not_finite(folder: RunFolder, phase: Phase, step: int, what: str) -> TrainingStopped:
+    folder.log_event({"event": "diverged", "phase": phase.number, "step": step, "reason": f"the {what}"})
     return TrainingStopped(
         f"the {what} at step {step} of phase {phase.number}; {folder.last_saved()}; lower the learning rate "
         f"(phases.*.learning_rate {phase.config.learning_rate:g}) or raise its warmup_steps",

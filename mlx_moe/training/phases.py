@@ -274,11 +274,6 @@ class Experiment:
         return self.backend.trainer(model, self.run.optimizer, weights, self.options.device, self.run.engine)
 
 
-def last_planned_phase(run: RunConfig) -> int:
-    """The last phase of a run for which nobody named another."""
-    return run.start.phases[-1] if run.start else 3
-
-
 def open_run(directory: Path, world: World = Alone()) -> RunConfig:
     """The config of a run to resume. Raises InputError where there is none."""
     return RunFolder(directory, world).open()

@@ -1,4 +1,4 @@
-"""Going on with a run as it was begun: its backend, device, threads, last phase, unless others are asked for."""
+"""Resume a run as it was begun: its backend, device, threads, last phase, unless others are asked for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mlx_moe.errors import InputError
 from mlx_moe.storage.identity import read_identity
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Backend, choose_backend, launcher
-from mlx_moe.training.phases import Options, last_planned_phase
+from mlx_moe.training.phases import Options
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a user's word on how many threads to take
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run to go on with."""
+    """A run to resume."""
 
     run: RunConfig
     backend: Backend
@@ -41,7 +41,7 @@ def resume_run(path: Path, backend: str, device: str, allow_lossy: bool) -> Resu
     folder = RunFolder(path, chosen.connect())
     run, identity = folder.open(), folder.identity()
     if identity is None:
-        return Resumed(run, chosen, last_planned_phase(run), Options(device, allow_lossy))
+        return Resumed(run, chosen, run.last_phase, Options(device, allow_lossy))
     same_backend = chosen.name == identity.backend
     if same_backend and identity.threads and not any(name in os.environ for name in THREADS):
         chosen.speed.set_threads(identity.threads)
