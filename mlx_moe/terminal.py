@@ -39,6 +39,8 @@ def prepare_streams() -> None:
     What an encoding does not have is written as an escape. Where the reader is gone, or the disk behind a log is full,
     what is said is dropped from then on, and the work goes on.
     """
+    if len(os.environ.get("COLUMNS", "")) > 4:  # rich fills each line up to it
+        os.environ["COLUMNS"] = "9999"
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started the process

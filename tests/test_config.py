@@ -264,3 +264,12 @@ def test_the_router_of_phase_2_is_named_apart_from_its_experts():
     moe = experts_of(ModelConfig(), phase)
     assert (moe.n_experts, moe.top_k) == (4, 1)
     assert not hasattr(moe, "router_std")
+
+
+def test_all_documents_of_a_path_are_taken(written):
+    assert load_run("demo").data.n_documents == 10_000
+    assert load_run("demo", overrides=["data.source=tinystories"]).data.n_documents == 10_000
+    assert load_run("demo", overrides=["data.source=mine.txt"]).data.n_documents is None
+    assert load_run("demo", overrides=["data.n_documents=7", "data.source=mine.txt"]).data.n_documents == 7
+    file = written("c.yaml", "data: {source: mine.txt}\n")
+    assert load_run("demo", file).data.n_documents is None

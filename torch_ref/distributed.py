@@ -12,6 +12,7 @@ fsdp  shares out weights, gradients and state, each tensor in slices (FSDP2, `fu
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,7 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mlx_moe.errors import InputError, quoted
 from torch_ref.transformer import Transformer
+
+FROM_LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets beside WORLD_SIZE
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,14 @@ class World:
 
 @cache
 def connect() -> World:
-    """Meet the other processes, once. Alone without `torchrun`."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    """Meet the other processes, once. Alone without `torchrun`. Raises InputError where what it sets is not whole."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    size = int(text) if re.fullmatch("[0-9]{1,6}", text) else 0
     if size == 1:
         return World(0, 1)
+    if size == 0 or (missing := [name for name in FROM_LAUNCHER if name not in os.environ]):
+        why = f"and {missing[0]} is not" if size else "which is no number of processes"
+        raise InputError(f"WORLD_SIZE {quoted(text)} is set, {why}; start with torchrun, or unset WORLD_SIZE")
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ def plot(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH/plots")] = None,
 ) -> None:
     """Draw a run's curves and its experts' load, or a sweep and its scaling law, as SVG and PNG."""
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files, and matplotlib fails on a backend that it does not know
     from mlx_moe.analysis.plots import plot as draw
 
     for file in draw(path, out, _warn):

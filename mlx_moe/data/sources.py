@@ -24,6 +24,7 @@ TINYSTORIES = "roneneldan/TinyStories"
 MOST_STORIES = 10_000_000
 MOST_FILES, MOST_ENTRIES = 100_000, 1_000_000  # of a folder: those that are data, and all
 LONGEST_LINE = 64 << 20  # bytes; also characters of a value
+LONGEST_PIECE = 8 << 20  # characters without a line end, of which a tokenizer takes some 300 bytes each
 FEWEST_SPARSE = 1 << 30  # bytes; a text as large as this has no holes unless somebody only set its size
 FIELD_HINT = "name one that holds text with -o data.text_field=NAME"
 NAMES_SHOWN, LONGEST_NAME_SHOWN = 10, 60
@@ -199,13 +200,22 @@ def _changed(path: Path) -> InputError:
 
 def _read_txt(path: Path, field: str) -> Iterator[str]:
     document: list[str] = []
-    for _, line in _lines(path):
+    for number, line in _lines(path):
+        _check_pieces(line, f"{path} line {number}")
         if line.strip() == END_OF_TEXT:
             yield "".join(document)
             document = []
         else:
             document.append(line)
     yield "".join(document)
+
+
+def _check_pieces(text: str, where: str) -> None:
+    if len(text) > LONGEST_PIECE and (longest := max(map(len, text.split("\n")))) > LONGEST_PIECE:
+        raise InputError(
+            f"{where} has {longest:,} characters without a line end; at most {LONGEST_PIECE:,}; break it up, since a "
+            "tokenizer takes a line at a time"
+        )
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
@@ -271,6 +281,7 @@ def _text(value: object, where: str, field: str) -> str:
         raise InputError(
             f"{where}: field {_names([field])} has {len(value):,} characters; at most {LONGEST_LINE:,}; split it"
         )
+    _check_pieces(value, f"{where}: field {_names([field])}")
     if not is_unicode(value):
         raise InputError(
             f"{where}: field {_names([field])} is not valid Unicode (half of a surrogate pair); mend or drop it"

@@ -48,6 +48,8 @@ class Tokenizer:
         # What a model was published with may cut or pad; training data must be neither.
         inner.no_truncation()
         inner.no_padding()
+        if getattr(inner.model, "dropout", None):  # of merges, drawn anew for every text
+            inner.model.dropout = None
         self._inner = inner
         self._end_of_text = end_of_text
         self._origin = origin

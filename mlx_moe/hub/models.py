@@ -45,6 +45,7 @@ from mlx_moe.validation import validate
 
 PROBE_TOKENS = 64
 WINDOW_TOKENS = 256  # of the text that centroids are taken of
+ADAPTER = "adapter_config.json"  # of PEFT
 ORIGIN = "huggingface"  # stands for the backend where none of ours trained the weights
 
 
@@ -86,13 +87,17 @@ def is_model_folder(path: Path) -> bool:
         return False
     if any((path / name).is_file() for name in (checkpoint.MANIFEST, checkpoint.STATE, "config.yaml")):
         return False
-    return (path / checkpoint.CONFIG).is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    if any((path / name).is_file() for name in (checkpoint.CONFIG, ADAPTER)):
+        return True
+    return any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, Weights]:
     """The architecture and float32 weights of a model in Hugging Face's folder; InputError where they do not fit."""
     if not os.path.isdir(folder):  # unlike is_dir(), False where the name is too long
         raise InputError(f"no model at {brief_name(str(folder), limit=400)}: there is no such folder")
+    if (folder / ADAPTER).is_file():
+        raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model first (merge_and_unload)")
     read_settings(folder)  # before the weights: what has no config.json, or brings code, is no model
     tensors = open_tensors(folder)
     family, config = read_config(folder, tensors)

@@ -135,6 +135,8 @@ def output_file(path: Path, name: str) -> Path:
 def absolute(path: Path) -> Path:
     """The path from the root, `~` expanded. Raises InputError for a `~user` that does not exist, and for a path that no
     file can have: with a NUL byte, or too long."""
+    if str(path) == path.root:
+        raise InputError(f"{path} is the root of all folders; name one in it")
     if "\0" in str(path):
         raise InputError(f"{quoted(str(path))} holds a NUL byte, which no path may; leave it out")
     try:

@@ -41,7 +41,7 @@ from mlx_moe.validation import validate
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 CONFIG, STATE, MANIFEST = "config.json", "trainer.json", "manifest.json"
-TOKENIZER = "tokenizer"
+TOKENIZER, RUN_CONFIG = "tokenizer", "config.yaml"
 STEP = re.compile(r"step-(0|[1-9][0-9]{0,11})")
 PHASE_FOLDERS = {1: "1-dense", 2: "2-moe", 3: "3-large-moe"}
 
@@ -101,8 +101,8 @@ class Checkpoint:
         """The tokenizer beside the checkpoint, or that of its run; a Hugging Face folder is its own."""
         if (self.path / "tokenizer.json").is_file():
             return self.path
-        folders = (parent / "tokenizer" for parent in [self.path, *self.path.resolve().parents[:4]])
-        return next((folder for folder in folders if folder.is_dir()), None)
+        runs = (folder for folder in self.path.resolve().parents[:4] if (folder / RUN_CONFIG).is_file())
+        return next((folder / TOKENIZER for folder in (self.path, *runs) if (folder / TOKENIZER).is_dir()), None)
 
 
 def folder(run: Path, phase: int, step: int) -> Path:

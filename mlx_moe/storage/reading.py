@@ -70,8 +70,12 @@ def own_file(folder: Path, name: str) -> Path | None:
     within = [folder.resolve()]
     if within[0].parent.name == "snapshots":
         within.append(within[0].parents[1] / "blobs")
-    if not any(file.resolve().is_relative_to(place) for place in within):
-        raise InputError(f"{file} is a link to {file.resolve()}, outside its folder; put a copy of the file there")
+    try:
+        target = file.resolve()
+    except (OSError, RuntimeError):  # a RuntimeError before Python 3.13
+        raise InputError(f"{file} is a link that leads back to itself; put the file there") from None
+    if not any(target.is_relative_to(place) for place in within):
+        raise InputError(f"{file} is a link to {target}, outside its folder; put a copy of the file there")
     return file if file.is_file() else None
 
 

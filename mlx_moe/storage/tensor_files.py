@@ -98,6 +98,8 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
         tensors = read_header(single)
         if not tensors:
             raise InputError(f"{single} holds no tensor; get it anew")
+        if places and (odd := sorted(places.keys() ^ tensors.keys())):
+            raise InputError(f"{index} and {SINGLE} do not hold the same tensors: {brief_name(odd[0])}; get both anew")
         return tensors
     tensors = {}
     for shard in sorted(set(places.values())):

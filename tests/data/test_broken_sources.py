@@ -1,5 +1,6 @@
 """Sources that are damaged, hostile, or change while they are read: text comes, or one line."""
 
+import base64
 import json
 import os
 import random
@@ -562,3 +563,44 @@ def test_no_tokens_are_kept_of_text_that_changed(tmp_path):
     with pytest.raises(InputError, match="changed while it was read"):
         prepare(DataConfig(source=str(path), tokenizer="char"), tmp_path / "cache", change)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_line_longer_than_a_tokenizer_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST_PIECE", 100)
+    for name, text in {"l.txt": "x" * 101, "l.jsonl": json.dumps({"text": "y\n" + "x" * 101})}.items():
+        (tmp_path / name).write_text(text)
+        assert "101 characters without a line end; at most 100" in refusal(tmp_path / name)
+    (tmp_path / "l.jsonl").write_text(json.dumps({"text": "xxxx\n" * 100}))
+    assert read(tmp_path / "l.jsonl") == ["xxxx\n" * 100]
+
+
+def test_an_encrypted_column_is_refused(tmp_path):
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Keys(encryption.KmsClient):
+        def wrap_key(self, key, name):
+            return base64.b64encode(key)
+
+        def unwrap_key(self, key, name):
+            return base64.b64decode(key)
+
+    how = encryption.EncryptionConfiguration(footer_key="k", column_keys={"k": ["text"]}, plaintext_footer=True)
+    factory = encryption.CryptoFactory(lambda config: Keys())
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), how)
+    table = pyarrow.table({"text": ["a story"] * 10})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "t.parquet", table.schema, encryption_properties=properties) as file:
+        file.write_table(table)
+    said = read_apart(tmp_path / "t.parquet")
+    assert "Cannot decrypt" in said
+
+
+def read_apart(path):
+    """What a process says that reads a source: the library may abort."""
+    code = (
+        "import sys; from mlx_moe.config import DataConfig; from mlx_moe.data.sources import open_source\n"
+        "from mlx_moe.validation import validate\n"
+        "list(open_source(validate(DataConfig, {'source': sys.argv[1]})).documents())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1, ended
+    return ended.stderr.splitlines()[-1]

@@ -203,3 +203,34 @@ def test_two_writers_of_one_place(model, mlxmoe, tmp_path):
             assert "another process is writing" in result.err
     assert mlxmoe("import", model, tmp_path / "out").code == 0
     assert checkpoint.load(tmp_path / "out").config.n_layers == 2
+
+
+def test_a_link_to_itself_is_said(model, mlxmoe):
+    (model / "config.json").unlink()
+    (model / "config.json").symlink_to("config.json")
+    result = mlxmoe("generate", model, "--backend", "torch")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "leads back to itself" in result.err
+
+
+def test_an_adapter_beside_a_model_is_not_left_out_in_silence(model, mlxmoe, tmp_path):
+    (model / "adapter_config.json").write_text("{}")
+    result = mlxmoe("import", model, tmp_path / "out")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "holds an adapter" in result.err
+
+
+def test_an_index_beside_one_file_must_name_its_tensors(model, mlxmoe, tmp_path):
+    index = {"weight_map": {"not.there": "model.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = mlxmoe("import", model, tmp_path / "out")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "do not hold the same tensors" in result.err
+
+
+def test_a_tokenizer_further_up_is_not_the_models(model, tmp_path):
+    from mlx_moe.hub.models import open_model
+
+    (model / "tokenizer.json").unlink(missing_ok=True)
+    (tmp_path / "tokenizer").mkdir(exist_ok=True)
+    assert open_model(model).tokenizer_folder is None

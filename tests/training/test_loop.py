@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import signal
@@ -305,6 +306,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_run, train, tmp_path):
     for text in (f"the last checkpoint is {last}", "learning_rate 1e+09", "warmup_steps"):
         assert text in str(caught.value)
     assert all(math.isfinite(row.get("loss", 0)) for row in rows(tmp_path))
+    diverged = json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])
+    assert (diverged["event"], diverged["phase"]) == ("diverged", 1)
+    assert "became nan" in diverged["reason"] or "became inf" in diverged["reason"]
 
 
 def test_a_weight_that_is_not_finite_stops_the_run(make_run, train, backend, tmp_path):

@@ -112,3 +112,12 @@ def test_a_batch_must_come_in_equal_shares(tmp_path):
     with pytest.raises(InputError, match=r"batch_size 12 does not come in 8 equal parts: 2 processes times .* take 16"):
         begin(run, folder, choose_backend("torch"), 3, Options(), Console(quiet=True))
     assert not folder.path.exists()
+
+
+@pytest.mark.parametrize(("size", "said"), [("2", "RANK is not"), ("x", "which is no number"), ("9" * 30, "no number")])
+def test_half_an_environment_of_a_launcher(size, said, tmp_path):
+    command = [BIN / "mlxmoe", "train", "--backend", "torch", "--preset", "demo", "--out", tmp_path / "run"]
+    ended = subprocess.run(command, env=os.environ | {"WORLD_SIZE": size}, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert said in ended.stderr
+    assert not (tmp_path / "run").exists()
