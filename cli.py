@@ -13,6 +13,7 @@ from mlx_moe.commands.models import generate, grow, import_, upcycle
 from mlx_moe.commands.reports import experts, plot, report
 from mlx_moe.commands.training import doctor, params, plan, train
 from mlx_moe.errors import InputError
+from mlx_moe.storage.atomic import check_folders
 from mlx_moe.terminal import describe_crash, prepare_streams
 from parity.commands import export, parity
 
@@ -38,6 +39,7 @@ def main() -> None:
     """Run the command. Bad input is one line and exit code 2; whatever else goes wrong is one line, too."""
     prepare_streams()
     try:
+        check_folders()
         sys.exit(app(prog_name="mlxmoe", standalone_mode=False))
     except InputError as error:
         stop(str(error), 2)

@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|insufficient memory|not enough memory|can't allocate|cannot allocate|unable to allocate|bad_alloc"
-    r"|attempting to allocate|failed to allocate",
+    r"|attempting to allocate|failed to allocate|failed to map segment",
     re.IGNORECASE,
 )
 
@@ -23,7 +23,7 @@ OUT_OF_MEMORY = re.compile(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, in Python's words or in those of PyTorch, MLX or NumPy."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | ValueError | OSError) and bool(OUT_OF_MEMORY.search(str(error)))
+        isinstance(error, RuntimeError | ValueError | OSError | ImportError) and bool(OUT_OF_MEMORY.search(str(error)))
     )
 
 

@@ -71,7 +71,7 @@ def train(
         shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
     overrides = as_overrides({key: value for key, value in shortcuts.items() if value is not None})
     if resume is not None:
-        if preset or config or overrides or override or out or source:
+        if any(value is not None for value in (preset, config, override, out, source)) or overrides:
             raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")
         absolute(resume)
         directory = resume.expanduser()
@@ -80,7 +80,7 @@ def train(
         last_phase = _last_phase(named, run) if named else resumed.last_phase
     else:
         chosen = choose_backend(backend)
-        layers = preset or "three-phase", config, [*overrides, *(override or [])]
+        layers = "three-phase" if preset is None else preset, config, [*overrides, *(override or [])]
         if source is None:
             run = _load_run(*layers)
         elif named is None:

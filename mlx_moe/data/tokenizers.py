@@ -18,6 +18,7 @@ from mlx_moe.data.sources import END_OF_TEXT
 from mlx_moe.errors import InputError, one_line, quoted
 from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.reading import own_file, read_mapping, read_text
+from mlx_moe.storage.records import Provenance, read_record
 from mlx_moe.storage.tokenizer_files import LARGEST_FILE
 from mlx_moe.validation import nearest
 
@@ -96,7 +97,10 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: Path) -> Tokenizer:
-        """The tokenizer of a folder with tokenizer.json. Raises InputError where it is missing or cannot be read."""
+        """The tokenizer of a folder with tokenizer.json.
+
+        Raises InputError where it is missing or cannot be read, and where a run's is not the one that it began with.
+        """
         from tokenizers import Tokenizer as HFTokenizer
 
         path = own_file(folder, "tokenizer.json")
@@ -109,7 +113,9 @@ class Tokenizer:
             _check_growth(inner, path)
             with contextlib.suppress(Exception):  # a text that it cannot encode need not come
                 inner.encode(TRIAL)
-        return Tokenizer(inner, _find_end_of_text(folder, inner), str(path))
+        tokenizer = Tokenizer(inner, _find_end_of_text(folder, inner), str(path))
+        _check_run(folder, tokenizer)
+        return tokenizer
 
     def _reported(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return panics_reported(f"{doing} with {self._origin}", "take another tokenizer")
@@ -207,6 +213,18 @@ def _from_hub(name: str) -> Path:
         raise InputError(
             f"cannot get tokenizer {name!r} from the Hugging Face hub ({one_line(error)}); {hint}{WAYS_OUT}"
         ) from None
+
+
+def _check_run(folder: Path, tokenizer: Tokenizer) -> None:
+    record = folder.parent / "data.json"
+    if not ((folder.parent / "config.yaml").is_file() and record.is_file()):
+        return
+    try:
+        begun_with = read_record(Provenance, record).tokenizer.identity
+    except InputError:  # what cannot be read says nothing against the tokenizer
+        return
+    if begun_with != tokenizer.identity:
+        raise InputError(f"{folder} is not the tokenizer that its run was trained with ({record}); put that back")
 
 
 def _find_end_of_text(folder: Path, inner: HFTokenizer) -> str:

@@ -99,8 +99,8 @@ def _write_tokenizer(source: Checkpoint, folder: Path) -> dict[str, int | None]:
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
     if source.tokenizer_folder is not None:
         refuse_code(source.tokenizer_folder)  # others would be asked to run it
+        ids["eos_token_id"] = Tokenizer.load(source.tokenizer_folder).eot_id
         copy_tokenizer(source.tokenizer_folder, folder)
-        ids["eos_token_id"] = Tokenizer.load(folder).eot_id
     generation = folder / "generation_config.json"
     if generation.is_file():
         values = read_mapping(generation)

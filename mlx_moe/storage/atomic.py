@@ -22,6 +22,7 @@ from mlx_moe.storage import locks
 from mlx_moe.terminal import printable
 
 SCRATCH = ".mlxmoe-partial-"
+DELETED = "the working folder was deleted; go to another one"
 # Every file that a command writes says so in its first bytes: only such a file does it write over.
 SIGNATURE = "written by mlxmoe"
 SIGNATURE_WITHIN = 4096
@@ -144,13 +145,24 @@ def absolute(path: Path) -> Path:
     except RuntimeError as error:
         raise InputError(f"{quoted(str(path))}: {one_line(error).rstrip('.')}; write the folder out") from None
     except FileNotFoundError:
-        raise InputError("the working folder was deleted; go to another one") from None
+        raise InputError(DELETED) from None
     try:
         os.lstat(expanded)
     except OSError as error:  # that it is not there, or not to be seen, is for others to say
         if error.errno == errno.ENAMETOOLONG:
             raise InputError(f"{quoted(str(path))}: {error.strerror}; shorten it") from None
     return expanded
+
+
+def check_folders() -> None:
+    """Raise InputError where the working folder was deleted: libraries end the process there. Where TMPDIR names no
+    folder, leave it unset, as Python does and MLX does not."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise InputError(DELETED) from None
+    if not os.path.isdir(os.environ.get("TMPDIR", "/")):
+        del os.environ["TMPDIR"]
 
 
 def make_folder(path: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -120,3 +121,34 @@ def test_what_cannot_be_evaluated(path, options, said, run, mlxmoe, tmp_path):
     result = mlxmoe("eval", run if path == "run" else tmp_path / path, "--backend", "torch", *options)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert said in result.err
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(run, mlxmoe, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    file = copy / "tokenizer" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    vocabulary = values["model"]["vocab"]
+    a, b = list(vocabulary)[-2:]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    file.write_text(json.dumps(values))
+    commands = {"generate": (), "eval": ("--data", "stories"), "export": (tmp_path / "out", "--no-verify")}
+    for command, options in commands.items():
+        result = mlxmoe(command, copy, *options)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert "is not the tokenizer that its run was trained with" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_the_tokenizer_does_not_know_is_said(mlxmoe, tmp_path):
+    run = train(mlxmoe, tmp_path / "run", "--tokenizer", "char", phases=1)
+    (tmp_path / "t.txt").write_text("むかしむかし あるところに\n<|endoftext|>\n" * 50)
+    options = ("--data", tmp_path / "t.txt", "-n", 0, "--backend", "torch")
+    result = mlxmoe("eval", run / "best", *options)
+    assert result.code == 0
+    assert "% of the tokens stand for text that its tokenizer does not know" in result.err
+
+
+def test_nothing_is_evaluated_where_one_path_is_wrong(run, mlxmoe, tmp_path):
+    result = mlxmoe("eval", run / "best", tmp_path / "nowhere", "--backend", "torch")
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
