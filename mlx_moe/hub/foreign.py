@@ -21,6 +21,7 @@ from mlx_moe.storage.reading import own_file, read_mapping
 from mlx_moe.storage.tensor_files import INDEX, StoredTensor, check_finite, n_elements, open_tensors
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"  # of PEFT
 # Files that may name code, for one library or another.
 SETTINGS = (CONFIG, "tokenizer_config.json", "generation_config.json", "processor_config.json")
 NO_CODE = "the model brings code of its own, which is never run"
@@ -70,8 +71,13 @@ class ForeignModel:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The keys of config.json. Raises InputError where there is none, or a file of the folder names code to run."""
+    """The keys of config.json.
+
+    Raises InputError where there is none, where a file of the folder names code to run, or where it is an adapter.
+    """
     found = refuse_code(folder)
+    if (folder / ADAPTER).is_file():
+        raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model first (merge_and_unload)")
     if found is None:
         raise InputError(f"no {CONFIG} in {folder}; name the folder of a model, as Hugging Face's hub has it")
     return found

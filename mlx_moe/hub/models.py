@@ -19,7 +19,7 @@ from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import fixed_windows
 from mlx_moe.errors import InputError, brief_name
 from mlx_moe.hub.config_in import read_config
-from mlx_moe.hub.foreign import read_settings
+from mlx_moe.hub.foreign import ADAPTER, read_settings
 from mlx_moe.hub.layout import find, unpack
 from mlx_moe.hub.names import find_model, model_name
 from mlx_moe.hub.sizes import check_room
@@ -45,7 +45,6 @@ from mlx_moe.validation import validate
 
 PROBE_TOKENS = 64
 WINDOW_TOKENS = 256  # of the text that centroids are taken of
-ADAPTER = "adapter_config.json"  # of PEFT
 ORIGIN = "huggingface"  # stands for the backend where none of ours trained the weights
 
 
@@ -96,8 +95,6 @@ def read_model(folder: Path) -> tuple[ModelConfig, Weights]:
     """The architecture and float32 weights of a model in Hugging Face's folder; InputError where they do not fit."""
     if not os.path.isdir(folder):  # unlike is_dir(), False where the name is too long
         raise InputError(f"no model at {brief_name(str(folder), limit=400)}: there is no such folder")
-    if (folder / ADAPTER).is_file():
-        raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model first (merge_and_unload)")
     read_settings(folder)  # before the weights: what has no config.json, or brings code, is no model
     tensors = open_tensors(folder)
     family, config = read_config(folder, tensors)

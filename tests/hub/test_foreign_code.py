@@ -64,9 +64,6 @@ def model(published, tmp_path):
     (folder / "custom_generate" / "requirements.txt").write_text("nothing\n")
     for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin"):
         (folder / name).write_bytes(pickle.dumps(Planted(mark)))
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/else", "auto_mapping": {"x": "planted"}})
-    )
     return folder
 
 
@@ -109,6 +106,16 @@ def test_whatever_names_code_is_refused(name, model):
 def test_code_that_lies_beside_a_model_is_never_opened(command, model, mlxmoe, monkeypatch, tmp_path):
     result = answered(mlxmoe, monkeypatch, command, model, tmp_path)
     assert result.code == (1 if command == "parity --model" else 0), result.err  # mlx-lm reads another RoPE base there
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_adapter_beside_a_model_is_refused_and_not_loaded(command, model, mlxmoe, monkeypatch, tmp_path):
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "someone/else", "auto_mapping": {"x": "planted"}}
+    (model / "adapter_config.json").write_text(json.dumps(adapter))
+    result = answered(mlxmoe, monkeypatch, command, model, tmp_path)
+    assert (result.code, len(result.err.strip().splitlines())) == (2, 1)
+    assert "holds an adapter" in result.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["parity --model", "import", "upcycle", "train --from"])

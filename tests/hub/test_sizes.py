@@ -213,13 +213,6 @@ def test_a_link_to_itself_is_said(model, mlxmoe):
     assert "leads back to itself" in result.err
 
 
-def test_an_adapter_beside_a_model_is_not_left_out_in_silence(model, mlxmoe, tmp_path):
-    (model / "adapter_config.json").write_text("{}")
-    result = mlxmoe("import", model, tmp_path / "out")
-    assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "holds an adapter" in result.err
-
-
 def test_an_index_beside_one_file_must_name_its_tensors(model, mlxmoe, tmp_path):
     index = {"weight_map": {"not.there": "model.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -117,6 +117,8 @@ def test_a_tokenizer_is_found_beside_the_checkpoint_and_in_its_run(tmp_path):
     assert load(run).tokenizer_folder is None
     (run / "tokenizer").mkdir()
     (run / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert load(run).tokenizer_folder is None  # no run without its config
+    (run / "config.yaml").write_text("{}")
     assert load(run).tokenizer_folder == (run / "tokenizer").resolve()
     create(tmp_path / "alone", CONFIG, STATE, lambda name: [WEIGHTS[name]], run / "tokenizer")
     assert load(tmp_path / "alone").tokenizer_folder == tmp_path / "alone" / "tokenizer"
