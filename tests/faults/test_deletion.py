@@ -130,7 +130,7 @@ def test_its_own_place_is_taken_by_a_folder(command, run, furnished):
 
 
 @pytest.mark.parametrize("command", WRITING, ids=str)
-def test_a_folder_that_may_not_be_written(command, run, built):
+def test_a_folder_that_may_not_be_written(command, run, built, as_nobody):
     with tempfile.TemporaryDirectory() as base:
         sandbox = copy(built / "materials", Path(base) / "sandbox")
         shutil.copytree(built / "cache", Path(base) / "cache")
@@ -147,16 +147,3 @@ def test_a_folder_that_may_not_be_written(command, run, built):
         for outcome in outcomes:
             assert outcome.code == 2, outcome
             assert_nothing_lost(outcome, before, sandbox)
-
-
-@contextlib.contextmanager
-def as_nobody():
-    """Root may write everywhere."""
-    if os.geteuid() == 0:
-        os.seteuid(65534)
-        try:
-            yield
-        finally:
-            os.seteuid(0)
-    else:
-        yield

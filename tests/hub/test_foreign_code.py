@@ -5,7 +5,7 @@ import json
 import pickle
 
 import pytest
-from published_models import edit_config, save, save_tokenizer
+from published_models import edit_config
 
 from mlx_moe.errors import InputError
 from mlx_moe.hub.foreign import opened_for_library, read_settings
@@ -42,20 +42,12 @@ class Planted:
         return open, (str(self.mark), "w")
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("published")
-    save("llama", folder)
-    save_tokenizer(folder)
-    return folder
-
-
 @pytest.fixture
-def model(published, tmp_path):
+def model(llama, tmp_path):
     """A model beside which everything lies that could run; `mark` appears where it does."""
     folder, mark = tmp_path / "theirs", tmp_path / "mark"
     folder.mkdir()
-    for file in published.iterdir():
+    for file in llama.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     code = f"open({str(mark)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass ModelArgs: pass\n"
     for name in ("planted.py", "modeling_llama.py", "tokenization.py", "custom_generate/generate.py"):

@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-from published_models import save, save_tokenizer
 from safetensors.numpy import load_file, save_file
 
 from mlx_moe.errors import InputError
@@ -23,17 +22,9 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("published")
-    save("llama", folder)
-    save_tokenizer(folder)
-    return folder
-
-
 @pytest.fixture(params=[np.nan, np.inf, -np.inf], ids=str)
-def broken(request, published, tmp_path):
-    folder = shutil.copytree(published, tmp_path / "theirs")
+def broken(request, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "theirs")
     tensors = load_file(folder / "model.safetensors")
     tensors[BROKEN][3, 5] = request.param
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -76,8 +67,8 @@ def test_generation_stops_in_one_line(temperature, backend, broken, mlxmoe):
     assert "Traceback" not in result.err
 
 
-def test_a_prompt_that_is_no_utf8(published, mlxmoe):
-    result = mlxmoe("generate", published, "--prompt", "w1 \udcff")
+def test_a_prompt_that_is_no_utf8(llama, mlxmoe):
+    result = mlxmoe("generate", llama, "--prompt", "w1 \udcff")
     assert (result.code, result.out) == (2, "")
     assert result.err == "error: --prompt holds bytes that are no UTF-8; give it text\n"
 

@@ -1,7 +1,6 @@
 """Disks that take no more, folders that cannot be written, data that changed: one line, and nothing is lost."""
 
 import contextlib
-import os
 import resource
 import tempfile
 from pathlib import Path
@@ -116,26 +115,14 @@ def test_a_disk_that_is_full_from_the_start(n_bytes, whole, tmp_path):
         assert checkpoint.load(tmp_path / "run").state == checkpoint.load(whole / "phases" / "1-dense").state
 
 
-def test_a_folder_that_may_not_be_written():
+def test_a_folder_that_may_not_be_written(as_nobody):
     run = short_run()
     data = prepare(run.data)
     with tempfile.TemporaryDirectory() as parent:
         Path(parent).chmod(0o555)
-        with as_nobody():  # root may write everywhere
+        with as_nobody():
             message = refusal(RunFolder(Path(parent) / "run").introduce, run, IDENTITY, data, {})
     assert message == f"cannot write {parent}/run: Permission denied; nothing was begun; name another folder with --out"
-
-
-@contextlib.contextmanager
-def as_nobody():
-    if os.geteuid() == 0:
-        os.seteuid(65534)
-        try:
-            yield
-        finally:
-            os.seteuid(0)
-    else:
-        yield
 
 
 def test_going_on_with_other_data_is_refused(tmp_path):
