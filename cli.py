@@ -13,8 +13,7 @@ from mlx_moe.commands.models import generate, grow, import_, upcycle
 from mlx_moe.commands.reports import experts, plot, report
 from mlx_moe.commands.training import doctor, params, plan, train
 from mlx_moe.errors import InputError
-from mlx_moe.storage.atomic import check_folders
-from mlx_moe.terminal import describe_crash, prepare_streams
+from mlx_moe.terminal import check_folders, describe_crash, prepare_streams
 from parity.commands import export, parity
 
 MAX_MESSAGE = 200  # characters of what Typer says, which may quote what was given

@@ -13,17 +13,17 @@ class InputError(ValueError):
     """Bad input. The message is one line that names the value, the limit and the way out; exit code 2."""
 
 
-OUT_OF_MEMORY = re.compile(
+OUT_OF_MEMORY = (
     r"out of memory|insufficient memory|not enough memory|can't allocate|cannot allocate|unable to allocate|bad_alloc"
-    r"|attempting to allocate|failed to allocate|failed to map segment",
-    re.IGNORECASE,
+    r"|attempting to allocate|failed to allocate|failed to map segment"
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, in Python's words or in those of PyTorch, MLX or NumPy."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | ValueError | OSError | ImportError) and bool(OUT_OF_MEMORY.search(str(error)))
+        isinstance(error, RuntimeError | ValueError | OSError | ImportError)
+        and bool(re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE))
     )
 
 

@@ -1,18 +1,17 @@
-"""What a command says in the terminal: text of others cannot steer it, and one that is gone does not stop the work."""
+"""The terminal and the folders that a command finds: text of others cannot steer a terminal, and one that is gone
+does not stop the work."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-import tempfile
-import traceback
-import unicodedata
 from pathlib import Path
 from typing import Any, TextIO
 
-from mlx_moe.errors import is_out_of_memory, one_line
+from mlx_moe.errors import InputError, is_out_of_memory, one_line
 
+DELETED = "the working folder was deleted; go to another one"
 KEPT = "\n\t"
 # Characters that turn the direction of what follows: a name could show as another.
 TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
@@ -48,6 +47,19 @@ def prepare_streams() -> None:
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _Unfailing(stream))
+
+
+def check_folders() -> None:
+    """Unset TMPDIR where it names no folder: Python ignores it then, MLX does not.
+
+    Raises InputError where the working folder was deleted: libraries end the process there.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        raise InputError(DELETED) from None
+    if not os.path.isdir(os.environ.get("TMPDIR", "/")):
+        del os.environ["TMPDIR"]
 
 
 class _Unfailing:
@@ -111,6 +123,9 @@ def _said(error: BaseException) -> str:
 
 
 def _keep_traceback(error: BaseException) -> Path:
+    import tempfile  # slow to load, and hardly ever needed
+    import traceback
+
     descriptor, name = tempfile.mkstemp(prefix="mlxmoe-error-", suffix=".txt")
     with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(" ".join(sys.argv) + "\n\n")
@@ -119,6 +134,8 @@ def _keep_traceback(error: BaseException) -> Path:
 
 
 def _is_harmless(character: str) -> bool:
+    import unicodedata
+
     if character in KEPT:
         return True
     return unicodedata.category(character) not in ("Cc", "Cs") and character not in TURNING | LINE_SEPARATORS

@@ -13,7 +13,6 @@ import typer
 from mlx_moe.commands.ending import stop
 from mlx_moe.commands.options import AllowLossy, BackendOption, ConfigFile, DeviceOption, Json, Overrides, Preset
 from mlx_moe.errors import InputError, brief_name
-from mlx_moe.storage.atomic import absolute
 
 if TYPE_CHECKING:
     from mlx_moe.config import RunConfig
@@ -49,13 +48,14 @@ def train(
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-TIME")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
     allow_lossy: AllowLossy = False,
 ) -> None:
     """Train: dense, upcycled to experts, grown; both boundaries proven lossless."""
     from mlx_moe.hub.models import open_model
     from mlx_moe.hub.names import find_model
     from mlx_moe.presets import as_overrides
+    from mlx_moe.storage.atomic import absolute
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.console import Console
     from mlx_moe.training.phases import Options
@@ -72,7 +72,7 @@ def train(
     overrides = as_overrides({key: value for key, value in shortcuts.items() if value is not None})
     if resume is not None:
         if any(value is not None for value in (preset, config, override, out, source)) or overrides:
-            raise InputError("--resume goes on with the run as it is; leave out --preset, --config, --out and the rest")
+            raise InputError("--resume takes the run as it is; leave out --preset, --config, --out and the rest")
         absolute(resume)
         directory = resume.expanduser()
         resumed = resume_run(directory, backend, device, allow_lossy)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 import time
@@ -19,10 +18,9 @@ from pathlib import Path
 
 from mlx_moe.errors import InputError, one_line, quoted
 from mlx_moe.storage import locks
-from mlx_moe.terminal import printable
+from mlx_moe.terminal import DELETED, printable
 
 SCRATCH = ".mlxmoe-partial-"
-DELETED = "the working folder was deleted; go to another one"
 # Every file that a command writes says so in its first bytes: only such a file does it write over.
 SIGNATURE = "written by mlxmoe"
 SIGNATURE_WITHIN = 4096
@@ -154,17 +152,6 @@ def absolute(path: Path) -> Path:
     return expanded
 
 
-def check_folders() -> None:
-    """Raise InputError where the working folder was deleted: libraries end the process there. Where TMPDIR names no
-    folder, leave it unset, as Python does and MLX does not."""
-    try:
-        os.getcwd()
-    except OSError:
-        raise InputError(DELETED) from None
-    if not os.path.isdir(os.environ.get("TMPDIR", "/")):
-        del os.environ["TMPDIR"]
-
-
 def make_folder(path: Path) -> list[Path]:
     """Make a folder and those above it, each on the disk when this returns; returns those that were not there."""
     if path.is_dir():
@@ -238,7 +225,7 @@ def flush(path: Path) -> None:
 def _scratch(parent: Path) -> Iterator[Path]:
     """A folder of this process's own in `parent`, locked, and deleted at the end with all that is in it."""
     while True:
-        scratch = parent / f"{SCRATCH}{secrets.token_hex(6)}"
+        scratch = parent / f"{SCRATCH}{os.urandom(6).hex()}"
         scratch.mkdir()
         try:
             descriptor = locks.acquire(scratch)

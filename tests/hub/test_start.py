@@ -209,7 +209,7 @@ REFUSED = {
     "adapters of nothing": (None, ["-o", "lora.rank=4"], "lora.rank 4: adapters need a model to adapt"),
     "adapters in the model": ("llama-tied", ["--phases", "2", "-o", "model.lora.rank=4"], "model.lora: set lora.rank"),
     "no such target": ("mixtral", ["--phases", "2", "-o", "lora.targets=[router]"], "lora.targets.0 = 'router'"),
-    "resumed": ("llama-tied", ["--phases", "2", "--resume", "run"], "--resume goes on with the run as it is"),
+    "resumed": ("llama-tied", ["--phases", "2", "--resume", "run"], "--resume takes the run as it is"),
 }
 
 
