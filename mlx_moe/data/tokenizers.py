@@ -18,7 +18,6 @@ from mlx_moe.data.sources import END_OF_TEXT
 from mlx_moe.errors import InputError, one_line, quoted
 from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.reading import own_file, read_mapping, read_text
-from mlx_moe.storage.records import Provenance, read_record
 from mlx_moe.storage.tokenizer_files import LARGEST_FILE
 from mlx_moe.validation import nearest
 
@@ -216,6 +215,8 @@ def _from_hub(name: str) -> Path:
 
 
 def _check_run(folder: Path, tokenizer: Tokenizer) -> None:
+    from mlx_moe.storage.records import Provenance, read_record  # 10 ms, and most commands read none
+
     record = folder.parent / "data.json"
     if not ((folder.parent / "config.yaml").is_file() and record.is_file()):
         return

@@ -45,7 +45,8 @@ LoggedShare = Annotated[Share | None, BeforeValidator(_missing_unless_finite)]
 class Open(BaseModel):
     """Keys beyond those named are kept as they are."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False, frozen=True, strict=True)
+    # A schema is built when the first file of its kind is read: commands that read none start sooner.
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, frozen=True, strict=True, defer_build=True)
 
 
 class SplitRecord(Open):
