@@ -1,19 +1,25 @@
 """What a user waits for before anything is computed: starting a command, loading a backend, making tokens of text.
 
-    python benchmarks/start_up.py [--text FILE] [--tokenizer FOLDER] [--rounds 5]
+    python benchmarks/start_up.py [--text FILE] [--tokenizer FOLDER] [--rounds 5] [--cache-gb 1]
 
 Commands in processes of their own, in turns. With a text of one document a line and a Hugging Face tokenizer, ours
-makes token ids of the documents beside transformers' own call. Prints milliseconds and ratios, then JSON.
+makes token ids of the documents beside transformers' own call. With `--cache-gb`, a token cache of that size is opened
+for the first time, which hashes it, and again. Prints milliseconds and ratios, then JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from interleaved import medians, show
 
 COMMANDS = {
@@ -33,12 +39,16 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cache-gb", type=float)
     options = parser.parse_args()
     show(medians({name: started(command) for name, command in COMMANDS.items()}, options.rounds, 1), "python")
     if options.text and options.tokenizer:
         documents = options.text.read_text(encoding="utf-8").splitlines()
         print(f"\n{len(documents)} documents, {sum(map(len, documents)) / 1e6:.2f} M characters")
         show(medians(tokenizers(documents, options.tokenizer), options.rounds, 1), "transformers")
+    if options.cache_gb:
+        print(f"\na token cache of {options.cache_gb} GB")
+        show(opened_twice(int(options.cache_gb * 1e9)), "the first time")
 
 
 def started(arguments: list[str]) -> Callable[[], object]:
@@ -55,6 +65,34 @@ def tokenizers(documents: list[str], folder: Path) -> dict[str, Callable[[], obj
 
     own, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
     return {"ours": lambda: own.encode_batch(documents), "transformers": lambda: theirs(documents)["input_ids"]}
+
+
+def opened_twice(n_bytes: int) -> dict[str, float]:
+    """Seconds of opening a token cache of random ids for the first time, and of doing so again."""
+    from mlx_moe.config import DataConfig
+    from mlx_moe.data.tokens import prepare
+
+    config = DataConfig(source="stories", n_documents=2000, tokenizer="char")
+    with tempfile.TemporaryDirectory() as name:
+        data = prepare(config, Path(name))  # an entry to put the ids into
+        folder, digest, n_tokens = data.train.path.parent, hashlib.sha256(), n_bytes // data.train.dtype.itemsize
+        ids = np.random.default_rng(0).integers(data.tokenizer.vocab_size, size=1 << 22, dtype=data.train.dtype)
+        with data.train.path.open("wb") as file:
+            for start in range(0, n_tokens, len(ids)):
+                part = ids[: n_tokens - start].tobytes()
+                digest.update(part)
+                file.write(part)
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta["train"] |= {"tokens": n_tokens, "sha256": digest.hexdigest()}
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        (folder / "verified.json").unlink()
+        seconds = {}
+        for when in ("the first time", "again"):
+            start_time = time.perf_counter()
+            opened = prepare(config, Path(name))
+            seconds[when] = time.perf_counter() - start_time
+            assert len(opened.train) == n_tokens, "it was made anew"
+    return seconds
 
 
 if __name__ == "__main__":

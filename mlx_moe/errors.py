@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
 MAX_QUOTED = 80  # characters of a value that a message quotes
+LONGEST_PATH = 4096  # characters, as the system has it
 
 
 class InputError(ValueError):
@@ -42,6 +44,11 @@ def brief_name(name: str, limit: int = 100) -> str:
     """A name that somebody else gave: without quotes, its control characters written out."""
     text = repr(name)[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def shown(path: Path) -> str:
+    """A path for the one line of an InputError: whole, its control characters written out."""
+    return brief_name(str(path), limit=LONGEST_PATH)
 
 
 _REPR = Repr()

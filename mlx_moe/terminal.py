@@ -38,8 +38,9 @@ def prepare_streams() -> None:
     What an encoding does not have is written as an escape. Where the reader is gone, or the disk behind a log is full,
     what is said is dropped from then on, and the work goes on.
     """
-    if len(os.environ.get("COLUMNS", "")) > 4:  # rich fills each line up to it
-        os.environ["COLUMNS"] = "9999"
+    for name in ("COLUMNS", "LINES"):  # rich takes any digits for a number, and fills each line up to it
+        if len(text := os.environ.get(name, "")) > 4 or not text.isascii():
+            del os.environ[name]
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started the process

@@ -136,6 +136,13 @@ def evaluate(path: Path, backend: Backend, options: EvaluationOptions, console: 
     return evaluations
 
 
+def check(path: Path, options: EvaluationOptions) -> None:
+    """Raise InputError where there is no model at a path, or none whose data is known."""
+    found = find_checkpoints(path)
+    if options.data is None:
+        _run_of(found[0])
+
+
 def find_checkpoints(path: Path) -> list[Path]:
     """A run's every checkpoint, or the one model that a path means. Raises InputError where there is none."""
     if (path / CONFIG).is_file():
@@ -222,13 +229,18 @@ def _evaluation(
 
 def _data_config(loaded: Checkpoint, options: EvaluationOptions) -> DataConfig:
     """The run's own data, or what `--data` names; all of it, with the model's tokenizer where a split needs one."""
-    run = next((parent for parent in loaded.path.resolve().parents if (parent / CONFIG).is_file()), None)
     if options.data is not None:
         fields: dict[str, Any] = {"source": options.data, "text_field": options.text_field, "n_documents": None}
         return validate(DataConfig, fields | {"tokenizer": str(loaded.tokenizer_folder)})
-    if run is None:
-        raise InputError(f"{loaded.path} is not in a run's folder, so its data is not known; name some with --data")
-    return open_run(run).data
+    return open_run(_run_of(loaded.path)).data
+
+
+def _run_of(path: Path) -> Path:
+    """The run that a checkpoint is in. Raises InputError where it is in none."""
+    for parent in path.resolve().parents:
+        if (parent / CONFIG).is_file():
+            return parent
+    raise InputError(f"{path} is not in a run's folder, so its data is not known; name some with --data")
 
 
 def _generations(trainer: Trainer, tokenizer: Tokenizer, options: EvaluationOptions) -> str:

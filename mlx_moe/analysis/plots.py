@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -62,7 +63,7 @@ def plot(path: Path, out: Path | None, warn: Callable[[str], None] = lambda line
     """
     fits, folder = (path / FITS, path) if os.path.isdir(path) else (path, path.parent)
     figures: dict[str, Figure | None] = {}
-    with mpl.rc_context(STYLE):
+    with mpl.style.context(STYLE, after_reset=True):  # whatever matplotlibrc says
         if os.path.isfile(path / SWEEP):
             figures["choices"] = choices(path)
         if os.path.isfile(fits):

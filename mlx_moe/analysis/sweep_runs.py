@@ -28,9 +28,19 @@ from mlx_moe.analysis import one_run
 from mlx_moe.analysis.one_run import HELD_ELSEWHERE, SWEEP, is_held, read_sweep
 from mlx_moe.analysis.results import ELSEWHERE, FAILED, FAILURE, FINISHED, INTERRUPTED, gather, row_of, show, write
 from mlx_moe.analysis.sweeps import PlannedRun
-from mlx_moe.errors import InputError, brief_name, one_line
+from mlx_moe.data.sources import open_source
+from mlx_moe.errors import InputError, one_line, shown
 from mlx_moe.storage import locks
-from mlx_moe.storage.atomic import SCRATCH, SYSTEM_FILES, absolute, clean_leftovers, make_folder, replacing, set_aside
+from mlx_moe.storage.atomic import (
+    SCRATCH,
+    SYSTEM_FILES,
+    absolute,
+    clean_leftovers,
+    culprit,
+    make_folder,
+    replacing,
+    set_aside,
+)
 from mlx_moe.storage.run_folder import CONFIG
 from mlx_moe.training.backend import LAUNCHERS, choose_backend
 from mlx_moe.training.console import Console
@@ -75,6 +85,9 @@ def run_sweep(planned: Sequence[PlannedRun], out: Path, options: SweepOptions) -
         if variable in os.environ:  # which every run would inherit, and wait for the others
             raise InputError(f"{launcher} starts several processes of one run; start a sweep without it")
     out, console = absolute(out), Console()
+    waiting = [run.config.data for run in planned if row_of(run, out / run.name)["status"] != FINISHED]
+    for data in {config.model_dump_json(): config for config in waiting}.values():
+        open_source(data)  # says here, and not in every log, that it is not there
     with _reported(out), _sole(planned, out, console) as lock:
         return _Sweep(planned, out, options, console, lock).run()
 
@@ -303,7 +316,10 @@ def _sole(planned: Sequence[PlannedRun], out: Path, console: Console) -> Iterato
 def _check_folder(planned: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
     """Return what the folder's `sweep.json` says. Raises InputError where the folder is something else."""
     if os.path.lexists(out) and not out.is_dir():
-        raise InputError(f"--out {brief_name(str(out), 4096)} is no folder; name another one")
+        raise InputError(f"--out {shown(out)} is no folder; name another one")
+    for place in (LOGS, *(run.name for run in planned)):
+        if os.path.lexists(out / place) and not (out / place).is_dir():
+            raise InputError(f"{shown(out / place)} is no folder, as a run's must be; move it away")
     if not (out / SWEEP).is_file():
         if out.is_dir() and not all(map(_is_of_a_beginning, out.iterdir())):
             raise InputError(f"{out} is not empty and holds no sweep; name another --out")
@@ -347,6 +363,7 @@ def _reported(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        about = shown(culprit(error, out))
         raise InputError(
-            f"cannot use {out}: {error.strerror or one_line(error)}; run the same again once it can be used"
+            f"cannot use {about}: {error.strerror or one_line(error)}; run the same again once it can be used"
         ) from None

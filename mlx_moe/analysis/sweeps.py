@@ -35,7 +35,7 @@ from typing import Any, Literal, cast, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlx_moe.accounting.flops import flops_per_token
-from mlx_moe.config import PhasesConfig, RunConfig
+from mlx_moe.config import PhasesConfig, RunConfig, Whole
 from mlx_moe.data.tokens import prepare
 from mlx_moe.errors import InputError
 from mlx_moe.presets import FOLDER, as_overrides, load_run
@@ -62,7 +62,7 @@ class SweepConfig(BaseModel):
 
     name: str
     preset: str = "three-phase"
-    n_phases: int = Field(1, ge=1, le=3)
+    n_phases: Whole = Field(1, ge=1, le=3)
     overrides: Variant = {}
     axes: dict[str, Any] = Field(min_length=1)  # of each, a list of values or a mapping of variants
 
@@ -205,7 +205,9 @@ def _check_names(names: Sequence[str]) -> None:
             raise InputError(f"run {name!r} {fault}; name its variants or values otherwise")
         before = taken.setdefault(unicodedata.normalize("NFD", name).casefold(), name)
         if before is not name:
-            raise InputError(f"runs {before!r} and {name!r} would share a folder; names must differ by more than case")
+            raise InputError(
+                f"runs {before!r} and {name!r} would share a folder; give them variants whose names differ"
+            )
 
 
 def _plan(

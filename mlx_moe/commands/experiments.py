@@ -36,16 +36,16 @@ def eval_(
     """Loss, perplexity, bits per byte and generations of every checkpoint, on the same held-out text."""
     from dataclasses import asdict
 
-    from mlx_moe.analysis.evaluation import EvaluationOptions, evaluate, find_checkpoints
+    from mlx_moe.analysis.evaluation import EvaluationOptions, check, evaluate
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.console import Console
     from mlx_moe.training.results import PROMPTS
 
     if prompt is not None and not all(prompt):
         raise InputError("--prompt is empty; give it at least one character")
-    for run in runs:  # before the first is evaluated, which takes a while
-        find_checkpoints(run)
     options = EvaluationOptions(data, text_field, max_bytes, prompt or PROMPTS, max_new_tokens, device)
+    for run in runs:  # before the first is evaluated, which takes a while
+        check(run, options)
     chosen, console = choose_backend(backend), Console(quiet=as_json)
     found = [evaluation for run in runs for evaluation in evaluate(run, chosen, options, console)]
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,7 @@ def plot(
 ) -> None:
     """Draw a run's curves and its experts' load, or a sweep and its scaling law, as SVG and PNG."""
     os.environ["MPLBACKEND"] = "agg"  # figures go to files, and matplotlib fails on a backend that it does not know
+    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # where it keeps its fonts is no matter of the user's
     from mlx_moe.analysis.plots import plot as draw
 
     for file in draw(path, out, _warn):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from mlx_moe.config import DataConfig
 from mlx_moe.data import parquet, stories
-from mlx_moe.errors import InputError, one_line
+from mlx_moe.errors import InputError, one_line, shown
 from mlx_moe.storage.atomic import absolute
-from mlx_moe.storage.reading import NOT_JSON, is_unicode
+from mlx_moe.storage.reading import NOT_JSON, is_unicode, not_json
 from mlx_moe.storage.regular_files import fingerprint, open_regular
 from mlx_moe.validation import nearest
 
@@ -26,7 +26,7 @@ MOST_FILES, MOST_ENTRIES = 100_000, 1_000_000  # of a folder: those that are dat
 LONGEST_LINE = 64 << 20  # bytes; also characters of a value
 LONGEST_PIECE = 8 << 20  # characters without a line end, of which a tokenizer takes some 300 bytes each
 FEWEST_SPARSE = 1 << 30  # bytes; a text as large as this has no holes unless somebody only set its size
-FIELD_HINT = "name one that holds text with -o data.text_field=NAME"
+FIELD_HINT = "name one that holds text with -o data.text_field=NAME (of eval: --text-field NAME)"
 NAMES_SHOWN, LONGEST_NAME_SHOWN = 10, 60
 
 
@@ -103,7 +103,7 @@ def _files(config: DataConfig) -> Source:
     try:
         paths = _find(top, config.source)
     except OSError as error:
-        raise _unreadable(top, error) from None
+        raise _unreadable(Path(error.filename or top), error) from None
     identity = hashlib.sha256(repr(config.n_documents).encode())
     states = []
     for path in paths:
@@ -175,7 +175,8 @@ def _hash(path: Path) -> tuple[str, list[int]]:
             status = os.fstat(stream.fileno())
             if status.st_size > FEWEST_SPARSE and os.lseek(stream.fileno(), 0, os.SEEK_HOLE) < status.st_size:
                 raise InputError(
-                    f"{path} has {status.st_size:,} bytes, some of which were never written; write it anew, whole"
+                    f"{shown(path)} has {status.st_size:,} bytes, some of which were never written; "
+                    "write it anew, whole"
                 )
             os.lseek(stream.fileno(), 0, os.SEEK_SET)
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -195,13 +196,14 @@ def _state(path: Path) -> list[int] | None:
 
 
 def _changed(path: Path) -> InputError:
-    return InputError(f"{path} changed while it was read; run this again once it is whole")
+    return InputError(f"{shown(path)} changed while it was read; run this again once it is whole")
 
 
 def _read_txt(path: Path, field: str) -> Iterator[str]:
     document: list[str] = []
+    name = shown(path)
     for number, line in _lines(path):
-        _check_pieces(line, f"{path} line {number}")
+        _check_pieces(line, f"{name} line {number}")
         if line.strip() == END_OF_TEXT:
             yield "".join(document)
             document = []
@@ -219,14 +221,15 @@ def _check_pieces(text: str, where: str) -> None:
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    name = shown(path)
     for number, line in _lines(path):
         if not line.strip():
             continue
-        where = f"{path} line {number}"
+        where = f"{name} line {number}"
         try:
             row = json.loads(line)
         except NOT_JSON as error:
-            raise InputError(f"{where} is not JSON ({one_line(error)}); every line must be one JSON object") from None
+            raise not_json(error, where) from None
         if not isinstance(row, dict):
             raise InputError(f"{where} holds {type(row).__name__}; every line must be one JSON object")
         if field not in row:
@@ -236,13 +239,14 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    name = shown(path)
     try:
         with parquet.opened(path) as file:
             fields = parquet.text_columns(file)
             if field not in fields:
-                raise _missing_field(str(path), field, fields, file.schema_arrow.names)
+                raise _missing_field(name, field, fields, file.schema_arrow.names)
             for number, value in enumerate(parquet.values(path, file, field), start=1):
-                yield _text(value, f"{path} row {number}", field)
+                yield _text(value, f"{name} row {number}", field)
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -257,15 +261,16 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
                 if len(line) > LONGEST_LINE:
                     raise InputError(
-                        f"{path} line {number} has more than {LONGEST_LINE:,} bytes; break it up, since a tokenizer "
-                        "takes a line at a time"
+                        f"{shown(path)} line {number} has more than {LONGEST_LINE:,} bytes; break it up, since a "
+                        "tokenizer takes a line at a time"
                     )
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     byte = line[error.start]
                     raise InputError(
-                        f"{path} line {number} is not UTF-8 (byte 0x{byte:02x}); convert it, e.g. with iconv -t UTF-8"
+                        f"{shown(path)} line {number} is not UTF-8 (byte 0x{byte:02x}); "
+                        "convert it, e.g. with iconv -t UTF-8"
                     ) from None
                 yield number, text.replace("\r\n", "\n")
     except OSError as error:
@@ -309,9 +314,11 @@ def _missing_field(where: str, field: str, text_fields: list[str], fields: list[
 
 
 def _names(names: list[str]) -> str:
-    shown = ", ".join(repr(name[:LONGEST_NAME_SHOWN]) for name in names[:NAMES_SHOWN])
-    return f"{shown} and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else shown or "none"
+    first = ", ".join(repr(name[:LONGEST_NAME_SHOWN]) for name in names[:NAMES_SHOWN])
+    return f"{first} and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else first or "none"
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot read {path}: {error.strerror or one_line(error)}; make it readable or leave it out")
+    return InputError(
+        f"cannot read {shown(path)}: {error.strerror or one_line(error)}; make it readable or leave it out"
+    )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,11 +145,16 @@ def _windows(tokens: Tokens | TokenFile, starts: NDArray[np.int64], context_leng
     return tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int32)
 
 
-def check_length(tokens: Tokens | TokenFile, context_length: int) -> None:
+def check_length(
+    tokens: Tokens | TokenFile, context_length: int, split: Literal["train", "validation"] | None = None
+) -> None:
+    """Raise InputError, which names the `split`, where the tokens do not fill one window."""
     if len(tokens) < context_length + 1:
+        fraction = {"train": "smaller", "validation": "larger", None: "different"}[split]
         raise InputError(
-            f"{len(tokens)} tokens do not fill one window of context_length {context_length} + 1; take more data, a "
-            "shorter model.context_length, or a larger data.validation_fraction if it is validation that is short"
+            f"the {len(tokens)} tokens{f' of {split}' if split else ''} do not fill one window of context_length "
+            f"{context_length} + 1; take more data, a shorter model.context_length, or a {fraction} "
+            "data.validation_fraction"
         )
 
 

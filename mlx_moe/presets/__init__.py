@@ -15,7 +15,7 @@ from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.data.sources import BUILTIN
 from mlx_moe.errors import InputError, quoted
 from mlx_moe.storage.atomic import absolute
-from mlx_moe.storage.reading import check_values, parse_yaml, read_mapping
+from mlx_moe.storage.reading import check_values, is_unicode, parse_yaml, read_mapping
 from mlx_moe.validation import nearest, validate
 
 FOLDER = Path(__file__).parent
@@ -73,7 +73,10 @@ def load_architecture(name: str, **overrides: Any) -> ModelConfig:
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """`key.path=value` for `load_run`."""
+    """`key.path=value` for `load_run`. Raises InputError for a text, as a path may be, that is not UTF-8."""
+    for key, value in values.items():
+        if isinstance(value, str) and not is_unicode(value):
+            raise InputError(f"{key} {quoted(value)} is not UTF-8, as a config must be; rename it")
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlx_moe.errors import InputError, one_line, quoted
+from mlx_moe.errors import InputError, one_line, quoted, shown
 from mlx_moe.storage import locks
-from mlx_moe.terminal import DELETED, printable
+from mlx_moe.terminal import DELETED
 
 SCRATCH = ".mlxmoe-partial-"
 # Every file that a command writes says so in its first bytes: only such a file does it write over.
@@ -115,7 +115,7 @@ def creating(path: Path, remedy: str = "name a folder that does not exist") -> I
             try:
                 check_free(target)
             except FileExistsError:
-                raise InputError(f"{_shown(path)} exists already; {remedy}") from None
+                raise InputError(f"{shown(path)} exists already; {remedy}") from None
             with new_folder(target) as partial:
                 yield partial
 
@@ -278,23 +278,29 @@ def _held(target: Path) -> Iterator[None]:
         with locks.holding(target):
             yield
     except locks.Busy:
-        raise InputError(f"another process is writing {_shown(target)}; wait for it, or name another place") from None
+        raise InputError(f"another process is writing {shown(target)}; wait for it, or name another place") from None
+
+
+def culprit(error: OSError, written: Path) -> Path:
+    """What the system refused: the file that an OSError names; `written` where it names none, or one of ours beside it
+    that is there for the time of the work."""
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    is_passing = named is not None and any(part.startswith(locks.LOCK_PREFIX) for part in named.parts)
+    return written if named is None or is_passing else named
 
 
 @contextlib.contextmanager
 def _reported(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what the file system refuses into one line."""
+    """Turn what the file system refuses into one line; it may be a file that the work reads."""
     try:
         yield
     except FileExistsError:
-        raise InputError(f"{_shown(path)} came into being in the meantime and was not changed; {remedy}") from None
+        raise InputError(f"{shown(path)} came into being in the meantime and was not changed; {remedy}") from None
     except OSError as error:
-        raise InputError(f"cannot write {_shown(path)}: {error.strerror or one_line(error)}; {remedy}") from None
-
-
-def _shown(path: Path) -> str:
-    """The path for a message of one line, which a name may not break."""
-    return printable(str(path)).replace("\n", "\\n").replace("\t", "\\t")
+        said, about = error.strerror or one_line(error), culprit(error, path)
+        if about not in (path, absolute(path), *absolute(path).parents):
+            raise InputError(f"cannot use {shown(about)}: {said}; nothing was written") from None
+        raise InputError(f"cannot write {shown(path)}: {said}; {remedy}") from None
 
 
 def _is_old_file(path: Path) -> bool:
@@ -308,13 +314,13 @@ def _check_replaceable(target: Path, is_own_place: bool, remedy: str) -> None:
     if not os.path.lexists(target):
         return
     if target.is_dir():
-        raise InputError(f"{_shown(target)} is a folder; {remedy}")
+        raise InputError(f"{shown(target)} is a folder; {remedy}")
     if os.path.islink(os.path.realpath(target)):
-        raise InputError(f"{_shown(target)} is a link that leads back to itself; {remedy}")
+        raise InputError(f"{shown(target)} is a link that leads back to itself; {remedy}")
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-        raise InputError(f"{_shown(target)} is no regular file; {remedy}")
+        raise InputError(f"{shown(target)} is no regular file; {remedy}")
     if target.exists() and not is_own_place and not is_signed(target):
-        raise InputError(f"{_shown(target)} exists and was not written by this command; delete it first, or {remedy}")
+        raise InputError(f"{shown(target)} exists and was not written by this command; delete it first, or {remedy}")
 
 
 def is_signed(file: Path) -> bool:

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig
-from mlx_moe.errors import InputError, one_line
+from mlx_moe.errors import InputError, one_line, shown
 from mlx_moe.parameters import Arrays, Weights, merged, shapes
 from mlx_moe.storage import locks
 from mlx_moe.storage.atomic import (
@@ -35,6 +35,7 @@ from mlx_moe.storage.atomic import (
     set_aside,
 )
 from mlx_moe.storage.reading import read_mapping
+from mlx_moe.storage.regular_files import open_regular
 from mlx_moe.storage.tensor_files import Blocks, StoredTensor, read_header, sha256, stored_weights, write_file
 from mlx_moe.storage.tokenizer_files import copy_tokenizer
 from mlx_moe.validation import validate
@@ -323,6 +324,10 @@ def verify(path: Path) -> None:
 
 
 def _damage(path: Path) -> str | None:
+    """How a checkpoint is not what was written.
+
+    Raises InputError where the system does not let it be read: it may be whole.
+    """
     try:
         manifest = _manifest(path)
         present = {name for name in (CONFIG, MODEL, OPTIMIZER, STATE) if os.path.lexists(path / name)}
@@ -338,7 +343,12 @@ def _damage(path: Path) -> str | None:
                 return f"is damaged: {name} was altered (SHA-256)"
     except FileNotFoundError:
         return f"is incomplete: {MANIFEST} is missing"
-    except (OSError, InputError) as error:
+    except OSError as error:
+        about = shown(Path(error.filename or path))
+        raise InputError(
+            f"cannot read {about}: {error.strerror or one_line(error)}; mend that, or move it away"
+        ) from None
+    except InputError as error:
         return f"cannot be read: {MANIFEST}: {one_line(error)}"
     return _misplaced(path)
 
@@ -352,9 +362,8 @@ class ListedFile:
 
 
 def _manifest(path: Path) -> dict[str, ListedFile]:
-    """The files that a checkpoint lists, by their paths in it. Raises FileNotFoundError, InputError."""
-    if not (path / MANIFEST).is_file():
-        raise FileNotFoundError(path / MANIFEST)
+    """The files that a checkpoint lists, by their paths in it. Raises OSError, InputError."""
+    os.close(open_regular(path / MANIFEST))  # a file that cannot be opened is another matter than a damaged one
     manifest = validate(dict[str, ListedFile], read_mapping(path / MANIFEST))
     for name in manifest:
         if Path(name).is_absolute() or ".." in Path(name).parts or not name:

@@ -6,17 +6,20 @@ Resuming takes it from here, so that the same numbers come out. What differs nev
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mlx_moe.errors import quoted
 from mlx_moe.storage.records import Open, Phase, read_record
+from mlx_moe.validation import by_path
 
 IDENTITY = "run.json"
 
 
 class RunIdentity(Open):
-    """`threads`: of products on CPU, None where nobody counts them; `versions`: of what computes."""
+    """`threads`: of products on CPU, None where nobody counts them; `versions`: of what computes; `config`: as it was
+    written, but for the data, whose hashes stand in `data.json`."""
 
     backend: Literal["mlx", "torch"]
     device: Literal["cpu", "gpu"]
@@ -28,6 +31,7 @@ class RunIdentity(Open):
     versions: dict[str, str]
     last_phase: Phase
     allow_lossy: bool = False
+    config: dict[str, Any] = Field(default_factory=dict)
 
 
 def read_identity(run: Path) -> RunIdentity | None:
@@ -52,3 +56,13 @@ def differences(before: RunIdentity, now: RunIdentity) -> list[str]:
         if before.versions.get(library, version) != version:
             found.append(f"{library} {version}, was {before.versions[library]}")
     return found
+
+
+def changed_settings(before: RunIdentity, now: RunIdentity) -> list[str]:
+    """What somebody changed in a run's config since it was begun, each in a few words."""
+    was, is_now = by_path(before.config), by_path(now.config)
+    return [
+        f"{key} {quoted(is_now[key])}, was {quoted(was[key])}"
+        for key in was
+        if key in is_now and was[key] != is_now[key]
+    ]

@@ -33,7 +33,7 @@ def read(path: Path, kind: Any | None = None, warn: Callable[[str], None] | None
     A last line without its end is left out without a word, because that is what a kill leaves. Every other line that
     is no row is left out and counted in one call of `warn`. Raises InputError where the file cannot be read at all.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     rows: list[Row] = []
     bad: list[str] = []
@@ -52,7 +52,7 @@ def read(path: Path, kind: Any | None = None, warn: Callable[[str], None] | None
 
 def rewind(path: Path, phase: int, step: int, kind: Any | None = None) -> None:
     """Drop the rows after a resumed step, so that nothing is logged twice, and the lines that are no rows."""
-    if path.exists():
+    if os.path.lexists(path):
         rows = [row for row in read(path, kind) if isinstance(row.get("phase"), int)]
         kept = [row for row in rows if (row["phase"], row.get("step") or 0) <= (phase, step)]
         with replacing(path) as partial:

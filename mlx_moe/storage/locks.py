@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-# Several processes of one run share a machine, and a sweep's run is started by the sweep that holds its folder.
 LOCK_PREFIX, LOCK_SUFFIX = ".mlxmoe-", ".lock"
 
 
@@ -29,7 +28,7 @@ def acquire(path: Path, shared: bool = False, needed: bool = False) -> int:
     Raises Busy where another process holds it, or where a lock is `needed` and the file system knows none, and
     FileNotFoundError where it was renamed or deleted in the meantime.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
     try:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

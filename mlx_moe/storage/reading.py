@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mlx_moe.errors import InputError, one_line, quoted
+from mlx_moe.errors import InputError, one_line, quoted, shown
+from mlx_moe.storage.regular_files import open_regular
 
 LARGEST_CONFIG = 16 << 20  # bytes; the largest config.json known has some 100 kB
 LARGEST_YAML = 100_000  # characters, which take a second or two; a config with all its layers listed has half of that
@@ -28,23 +28,19 @@ NOT_JSON = (ValueError, RecursionError)  # a JSONDecodeError is a ValueError, as
 
 def read_bytes(path: Path, at_most: int = LARGEST_CONFIG) -> bytes:
     """The bytes of a regular file. Raises InputError where it is none, is too large, or cannot be read."""
-    name = _name(path)
     if "\0" in str(path):
-        raise InputError(f"cannot read {name}: no path holds a NUL byte; leave it out")
+        raise InputError(f"cannot read {shown(path)}: no path holds a NUL byte; leave it out")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
-        with open(descriptor, "rb") as stream:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"cannot read {name}: it is no regular file; name one")
-            if status.st_size > at_most:
+        with open(open_regular(path), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > at_most:
                 raise InputError(
-                    f"cannot read {name}: it has {status.st_size:,} bytes, and at most {at_most:,} are read of such a "
+                    f"cannot read {shown(path)}: it has {size:,} bytes, and at most {at_most:,} are read of such a "
                     "file; is it the right one?"
                 )
             return stream.read(at_most)
     except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror or one_line(error)}") from None
+        raise InputError(f"cannot read {shown(path)}: {error.strerror or one_line(error)}") from None
 
 
 def read_text(path: Path, at_most: int = LARGEST_CONFIG) -> str:
@@ -55,7 +51,7 @@ def read_text(path: Path, at_most: int = LARGEST_CONFIG) -> str:
     try:
         return read_bytes(path, at_most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {_name(path)}: {one_line(error)}; it must be UTF-8") from None
+        raise InputError(f"cannot read {shown(path)}: {one_line(error)}; it must be UTF-8") from None
 
 
 def own_file(folder: Path, name: str) -> Path | None:
@@ -65,8 +61,12 @@ def own_file(folder: Path, name: str) -> Path | None:
     hub's cache keeps its files in `blobs` and links to them, which is inside.
     """
     file = folder / name
-    if not os.path.lexists(file):
+    try:
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise InputError(f"cannot read {shown(file)}: {error.strerror}; make it readable") from None
     within = [folder.resolve()]
     if within[0].parent.name == "snapshots":
         within.append(within[0].parents[1] / "blobs")
@@ -76,22 +76,24 @@ def own_file(folder: Path, name: str) -> Path | None:
         raise InputError(f"{file} is a link that leads back to itself; put the file there") from None
     if not any(target.is_relative_to(place) for place in within):
         raise InputError(f"{file} is a link to {target}, outside its folder; put a copy of the file there")
-    return file if file.is_file() else None
+    if not file.is_file():
+        raise InputError(f"{shown(file)} is no regular file, or a link to what is missing; put the file there")
+    return file
 
 
 def read_json(path: Path, at_most: int = LARGEST_CONFIG) -> Any:
     """The values of a JSON file, of whatever type. Raises InputError."""
-    return parse_json(read_text(path, at_most), _name(path))
+    return parse_json(read_text(path, at_most), shown(path))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The values of a YAML or JSON file with a mapping at the top; none of an empty file. Raises InputError."""
     text = read_text(path)
-    values = parse_json(text, _name(path)) if path.suffix == ".json" else parse_yaml(text, _name(path))
+    values = parse_json(text, shown(path)) if path.suffix == ".json" else parse_yaml(text, shown(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"{_name(path)} holds a {type(values).__name__}; it must be a mapping of keys to values")
+        raise InputError(f"{shown(path)} holds a {type(values).__name__}; it must be a mapping of keys to values")
     return values
 
 
@@ -100,11 +102,16 @@ def parse_json(text: str, where: str) -> Any:
     try:
         values = json.loads(text, object_pairs_hook=_unique)
     except NOT_JSON as error:
-        if "integer string conversion" in str(error):
-            raise InputError(f"{where} holds an integer of more than {MOST_DIGITS} digits; shorten it") from None
-        raise InputError(f"{where} is not valid JSON: {one_line(error, limit=300)}") from None
+        raise not_json(error, where) from None
     check_values(values, where)
     return values
+
+
+def not_json(error: Exception, where: str) -> InputError:
+    """What one of NOT_JSON, which `json.loads` raised, says of a text."""
+    if "integer string conversion" in str(error):
+        return InputError(f"{where} holds an integer of more than {MOST_DIGITS} digits; shorten it")
+    return InputError(f"{where} is not valid JSON: {one_line(error, limit=300)}")
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -158,11 +165,6 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _name(path: Path) -> str:
-    """A path as one line."""
-    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,11 +19,11 @@ import numpy as np
 
 from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig, RunConfig
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, shown
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.processes import Alone, World
 from mlx_moe.storage import checkpoint, jsonl, locks
-from mlx_moe.storage.atomic import clean_leftovers, flush, make_folder, new_folder, replacing
+from mlx_moe.storage.atomic import clean_leftovers, culprit, flush, make_folder, new_folder, replacing
 from mlx_moe.storage.checkpoint import TrainerState
 from mlx_moe.storage.identity import IDENTITY, RunIdentity, read_identity
 from mlx_moe.storage.reading import read_mapping
@@ -61,6 +61,8 @@ def read_run(path: Path, values: dict[str, Any]) -> RunConfig:
 
     What a run started from need not stay: its tokenizer is the copy in the run's folder, once that is there.
     """
+    if missing := [name for name in ("model", "data", "phases") if name not in values]:
+        raise InputError(f"{path / CONFIG} is not the whole config of a run: it has no {missing[0]}; put back a copy")
     run = validate(RunConfig, values)
     own = path / TOKENIZER
     if run.start is None or not own.is_dir():
@@ -289,9 +291,10 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}; {self._way_out()}") from None
+            about = culprit(error, self.path)
+            raise InputError(f"cannot write {shown(about)}: {error.strerror or error}; {self._way_out()}") from None
 
     def _way_out(self) -> str:
         if not (self.path / CONFIG).is_file():
             return "nothing was begun; name another folder with --out"
-        return f"{self.last_saved()}; once there is room, resume with: {self.resume_command}"
+        return f"{self.last_saved()}; once that is mended, resume with: {self.resume_command}"

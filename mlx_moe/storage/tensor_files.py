@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from mlx_moe.errors import InputError, brief_name, one_line
+from mlx_moe.errors import InputError, brief_name, one_line, shown
 from mlx_moe.storage.reading import NOT_JSON, own_file, read_mapping
+from mlx_moe.storage.regular_files import open_regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers' own limit is 50 GB, the hub asks for 5 GB
@@ -132,12 +133,14 @@ def _read_index(index: Path) -> dict[str, str]:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file. Raises InputError where it is damaged."""
     try:
-        with safe_open(file, "np"):
-            pass  # checks the header against the file's size: no tensor is longer than the file, none overlap
-        with file.open("rb") as stream:
+        with open(open_regular(file), "rb") as stream:  # says why where it cannot be opened, as safe_open does not
+            with safe_open(file, "np"):
+                pass  # checks the header against the file's size: no tensor is longer than the file, none overlap
             length = int.from_bytes(stream.read(8), "little")
             header: dict[str, Any] = json.loads(stream.read(length))
     except (OSError, SafetensorError, *NOT_JSON) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(f"cannot read {shown(file)}: {error.strerror}") from None
         if _is_git_lfs(file):
             raise InputError(
                 f"{file} is a git-lfs pointer in place of the weights; get them: git lfs pull, in its folder"

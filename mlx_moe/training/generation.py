@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.data.tokenizers import Tokenizer
-from mlx_moe.errors import InputError
+from mlx_moe.errors import InputError, quoted
 from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.reading import is_unicode
 from mlx_moe.training.backend import Backend, Trainer
@@ -84,7 +84,7 @@ def continue_text(
     tokenizer = tokenizer_of(loaded)
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise InputError("--prompt is empty; give it at least one character")
+        raise InputError(f"--prompt {quoted(prompt)} gives no token; give it some that the tokenizer knows")
     trainer = backend.trainer(loaded.config, OptimizerConfig(), loaded.weights, device)
     yield prompt
     shown, written = tokenizer.decode(ids), list(ids)

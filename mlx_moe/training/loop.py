@@ -23,6 +23,7 @@ from mlx_moe.training.console import Console
 from mlx_moe.training.schedule import learning_rate
 from mlx_moe.training.stopping import Interruption, TrainingStopped
 
+DRAWN_WITH = "model.init_std, phases.moe.router_std, phases.moe.noise"
 TITLES = {1: "Phase 1: dense", 2: "Phase 2: mixture of experts", 3: "Phase 3: larger mixture of experts"}
 
 
@@ -213,8 +214,11 @@ def _go_on(folder: RunFolder) -> str:
 
 def _not_finite(folder: RunFolder, phase: Phase, step: int, what: str) -> TrainingStopped:
     folder.log_event({"event": "diverged", "phase": phase.number, "step": step, "reason": f"the {what}"})
+    remedy = (
+        f"lower the learning rate (phases.*.learning_rate {phase.config.learning_rate:g}) or raise its warmup_steps"
+    )
+    if step == 0:
+        remedy = f"the weights it begins with are too large: lower what drew them ({DRAWN_WITH})"
     return TrainingStopped(
-        f"the {what} at step {step} of phase {phase.number}; {folder.last_saved()}; lower the learning rate "
-        f"(phases.*.learning_rate {phase.config.learning_rate:g}) or raise its warmup_steps",
-        exit_code=1,
+        f"the {what} at step {step} of phase {phase.number}; {folder.last_saved()}; {remedy}", exit_code=1
     )

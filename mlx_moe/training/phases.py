@@ -22,7 +22,7 @@ from mlx_moe.processes import Alone, World
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.storage.environment import environment, library_versions
-from mlx_moe.storage.identity import RunIdentity, differences
+from mlx_moe.storage.identity import RunIdentity, changed_settings, differences
 from mlx_moe.storage.run_folder import CONFIG, RunFolder, resume_command
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.boundary import (
@@ -147,6 +147,9 @@ class Experiment:
         before, now = self.folder.identity(), self._identity(trainer, last_phase)
         self.folder.introduce(self.run, now, self.data, environment(self.backend, trainer))
         self.console.facts(facts(self.run, self.folder.path, self.data, self.backend, trainer))
+        if before is not None and (changed := changed_settings(before, now)):
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            self.console.warn(f"{CONFIG} is not as it was when the run began: {'; '.join(changed[:3])}{more}")
         if before is not None and (differing := differences(before, now)):
             self.console.line(f"not bit for bit: {'; '.join(differing)}")
 
@@ -164,6 +167,7 @@ class Experiment:
             versions={name: version for name, version in library_versions().items() if name in libraries and version},
             last_phase=last_phase,
             allow_lossy=self.options.allow_lossy,
+            config=self.run.model_dump(mode="json", exclude={"data"}),
         )
 
     def warn_of_memory(self, trainer: Trainer, phases: Iterable[int]) -> None:
@@ -290,8 +294,8 @@ def begin(
     data = prepare(run.data, progress=console.line)
     folder.check_data(data)
     run = fit_vocabulary(_with_absolute_paths(run), data.tokenizer.vocab_size)
-    for tokens in (data.train, data.validation):
-        check_length(tokens, run.model.context_length)
+    check_length(data.train, run.model.context_length, "train")
+    check_length(data.validation, run.model.context_length, "validation")
     return Experiment(run, folder, backend, options, console, data)
 
 

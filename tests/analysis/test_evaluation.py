@@ -11,6 +11,7 @@ from small_experiments import train
 from mlx_moe.analysis.evaluation import _stretches as stretches
 from mlx_moe.analysis.evaluation import pinned
 from mlx_moe.config import DataConfig
+from mlx_moe.storage import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -150,5 +151,9 @@ def test_text_that_the_tokenizer_does_not_know_is_said(mlxmoe, tmp_path):
 
 
 def test_nothing_is_evaluated_where_one_path_is_wrong(run, mlxmoe, tmp_path):
-    result = mlxmoe("eval", run / "best", tmp_path / "nowhere", "--backend", "torch")
-    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    (tmp_path / "alone").mkdir()
+    for file in checkpoint.latest(run).iterdir():  # in no run's folder: its data is not known
+        shutil.copy(file, tmp_path / "alone")
+    for name in ("nowhere", "alone"):
+        result = mlxmoe("eval", run / "best", tmp_path / name, "--backend", "torch")
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)

@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -140,3 +143,13 @@ def test_what_is_no_run_is_said(mlxmoe, tmp_path, finished):
     result = mlxmoe("plot", finished, "--out", tmp_path / "file" / "figures")
     assert result.code == 2
     assert "cannot write" in result.err
+
+
+def test_settings_in_the_working_folder_change_nothing(figures, finished, tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\nno.such.key: 1\n")
+    command = [sys.executable, "-m", "cli", "plot", finished, "--out", tmp_path / "out"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "²"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    for file in figures.iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name

@@ -251,3 +251,24 @@ def test_a_run_depends_on_nothing_around_it(tmp_path, mlxmoe, monkeypatch):
     assert result.code == 0, (out / "logs" / "good.txt").read_text()
     assert not (tmp_path / "ran").exists()
     assert "\x1b" not in (out / "logs" / "good.txt").read_text()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "file"])
+def test_what_is_no_run_is_refused_at_once(kind, mlxmoe, tmp_path):
+    file, out = tmp_path / "s.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(SWEEP | {"axes": {"arm": {"good": {}}}}))
+    (out / "logs").mkdir(parents=True)
+    (out / "sweep.json").write_text("{}")
+    os.mkfifo(out / "good") if kind == "fifo" else (out / "good").touch()
+    result = mlxmoe("sweep", file, "--out", out, *OPTIONS)
+    assert (result.code, result.out) == (2, "")
+    assert result.err == f"error: {out}/good is no folder, as a run's must be; move it away\n"
+
+
+def test_data_that_is_not_there_is_said_before_anything_is_written(mlxmoe, tmp_path):
+    file, out = tmp_path / "s.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(SWEEP))
+    result = mlxmoe("sweep", file, "--data", tmp_path / "nowhere.txt", "--out", out, *OPTIONS)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "no file or folder" in result.err
+    assert not out.exists()

@@ -10,7 +10,9 @@ import string
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -338,29 +340,26 @@ def test_a_small_file_of_very_much_text_is_refused(tmp_path):
         make(tmp_path / f"{number}.parquet")
         assert (tmp_path / f"{number}.parquet").stat().st_size < 3_000_000
     code = (
-        "import resource, sys, time\n"
+        "import resource, sys\n"
         "import pyarrow.parquet\n"
         "from mlx_moe.config import DataConfig\n"
         "from mlx_moe.data.sources import open_source\n"
         "from mlx_moe.errors import InputError\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
         "for path in sys.argv[1:]:\n"
-        "    start = time.monotonic()\n"
         "    try:\n"
         "        n = sum(1 for _ in open_source(DataConfig(source=path, n_documents=None)).documents())\n"
         "    except InputError as error:\n"
         "        n = error\n"
-        "    print(f'{time.monotonic() - start:.1f}', n)\n"
+        "    print(n)\n"
     )
     files = sorted(map(str, tmp_path.iterdir()))
-    result = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, *files]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     lines = result.stdout.splitlines()
     assert len(lines) == len(BOMBS)
-    for number, line in enumerate(lines):
-        seconds, said = line.split(maxsplit=1)
-        is_limited = number % 2 == 1  # the first documents may be had where they alone are not too much
-        assert "unpacks to more than 256 times as much text" in said or (is_limited and said == "10000")
-        assert float(seconds) < 10
+    for line in lines:
+        assert "unpacks to more than 256 times as much text" in line
 
 
 KINDS = ["string", "large_string", "string_view", "dictionary", "json"]
@@ -407,7 +406,27 @@ def test_columns_that_are_no_text(tmp_path):
 def test_a_column_that_comes_twice(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    read(tmp_path / "a.parquet")
+    assert "has 2 columns that are called 'text'; rename all but one" in refusal(tmp_path / "a.parquet")
+
+
+def test_a_column_called_as_a_part_of_another(tmp_path):
+    path = write(tmp_path / "a.parquet", {"a": [{"b": 1}], "a.b": ["text"]})
+    assert "has 2 columns that are called 'a.b'; rename all but one" in refusal(path, text_field="a.b")
+
+
+def test_names_of_files_stay_in_one_line(tmp_path):
+    (tmp_path / "a\nb.txt").write_bytes(b"\xff")
+    assert f"{tmp_path}/a\\nb.txt line 1 is not UTF-8" in refusal(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read_is_named(as_nobody):
+    with tempfile.TemporaryDirectory() as top:
+        Path(top).chmod(0o755)
+        (Path(top) / "a.txt").write_text("text")
+        (Path(top) / "inner").mkdir(mode=0o700)
+        (Path(top) / "inner").chmod(0)
+        with as_nobody():
+            assert f"cannot read {top}/inner: Permission denied" in refusal(top)
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
@@ -529,7 +548,7 @@ FILE_CHANGES = {
 def test_a_file_that_changes_while_it_is_read(tmp_path, change, n_documents):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "story {n}"}}\n' for n in range(10_000)))
-    with pytest.raises(InputError, match=r"a\.jsonl.*(changed while it was read|is not JSON)") as caught:
+    with pytest.raises(InputError, match=r"a\.jsonl.*(changed while it was read|is not valid JSON)") as caught:
         Changing(path, FILE_CHANGES[change]).read(n_documents=n_documents)
     assert "\n" not in str(caught.value)
 

@@ -167,7 +167,7 @@ def test_a_name_that_is_none(spec, capfd):
 def test_a_pipe_is_no_tokenizer(folder, capfd):
     (folder / "tokenizer.json").unlink()
     os.mkfifo(folder / "tokenizer.json")
-    assert "no tokenizer.json" in refusal(capfd, Tokenizer.load, folder)
+    assert "tokenizer.json is no regular file" in refusal(capfd, Tokenizer.load, folder)
 
 
 def test_half_a_surrogate_pair_is_refused(folder, capfd):

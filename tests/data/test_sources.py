@@ -74,7 +74,7 @@ def test_jsonl(tmp_path):
 def test_parquet(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"n": list(range(2500)), "text": [f"story {i}" for i in range(2500)]})
     assert documents(path) == [f"story {i}" for i in range(2500)]
-    hint = "name one that holds text with -o data.text_field=NAME, here 'text'"
+    hint = "name one that holds text with -o data.text_field=NAME (of eval: --text-field NAME), here 'text'"
     assert f"has no text in field 'n'; {hint}" in refusal(path, text_field="n")
     assert f"has no field 'body'; {hint}" in refusal(path, text_field="body")
 
@@ -152,7 +152,7 @@ def test_folder_without_data(tmp_path):
 def test_bad_json_names_the_line(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
-    assert "a.jsonl line 3 is not JSON" in refusal(path)
+    assert "a.jsonl line 3 is not valid JSON" in refusal(path)
 
 
 def test_json_that_is_no_object_or_no_text(tmp_path):
@@ -165,7 +165,7 @@ def test_missing_field_names_those_there_are(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"story": "b", "id": 3}])
     message = refusal(path)
     assert "line 2 has no field 'text'" in message
-    assert "-o data.text_field=NAME, here 'story'" in message
+    assert "-o data.text_field=NAME (of eval: --text-field NAME), here 'story'" in message
     message = refusal(write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user"}]}]))
     assert "has no field 'text', nor text in any of 'messages'" in message
 

@@ -1,7 +1,11 @@
 """Hugging Face's folders in: the same logits, or one line that says why not."""
 
 import json
+import os
 import re
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,3 +241,29 @@ def refused(tmp_path, said):
     assert re.search(said, str(error.value)), error.value
     assert "\n" not in str(error.value)
     assert {path.name for path in tmp_path.iterdir()} <= {"theirs"}  # nothing half-written
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_what_takes_the_place_of_a_file_is_refused(name, kind, llama, mlxmoe, tmp_path):
+    file = shutil.copytree(llama, tmp_path / "model") / name
+    file.unlink(missing_ok=True)
+    {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "link to nothing": lambda: file.symlink_to("x")}[kind]()
+    result = mlxmoe("import", tmp_path / "model", tmp_path / "out")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"{file} is no regular file, or a link to what is missing" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
+def test_what_may_not_be_read_is_not_called_damaged(name, llama, as_nobody):
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o777)
+        model = shutil.copytree(llama, Path(parent) / "model")
+        model.chmod(0o755)
+        (model / name).chmod(0)
+        with as_nobody(), pytest.raises(InputError) as caught:
+            import_model(str(model), Path(parent) / "out")
+        assert f"cannot read {model / (name or 'config.json')}: Permission denied" in str(caught.value)
+        assert "damaged" not in str(caught.value)
+        assert not (Path(parent) / "out").exists()

@@ -5,7 +5,9 @@ import math
 import resource
 import shutil
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -580,3 +582,18 @@ def test_a_run_without_checkpoints_has_no_latest(tmp_path):
 def save_measured(run, phase, step, validation_loss):
     state = TrainerState(phase, step, "torch", validation_loss)
     save(folder(run, phase, step), CONFIG, state, WEIGHTS, None)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "trainer.json"])
+def test_what_may_not_be_read_is_not_taken_for_damaged(name, as_nobody):
+    with tempfile.TemporaryDirectory() as parent:
+        path = folder(Path(parent), 2, 7)
+        save(path, CONFIG, STATE, WEIGHTS, OPTIMIZER)
+        (path / name).chmod(0)
+        for place in [Path(parent), *Path(parent).rglob("*")]:
+            if place.is_dir():
+                place.chmod(0o777)
+        with as_nobody():
+            message = refusal(checkpoint.load_latest, Path(parent), print)
+        assert message == f"cannot read {path / name}: Permission denied; mend that, or move it away"
+        assert path.is_dir()

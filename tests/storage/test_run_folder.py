@@ -164,3 +164,25 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     assert "another process is training in" in refusal(go_on, tmp_path / "run")
     other.close()
     go_on(tmp_path / "run")
+
+
+def test_half_a_config_is_refused(tmp_path):
+    start(short_run(), tmp_path / "run", n_phases=1)
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    for part in ("", text[: text.index("\nphases:") + 1]):
+        config.write_text(part)
+        assert "is not the whole config of a run: it has no" in refusal(open_run, tmp_path / "run")
+
+
+def test_what_the_system_refuses_is_named(tmp_path):
+    start(short_run(), tmp_path / "run", n_phases=1)
+    (tmp_path / "run" / "environment.json").unlink()
+    (tmp_path / "run" / "environment.json").mkdir()
+    message = refusal(go_on, tmp_path / "run")
+    assert f"cannot write {tmp_path}/run/environment.json: Is a directory;" in message
+    (tmp_path / "run" / "environment.json").rmdir()
+    history = tmp_path / "run" / "history.jsonl"
+    history.unlink()
+    history.symlink_to("history.jsonl")
+    assert f"cannot read {history}: Too many levels of symbolic links" in refusal(go_on, tmp_path / "run")

@@ -316,7 +316,8 @@ def test_a_weight_that_is_not_finite_stops_the_run(make_run, train, backend, tmp
     weights = initialize(run.model, 0)
     weights["norm.weight"][0] = np.nan
     with pytest.raises(
-        TrainingStopped, match="validation loss became nan at step 0 of phase 1; there is no checkpoint yet"
+        TrainingStopped,
+        match="validation loss became nan at step 0 of phase 1; there is no checkpoint yet; the weights it begins with",
     ):
         train(run, tmp_path, build(backend, run, weights))
 

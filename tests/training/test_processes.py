@@ -121,3 +121,12 @@ def test_half_an_environment_of_a_launcher(size, said, tmp_path):
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert said in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_cannot_meet(tmp_path):
+    command = [BIN / "mlxmoe", "train", "--backend", "torch", "--preset", "demo", "--out", tmp_path / "run"]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}
+    ended = subprocess.run(command, env=os.environ | place, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert "cannot meet the other processes at '127.0.0.1:x'" in ended.stderr
+    assert not (tmp_path / "run").exists()

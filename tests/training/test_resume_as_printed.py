@@ -131,3 +131,16 @@ def test_a_damaged_identity_is_one_line(cache, tmp_path):
         assert result.returncode == 2
         assert "run.json" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_a_config_that_was_changed_is_said(cache, tmp_path):
+    run = tmp_path / "run"
+    stopped_in(run, cache, [*BEGIN, "--backend", "torch", "--phases", "1", "-o", "training.checkpoint_every=2"], (1, 2))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("weight_decay: 0.1", "weight_decay: 0.2"))
+    result = mlxmoe(cache, ["train", "--resume", run])
+    assert result.returncode == 0, result.stderr
+    said = "config.yaml is not as it was when the run began: optimizer.weight_decay 0.2, was 0.1"
+    assert said in " ".join(result.stdout.split())
+    result = mlxmoe(cache, ["train", "--resume", run])
+    assert "is not as it was" not in " ".join(result.stdout.split())
