@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -119,10 +120,9 @@ def generate(
     chosen, loaded = choose_backend(backend), open_model(checkpoint)
     sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
     pieces = continue_text(loaded, prompt, chosen, device, max_new_tokens, **sampling)
-    first = next(pieces)  # what is wrong with the prompt or the tokenizer is said here, and nothing before it
+    first = list(islice(pieces, 2))  # what is wrong with prompt, tokenizer or weights is said here, and nothing before
     echo(f"backend: {chosen.reason}", err=True)
-    echo(first, nl=False)
-    for piece in pieces:
+    for piece in chain(first, pieces):
         echo(piece, nl=False)
     echo()
 
