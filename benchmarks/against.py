@@ -1,11 +1,11 @@
 """This checkout beside another one: what a user waits for at the start of a command, and in a step of training.
 
     git worktree add ../before COMMIT
-    python benchmarks/against.py ../before [--rounds 20] [--pairs 5] [--steps 60]
+    python benchmarks/against.py ../before [--rounds 20] [--steps 200]
 
-Both run with this Python, each from its own folder, in turns. Prints for each command and each backend the ratio of the
-medians, that of the lower quartiles, which what else the machine does moves less, and JSON; below 1, this checkout is
-the faster one.
+Both run with this Python, each from its own folder, in turns: whole commands, and two runs of which one is halted while
+the other does five steps, so that what else the machine does falls on both. Prints for each the ratio of the medians,
+that of the lower quartiles, and JSON; below 1, this checkout is the faster one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import TypeVar
 
 HERE = Path(__file__).parents[1]
 COMMANDS = {
@@ -28,7 +30,9 @@ COMMANDS = {
     "the MLX backend": ["-c", "import mlx_moe.model.trainer"],
     "the PyTorch backend": ["-c", "import torch_ref.trainer"],
 }
-STEPS_A_ROW = 5
+AT_ONCE = 5  # steps
+POLL_SECONDS = 0.001
+T = TypeVar("T")
 Seconds = defaultdict[tuple[str, str], list[float]]
 
 
@@ -36,8 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path)
     parser.add_argument("--rounds", type=int, default=20, help="of the commands")
-    parser.add_argument("--pairs", type=int, default=5, help="runs of each checkout and backend")
-    parser.add_argument("--steps", type=int, default=60, help="of a run: one phase of the demo's model")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="of a run of each backend: one phase of the demo's model"
+    )
     options = parser.parse_args()
     checkouts = {"this": HERE, "other": options.other.resolve()}
     seconds: Seconds = defaultdict(list)
@@ -47,36 +52,73 @@ def main() -> None:
                 taken = _run(checkout, command)
                 if a_round >= 0:
                     seconds[name, which].append(taken)
-    for a_pair in range(options.pairs):
-        for backend in ("mlx", "torch"):
-            for which, checkout in _in_turn(checkouts, a_pair):
-                whole, steps = _train(checkout, backend, options.steps)
-                seconds[f"training, {backend}", which].append(whole)
-                seconds[f"a step, {backend}", which] += steps
+    for backend in ("mlx", "torch"):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = {
+                which: _Run(path, Path(folder) / which, backend, options.steps) for which, path in checkouts.items()
+            }
+            for a_round in range(options.steps // AT_ONCE - 2):
+                for which, run in _in_turn(runs, a_round):
+                    seconds[f"{AT_ONCE} steps, {backend}", which].append(run.next_steps())
+            for run in runs.values():
+                run.end()
     _show(seconds)
 
 
-def _in_turn(checkouts: dict[str, Path], a_round: int) -> list[tuple[str, Path]]:
+def _in_turn(both: dict[str, T], a_round: int) -> list[tuple[str, T]]:
     """Who goes first changes from round to round."""
-    return list(checkouts.items())[:: 1 if a_round % 2 else -1]
+    return list(both.items())[:: 1 if a_round % 2 else -1]
 
 
 def _run(checkout: Path, command: list[str]) -> float:
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
     start = time.perf_counter()
-    subprocess.run([sys.executable, *command], cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, *command], cwd=checkout, env=_environment(checkout), check=True, stdout=subprocess.DEVNULL
+    )
     return time.perf_counter() - start
 
 
-def _train(checkout: Path, backend: str, steps: int) -> tuple[float, list[float]]:
-    """Seconds of a run, and of a step in each row of its metrics but for the first quarter."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        command = ["-m", "cli", "train", "--phases", "1", "--preset", "demo", "--backend", backend, "--out", str(run)]
-        command += ["-o", f"phases.dense.steps={steps}", "-o", f"training.log_every={STEPS_A_ROW}"]
-        whole = _run(checkout, command)
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        return whole, [row["step_ms"] / 1e3 for row in rows if "step_ms" in row][steps // STEPS_A_ROW // 4 :]
+def _environment(checkout: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(checkout)}
+
+
+class _Run:
+    """A run of a checkout that is halted whenever nobody waits for its next steps."""
+
+    def __init__(self, checkout: Path, folder: Path, backend: str, steps: int):
+        settings = {"phases.dense.steps": steps, "training.log_every": AT_ONCE}
+        settings |= dict.fromkeys(("training.eval_every", "training.checkpoint_every"), steps)
+        command = [sys.executable, "-m", "cli", "train", "--phases", "1", "--preset", "demo", "--backend", backend]
+        command += [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+        self._rows = folder / "metrics.jsonl"
+        self._process = subprocess.Popen(
+            [*command, "--out", folder], cwd=checkout, env=_environment(checkout), stdout=subprocess.DEVNULL
+        )
+        self._await_row()  # of the first step
+        self.next_steps()
+
+    def next_steps(self) -> float:
+        """Seconds of the next steps and the row that is logged of them."""
+        start = time.perf_counter()
+        self._process.send_signal(signal.SIGCONT)
+        return self._await_row() - start
+
+    def _await_row(self) -> float:
+        """Halt the run when its next row is there; returns when that was."""
+        before = self._size()
+        while self._size() == before:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"{self._rows.parent} ended with {self._process.returncode}")
+            time.sleep(POLL_SECONDS)
+        self._process.send_signal(signal.SIGSTOP)
+        return time.perf_counter()
+
+    def _size(self) -> int:
+        return self._rows.stat().st_size if self._rows.exists() else 0
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 def _show(seconds: Seconds) -> None:
