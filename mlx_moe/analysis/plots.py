@@ -6,6 +6,7 @@ L layers, E experts, S logged steps.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -63,7 +64,8 @@ def plot(path: Path, out: Path | None, warn: Callable[[str], None] = lambda line
     """
     fits, folder = (path / FITS, path) if os.path.isdir(path) else (path, path.parent)
     figures: dict[str, Figure | None] = {}
-    with mpl.style.context(STYLE, after_reset=True):  # whatever matplotlibrc says
+    with mpl.style.context(STYLE, after_reset=True), warnings.catch_warnings():  # whatever matplotlibrc says
+        warnings.simplefilter("ignore")  # of matplotlib, on what it cannot lay out well; ours go to `warn`
         if os.path.isfile(path / SWEEP):
             figures["choices"] = choices(path)
         if os.path.isfile(fits):

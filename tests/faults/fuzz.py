@@ -299,9 +299,15 @@ def odd_option(random: Random) -> list[str]:
     if option.is_flag:
         return [*argv, name]
     value = random.choice(ODD_NUMBERS if random.random() < 0.5 else ODD_WORDS)
-    if option.opts[0] in WORK and value.strip().isdecimal() and int(value[:20]) > 100:
+    if option.opts[0] in WORK and _is_much(value):
         value = "-5"
     return [*argv, name, value]
+
+
+def _is_much(value: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return int(value) > 100  # as the options read it: 1_000 is a number, too
+    return False
 
 
 @cache
