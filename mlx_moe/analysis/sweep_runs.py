@@ -85,8 +85,7 @@ def run_sweep(planned: Sequence[PlannedRun], out: Path, options: SweepOptions) -
         if variable in os.environ:  # which every run would inherit, and wait for the others
             raise InputError(f"{launcher} starts several processes of one run; start a sweep without it")
     out, console = absolute(out), Console()
-    waiting = [run.config.data for run in planned if row_of(run, out / run.name)["status"] != FINISHED]
-    for data in {config.model_dump_json(): config for config in waiting}.values():
+    for data in {run.config.data for run in planned if row_of(run, out / run.name)["status"] != FINISHED}:
         open_source(data)  # says here, and not in every log, that it is not there
     with _reported(out), _sole(planned, out, console) as lock:
         return _Sweep(planned, out, options, console, lock).run()

@@ -12,7 +12,7 @@ from pathlib import Path
 from mlx_moe.config import DataConfig
 from mlx_moe.data import parquet, stories
 from mlx_moe.errors import InputError, one_line, shown
-from mlx_moe.storage.atomic import absolute
+from mlx_moe.storage.atomic import absolute, culprit
 from mlx_moe.storage.reading import NOT_JSON, is_unicode, not_json
 from mlx_moe.storage.regular_files import fingerprint, open_regular
 from mlx_moe.validation import nearest
@@ -103,7 +103,7 @@ def _files(config: DataConfig) -> Source:
     try:
         paths = _find(top, config.source)
     except OSError as error:
-        raise _unreadable(Path(error.filename or top), error) from None
+        raise _unreadable(culprit(error, top), error) from None
     identity = hashlib.sha256(repr(config.n_documents).encode())
     states = []
     for path in paths:

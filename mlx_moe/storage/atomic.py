@@ -282,8 +282,7 @@ def _held(target: Path) -> Iterator[None]:
 
 
 def culprit(error: OSError, written: Path) -> Path:
-    """What the system refused: the file that an OSError names; `written` where it names none, or one of ours beside it
-    that is there for the time of the work."""
+    """Return the file that an OSError names; `written` where it names none, or a temporary file of ours."""
     named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
     is_passing = named is not None and any(part.startswith(locks.LOCK_PREFIX) for part in named.parts)
     return written if named is None or is_passing else named

@@ -28,6 +28,7 @@ from mlx_moe.storage import locks
 from mlx_moe.storage.atomic import (
     clean_leftovers,
     creating,
+    culprit,
     flush,
     make_folder,
     new_folder,
@@ -324,7 +325,7 @@ def verify(path: Path) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    """How a checkpoint is not what was written.
+    """Describe how a checkpoint differs from what was written; None where it does not.
 
     Raises InputError where the system does not let it be read: it may be whole.
     """
@@ -344,7 +345,7 @@ def _damage(path: Path) -> str | None:
     except FileNotFoundError:
         return f"is incomplete: {MANIFEST} is missing"
     except OSError as error:
-        about = shown(Path(error.filename or path))
+        about = shown(culprit(error, path))
         raise InputError(
             f"cannot read {about}: {error.strerror or one_line(error)}; mend that, or move it away"
         ) from None

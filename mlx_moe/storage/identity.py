@@ -59,7 +59,7 @@ def differences(before: RunIdentity, now: RunIdentity) -> list[str]:
 
 
 def changed_settings(before: RunIdentity, now: RunIdentity) -> list[str]:
-    """What somebody changed in a run's config since it was begun, each in a few words."""
+    """List the settings of a run's config that were changed since the run began, each in a few words."""
     was, is_now = by_path(before.config), by_path(now.config)
     return [
         f"{key} {quoted(is_now[key])}, was {quoted(was[key])}"

@@ -108,7 +108,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def not_json(error: Exception, where: str) -> InputError:
-    """What one of NOT_JSON, which `json.loads` raised, says of a text."""
+    """Return the InputError for a text on which `json.loads` raised one of NOT_JSON."""
     if "integer string conversion" in str(error):
         return InputError(f"{where} holds an integer of more than {MOST_DIGITS} digits; shorten it")
     return InputError(f"{where} is not valid JSON: {one_line(error, limit=300)}")

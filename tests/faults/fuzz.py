@@ -444,8 +444,8 @@ def save_tokenizer(kind: str, folder: Path, char: Path, texts: list[str]) -> Non
 class Worker:
     """A process that runs one case after the other, watched from here."""
 
-    def __init__(self, materials: Path, base: Path, hang: float):
-        self.materials, self.base, self.hang, self.done = materials, base, hang, 0
+    def __init__(self, materials: Path, base: Path):
+        self.materials, self.base, self.done = materials, base, 0
         self.log = base.with_suffix(".log")
         self.case: tuple[str, int] | None = None
         self._start()
@@ -476,8 +476,8 @@ class Worker:
                 code = self.process.exitcode or 0
                 how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 return self._replace(f"the process ended: {how}: {self.log.read_text(errors='replace')[-800:]}")
-        if time.monotonic() - self.began > self.hang:
-            return self._replace(f"no end after {self.hang:.0f} s")
+        if time.monotonic() - self.began > HANG:
+            return self._replace(f"no end after {HANG:.0f} s")
         if resident_bytes(self.process.pid) > MEMORY:
             return self._replace(f"more than {MEMORY >> 30} GB of memory")
         return None
@@ -526,10 +526,10 @@ def cases(seed: int) -> Iterator[tuple[str, int]]:
 
 
 def fuzz(
-    materials: Path, base: Path, wanted: Iterator[tuple[str, int]], n_workers: int, hang: float
+    materials: Path, base: Path, wanted: Iterator[tuple[str, int]], n_workers: int
 ) -> Iterator[tuple[str, int, list[str]]]:
     """Run cases, and yield each with what is wrong. One that took too long is tried once more: the machine may be busy."""
-    workers = [Worker(materials, base / f"w{number}", hang) for number in range(n_workers)]
+    workers = [Worker(materials, base / f"w{number}") for number in range(n_workers)]
     again: list[tuple[str, int]] = []
     tried_again: set[tuple[str, int]] = set()
     idle, busy = list(workers), list[Worker]()
@@ -563,9 +563,6 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="Instead of a time.")
     parser.add_argument("--seed", type=int, help="Of all cases; another one each time by default.")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--hang", type=float, default=HANG, help="Seconds that a case may take; more on a busy machine."
-    )
     parser.add_argument("--reader", choices=READERS, action="append", help="Only this one; repeatable.")
     parser.add_argument("--case", help="READER:NUMBER, to run in this process; its folder is kept.")
     parser.add_argument("--materials", type=Path, help="Where to keep the materials, or where they were kept.")
@@ -584,7 +581,7 @@ def main() -> int:
         chosen = (case for case in cases(seed) if not options.reader or case[0] in options.reader)
         in_time = takewhile(lambda _: time.monotonic() < deadline, chosen)
         wanted = islice(chosen, options.cases) if options.cases else in_time
-        for reader, number, wrong in fuzz(materials, Path(name), wanted, options.workers, options.hang):
+        for reader, number, wrong in fuzz(materials, Path(name), wanted, options.workers):
             n_cases[reader] += 1
             if wrong:
                 found.append((reader, number, wrong))
