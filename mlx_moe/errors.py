@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
 MAX_QUOTED = 80  # characters of a value that a message quotes
-LONGEST_PATH = 4096  # characters, as the system has it
+LINE_ENDS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # where str.splitlines splits
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line that names the value, the limit and the way out; exit code 2."""
+    """Bad input: one line for each fault, which names the value, the limit and what to do; exit code 2.
+
+    Line ends within a line, as in a file's name, are written out.
+    """
+
+    def __init__(self, *lines: str):
+        super().__init__(*map(unbroken, lines))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return self.args
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def unbroken(text: str) -> str:
+    """The text on one line: its line ends are written out."""
+    return LINE_ENDS.sub(lambda end: repr(end[0])[1:-1], text)
 
 
 OUT_OF_MEMORY = (
@@ -44,11 +61,6 @@ def brief_name(name: str, limit: int = 100) -> str:
     """A name that somebody else gave: without quotes, its control characters written out."""
     text = repr(name)[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def shown(path: Path) -> str:
-    """A path for the one line of an InputError: whole, its control characters written out."""
-    return brief_name(str(path), limit=LONGEST_PATH)
 
 
 _REPR = Repr()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from mlx_moe.errors import InputError, is_out_of_memory, one_line
+from mlx_moe.errors import InputError, is_out_of_memory, one_line, unbroken
 
 DELETED = "the working folder was deleted; go to another one"
 KEPT = "\n\t"
@@ -110,7 +110,7 @@ def describe_crash(error: BaseException) -> tuple[str, int]:
             1,
         )
     if isinstance(error, OSError) and error.errno is not None:
-        where = f" {error.filename}" if error.filename else ""
+        where = f" {unbroken(str(error.filename))}" if error.filename else ""
         return f"cannot use{where}: {error.strerror or one_line(error)}", 2
     try:
         kept = f"; the traceback is in {_keep_traceback(error)}"

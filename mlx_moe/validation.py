@@ -23,7 +23,7 @@ def validate(kind: type[Config], values: dict[str, Any]) -> Config:
         faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
         lines = [_explain(kind, fault) for fault in faults[:MAX_FAULTS]]
         more = [f"and {len(faults) - MAX_FAULTS:,} more"] if len(faults) > MAX_FAULTS else []
-        raise InputError("\n".join(lines + more)) from None
+        raise InputError(*lines, *more) from None
 
 
 @cache

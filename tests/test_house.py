@@ -115,3 +115,16 @@ def test_nothing_that_can_run_code_is_read_back(file):
     readers = {"torch.load", "np.load", "numpy.load", "mx.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
     assert not readers & set(calls)
     assert not {"eval", "exec"} & set(calls)
+
+
+def test_inference_loads_no_compiler():
+    loaded = in_new_python(
+        "import sys; import numpy as np; from mlx_moe.config import OptimizerConfig;"
+        "from mlx_moe.parameters import initialize; from mlx_moe.presets import load_architecture;"
+        "from torch_ref.trainer import Trainer;"
+        "config = load_architecture('llama', n_layers=1, d_model=32, n_heads=2, vocab_size=32, context_length=8);"
+        "model = Trainer(config, OptimizerConfig(), initialize(config, 0), 'cpu');"
+        "model.logits(np.zeros((1, 4), np.int32)); model.loss(np.zeros((1, 5), np.int32)); model.decoder();"
+        "print('torch._dynamo' in sys.modules); model.optimizer_state(); print('torch._dynamo' in sys.modules)"
+    )
+    assert loaded.split() == ["False", "True"]

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,12 @@ class Trainer:
             self._model.compile_blocks()
         self._trained = distribute(self._model, self.world, engine.strategy)
         self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+
+    @cached_property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Built when first asked for: the first of a process loads PyTorch's compiler, which inference need not."""
         named = self._model.named_parameters()
-        self._optimizers = build_optimizers(named, config, optimizer, self.world, engine.strategy)
+        return build_optimizers(named, self.config, self._optimizer_config, self.world, self._engine.strategy)
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         if not self._model.training:  # walking through all modules takes a small model longer than its norms

@@ -37,7 +37,7 @@ def read_sweep(folder: Path) -> dict[str, SweepRun]:
     try:
         return validate(dict[str, SweepRun], values)
     except InputError as error:
-        raise InputError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"cannot read {file}: {error.lines[0]}") from None
 
 
 def is_held(folder: Path) -> bool:

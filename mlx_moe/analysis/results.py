@@ -79,7 +79,7 @@ def row_of(run: PlannedRun, folder: Path) -> Row:
             row |= came_to
     except InputError as error:
         if row["status"] == FINISHED:
-            row |= {"status": FAILED, "reason": str(error).splitlines()[0]}
+            row |= {"status": FAILED, "reason": error.lines[0]}
     return row
 
 
@@ -151,7 +151,7 @@ def _read_row(line: str, where: str) -> ResultRow:
     try:
         return validate(ResultRow, values)
     except InputError as error:
-        fault = str(error).splitlines()[0]
+        fault = error.lines[0]
         raise InputError(f"cannot read {where}: {fault}; run the sweep again, which writes {RESULTS} anew") from None
 
 

@@ -38,7 +38,7 @@ def read_fits(file: Path) -> tuple[str, list[Fit]]:
         record = validate(FitsRecord, read_json(file, LARGEST_FITS))
         return record.parameters.replace("_", "-"), [_fit(one) for one in record.fits]
     except InputError as error:
-        fault = str(error).splitlines()[0].removeprefix(f"cannot read {file}: ")
+        fault = error.lines[0].removeprefix(f"cannot read {file}: ")
         raise InputError(f"cannot read fits from {file}: {fault}; write it anew with mlxmoe fit") from None
 
 

@@ -29,7 +29,7 @@ from mlx_moe.analysis.one_run import HELD_ELSEWHERE, SWEEP, is_held, read_sweep
 from mlx_moe.analysis.results import ELSEWHERE, FAILED, FAILURE, FINISHED, INTERRUPTED, gather, row_of, show, write
 from mlx_moe.analysis.sweeps import PlannedRun
 from mlx_moe.data.sources import open_source
-from mlx_moe.errors import InputError, one_line, shown
+from mlx_moe.errors import InputError, one_line
 from mlx_moe.storage import locks
 from mlx_moe.storage.atomic import (
     SCRATCH,
@@ -234,7 +234,7 @@ class _Sweep:
                 row |= {"status": ELSEWHERE, "reason": None}
             elif code > 128 or -code in INTERRUPTING:
                 row |= {"status": INTERRUPTED, "reason": None if self.is_stopping else reason}
-            elif code == 2 and (folder / CONFIG).is_file():  # what a user can mend, as a full disk
+            elif code == 2 and (folder / CONFIG).is_file():  # what a user can put right, as a full disk
                 row |= {"status": INTERRUPTED, "reason": reason}
             else:
                 make_folder(folder)
@@ -315,10 +315,10 @@ def _sole(planned: Sequence[PlannedRun], out: Path, console: Console) -> Iterato
 def _check_folder(planned: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
     """Return what the folder's `sweep.json` says. Raises InputError where the folder is something else."""
     if os.path.lexists(out) and not out.is_dir():
-        raise InputError(f"--out {shown(out)} is no folder; name another one")
+        raise InputError(f"--out {out} is no folder; name another one")
     for place in (LOGS, *(run.name for run in planned)):
         if os.path.lexists(out / place) and not (out / place).is_dir():
-            raise InputError(f"{shown(out / place)} is no folder, as a run's must be; move it away")
+            raise InputError(f"{out / place} is no folder, as a run's must be; move it away")
     if not (out / SWEEP).is_file():
         if out.is_dir() and not all(map(_is_of_a_beginning, out.iterdir())):
             raise InputError(f"{out} is not empty and holds no sweep; name another --out")
@@ -362,7 +362,7 @@ def _reported(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        about = shown(culprit(error, out))
+        about = culprit(error, out)
         raise InputError(
             f"cannot use {about}: {error.strerror or one_line(error)}; run the same again once it can be used"
         ) from None

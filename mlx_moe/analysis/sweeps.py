@@ -252,7 +252,7 @@ def _naming(run: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError("\n".join(f"run {run}: {line}" for line in str(error).splitlines())) from None
+        raise InputError(*(f"run {run}: {line}" for line in error.lines)) from None
 
 
 def _equalized(

@@ -12,7 +12,7 @@ import typer
 
 from mlx_moe.commands.ending import stop
 from mlx_moe.commands.options import AllowLossy, BackendOption, ConfigFile, DeviceOption, Json, Overrides, Preset
-from mlx_moe.errors import InputError, shown
+from mlx_moe.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_moe.config import RunConfig
@@ -115,7 +115,7 @@ def _check_new(directory: Path) -> None:
             advice = f", or resume it: {resume_command(directory)}" if (directory / CONFIG).is_file() else ""
             raise InputError(f"{directory} is not empty; name another folder{advice}")
     elif os.path.lexists(directory):
-        raise InputError(f"{shown(directory)} is no folder; name another place with --out")
+        raise InputError(f"{directory} is no folder; name another place with --out")
 
 
 def params(

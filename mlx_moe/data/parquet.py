@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_moe.errors import InputError, one_line, shown
+from mlx_moe.errors import InputError, one_line
 from mlx_moe.storage.regular_files import open_regular
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def values(path: Path, file: ParquetFile, name: str) -> Iterator[str | None]:
     schema = file.metadata.schema
     columns = [schema.column(i).path for i in range(file.metadata.num_columns)]
     if (n := columns.count(name)) > 1:
-        raise InputError(f"{shown(path)} has {n} columns that are called {name!r}; rename all but one")
+        raise InputError(f"{path} has {n} columns that are called {name!r}; rename all but one")
     column = columns.index(name)
     size, packed, spare, row = path.stat().st_size, 0, UNPACKED_ANYHOW, 0
     if file.num_row_groups:  # an encrypted column is an error here; pyarrow aborts where its metadata are asked for
@@ -81,7 +81,7 @@ def values(path: Path, file: ParquetFile, name: str) -> Iterator[str | None]:
             spare -= max(0, counted - allowed)
             if spare < 0:
                 raise InputError(
-                    f"{shown(path)} has {size:,} bytes and unpacks to more than {UNPACKED_TIMES} times as much text, "
+                    f"{path} has {size:,} bytes and unpacks to more than {UNPACKED_TIMES} times as much text, "
                     "as a file does that is damaged or made to fill memory; if it is meant to, write its text as JSONL"
                 )
         for batch in _batches(file, group, name, rows_at_once):
@@ -91,7 +91,7 @@ def values(path: Path, file: ParquetFile, name: str) -> Iterator[str | None]:
                     yield value.as_py()
                 except UnicodeDecodeError as error:
                     raise InputError(
-                        f"{shown(path)} row {row}: field {name!r} is not UTF-8 ({error.reason}); mend or drop the row"
+                        f"{path} row {row}: field {name!r} is not UTF-8 ({error.reason}); fix or drop the row"
                     ) from None
 
 
@@ -137,4 +137,4 @@ def _batches(file: ParquetFile, group: int, name: str, rows_at_once: int) -> Ite
 
 
 def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{shown(path)} is not a whole Parquet file ({why}); write it anew")
+    return InputError(f"{path} is not a whole Parquet file ({why}); write it anew")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_moe.config import DataConfig
 from mlx_moe.data import parquet, stories
-from mlx_moe.errors import InputError, one_line, shown
+from mlx_moe.errors import InputError, one_line
 from mlx_moe.storage.atomic import absolute, culprit
 from mlx_moe.storage.reading import NOT_JSON, is_unicode, not_json
 from mlx_moe.storage.regular_files import fingerprint, open_regular
@@ -175,8 +175,7 @@ def _hash(path: Path) -> tuple[str, list[int]]:
             status = os.fstat(stream.fileno())
             if status.st_size > FEWEST_SPARSE and os.lseek(stream.fileno(), 0, os.SEEK_HOLE) < status.st_size:
                 raise InputError(
-                    f"{shown(path)} has {status.st_size:,} bytes, some of which were never written; "
-                    "write it anew, whole"
+                    f"{path} has {status.st_size:,} bytes, some of which were never written; write it anew, whole"
                 )
             os.lseek(stream.fileno(), 0, os.SEEK_SET)
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -196,12 +195,12 @@ def _state(path: Path) -> list[int] | None:
 
 
 def _changed(path: Path) -> InputError:
-    return InputError(f"{shown(path)} changed while it was read; run this again once it is whole")
+    return InputError(f"{path} changed while it was read; run this again once it is whole")
 
 
 def _read_txt(path: Path, field: str) -> Iterator[str]:
     document: list[str] = []
-    name = shown(path)
+    name = str(path)
     for number, line in _lines(path):
         _check_pieces(line, f"{name} line {number}")
         if line.strip() == END_OF_TEXT:
@@ -221,7 +220,7 @@ def _check_pieces(text: str, where: str) -> None:
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    name = shown(path)
+    name = str(path)
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -239,7 +238,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
-    name = shown(path)
+    name = str(path)
     try:
         with parquet.opened(path) as file:
             fields = parquet.text_columns(file)
@@ -261,7 +260,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
                 if len(line) > LONGEST_LINE:
                     raise InputError(
-                        f"{shown(path)} line {number} has more than {LONGEST_LINE:,} bytes; break it up, since a "
+                        f"{path} line {number} has more than {LONGEST_LINE:,} bytes; break it up, since a "
                         "tokenizer takes a line at a time"
                     )
                 try:
@@ -269,8 +268,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 except UnicodeDecodeError as error:
                     byte = line[error.start]
                     raise InputError(
-                        f"{shown(path)} line {number} is not UTF-8 (byte 0x{byte:02x}); "
-                        "convert it, e.g. with iconv -t UTF-8"
+                        f"{path} line {number} is not UTF-8 (byte 0x{byte:02x}); convert it, e.g. with iconv -t UTF-8"
                     ) from None
                 yield number, text.replace("\r\n", "\n")
     except OSError as error:
@@ -289,7 +287,7 @@ def _text(value: object, where: str, field: str) -> str:
     _check_pieces(value, f"{where}: field {_names([field])}")
     if not is_unicode(value):
         raise InputError(
-            f"{where}: field {_names([field])} is not valid Unicode (half of a surrogate pair); mend or drop it"
+            f"{where}: field {_names([field])} is not valid Unicode (half of a surrogate pair); fix or drop it"
         )
     return value
 
@@ -319,6 +317,4 @@ def _names(names: list[str]) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cannot read {shown(path)}: {error.strerror or one_line(error)}; make it readable or leave it out"
-    )
+    return InputError(f"cannot read {path}: {error.strerror or one_line(error)}; make it readable or leave it out")

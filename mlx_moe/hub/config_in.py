@@ -57,7 +57,7 @@ def read_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[str,
     try:
         config = validate(ModelConfig, {"architecture": family, **fields})
     except InputError as error:
-        raise InputError(f"{file}: {'; '.join(str(error).splitlines())}") from None
+        raise InputError(f"{file}: {'; '.join(error.lines)}") from None
     check_described(file, config, tensors, family in OWN_TENSOR_EACH)
     return family, config
 

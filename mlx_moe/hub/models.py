@@ -27,7 +27,7 @@ from mlx_moe.parameters import Weights
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
-from mlx_moe.storage.reading import own_file
+from mlx_moe.storage.reading import is_folder, own_file
 from mlx_moe.storage.tensor_files import StoredWeights, check_finite, open_tensors
 from mlx_moe.training.backend import Backend, Tokens
 from mlx_moe.training.boundary import (
@@ -62,7 +62,7 @@ def open_model(path: Path) -> Checkpoint:
 
 def check_place(path: Path) -> None:
     """Raise InputError where a path names no folder, and not the best checkpoint of one."""
-    if not os.path.isdir(path) and not (path.name == "best" and os.path.isdir(path.parent)):
+    if not is_folder(path) and not (path.name == "best" and is_folder(path.parent)):
         raise InputError(f"no checkpoint at {brief_name(str(path), limit=400)}: there is no such folder")
 
 
@@ -93,7 +93,7 @@ def is_model_folder(path: Path) -> bool:
 
 def read_model(folder: Path) -> tuple[ModelConfig, Weights]:
     """The architecture and float32 weights of a model in Hugging Face's folder; InputError where they do not fit."""
-    if not os.path.isdir(folder):  # unlike is_dir(), False where the name is too long
+    if not is_folder(folder):
         raise InputError(f"no model at {brief_name(str(folder), limit=400)}: there is no such folder")
     read_settings(folder)  # before the weights: what has no config.json, or brings code, is no model
     tensors = open_tensors(folder)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlx_moe.errors import InputError, one_line, quoted, shown
+from mlx_moe.errors import InputError, one_line, quoted
 from mlx_moe.storage import locks
 from mlx_moe.terminal import DELETED
 
@@ -115,7 +115,7 @@ def creating(path: Path, remedy: str = "name a folder that does not exist") -> I
             try:
                 check_free(target)
             except FileExistsError:
-                raise InputError(f"{shown(path)} exists already; {remedy}") from None
+                raise InputError(f"{path} exists already; {remedy}") from None
             with new_folder(target) as partial:
                 yield partial
 
@@ -278,7 +278,7 @@ def _held(target: Path) -> Iterator[None]:
         with locks.holding(target):
             yield
     except locks.Busy:
-        raise InputError(f"another process is writing {shown(target)}; wait for it, or name another place") from None
+        raise InputError(f"another process is writing {target}; wait for it, or name another place") from None
 
 
 def culprit(error: OSError, written: Path) -> Path:
@@ -294,12 +294,12 @@ def _reported(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
-        raise InputError(f"{shown(path)} came into being in the meantime and was not changed; {remedy}") from None
+        raise InputError(f"{path} came into being in the meantime and was not changed; {remedy}") from None
     except OSError as error:
         said, about = error.strerror or one_line(error), culprit(error, path)
         if about not in (path, absolute(path), *absolute(path).parents):
-            raise InputError(f"cannot use {shown(about)}: {said}; nothing was written") from None
-        raise InputError(f"cannot write {shown(path)}: {said}; {remedy}") from None
+            raise InputError(f"cannot use {about}: {said}; nothing was written") from None
+        raise InputError(f"cannot write {path}: {said}; {remedy}") from None
 
 
 def _is_old_file(path: Path) -> bool:
@@ -313,13 +313,13 @@ def _check_replaceable(target: Path, is_own_place: bool, remedy: str) -> None:
     if not os.path.lexists(target):
         return
     if target.is_dir():
-        raise InputError(f"{shown(target)} is a folder; {remedy}")
+        raise InputError(f"{target} is a folder; {remedy}")
     if os.path.islink(os.path.realpath(target)):
-        raise InputError(f"{shown(target)} is a link that leads back to itself; {remedy}")
+        raise InputError(f"{target} is a link that leads back to itself; {remedy}")
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-        raise InputError(f"{shown(target)} is no regular file; {remedy}")
+        raise InputError(f"{target} is no regular file; {remedy}")
     if target.exists() and not is_own_place and not is_signed(target):
-        raise InputError(f"{shown(target)} exists and was not written by this command; delete it first, or {remedy}")
+        raise InputError(f"{target} exists and was not written by this command; delete it first, or {remedy}")
 
 
 def is_signed(file: Path) -> bool:

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig
-from mlx_moe.errors import InputError, one_line, shown
+from mlx_moe.errors import InputError, one_line
 from mlx_moe.parameters import Arrays, Weights, merged, shapes
 from mlx_moe.storage import locks
 from mlx_moe.storage.atomic import (
@@ -345,10 +345,8 @@ def _damage(path: Path) -> str | None:
     except FileNotFoundError:
         return f"is incomplete: {MANIFEST} is missing"
     except OSError as error:
-        about = shown(culprit(error, path))
-        raise InputError(
-            f"cannot read {about}: {error.strerror or one_line(error)}; mend that, or move it away"
-        ) from None
+        reason = error.strerror or one_line(error)
+        raise InputError(f"cannot read {culprit(error, path)}: {reason}; make it readable, or move it away") from None
     except InputError as error:
         return f"cannot be read: {MANIFEST}: {one_line(error)}"
     return _misplaced(path)
@@ -386,7 +384,7 @@ def _parse(kind: type[Parsed], file: Path) -> Parsed:
     try:
         return validate(kind, values)
     except InputError as error:
-        raise InputError(f"cannot read {file}: {'; '.join(str(error).splitlines())}") from None
+        raise InputError(f"cannot read {file}: {'; '.join(error.lines)}") from None
 
 
 def _read(file: Path) -> Arrays:

@@ -44,7 +44,7 @@ def read(path: Path, kind: Any | None = None, warn: Callable[[str], None] | None
         try:
             rows.append(_row(line, f"line {number}", kind))
         except InputError as error:
-            bad.append(str(error).splitlines()[0])
+            bad.append(error.lines[0])
     if bad and warn is not None:
         warn(f"{path}: {len(bad)} of {len(lines) - 1} lines are no rows and were left out; the first: {bad[0]}")
     return rows
@@ -72,7 +72,7 @@ def _row(line: bytes, where: str, kind: Any | None) -> Row:
         try:
             validate(kind, values)
         except InputError as error:
-            raise InputError(f"{where}: {str(error).splitlines()[0]}") from None
+            raise InputError(f"{where}: {error.lines[0]}") from None
     return values
 
 

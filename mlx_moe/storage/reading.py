@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mlx_moe.errors import InputError, one_line, quoted, shown
+from mlx_moe.errors import InputError, one_line, quoted
 from mlx_moe.storage.regular_files import open_regular
 
 LARGEST_CONFIG = 16 << 20  # bytes; the largest config.json known has some 100 kB
@@ -29,18 +30,18 @@ NOT_JSON = (ValueError, RecursionError)  # a JSONDecodeError is a ValueError, as
 def read_bytes(path: Path, at_most: int = LARGEST_CONFIG) -> bytes:
     """The bytes of a regular file. Raises InputError where it is none, is too large, or cannot be read."""
     if "\0" in str(path):
-        raise InputError(f"cannot read {shown(path)}: no path holds a NUL byte; leave it out")
+        raise InputError(f"cannot read {path}: no path holds a NUL byte; leave it out")
     try:
         with open(open_regular(path), "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size > at_most:
                 raise InputError(
-                    f"cannot read {shown(path)}: it has {size:,} bytes, and at most {at_most:,} are read of such a "
+                    f"cannot read {path}: it has {size:,} bytes, and at most {at_most:,} are read of such a "
                     "file; is it the right one?"
                 )
             return stream.read(at_most)
     except OSError as error:
-        raise InputError(f"cannot read {shown(path)}: {error.strerror or one_line(error)}") from None
+        raise InputError(f"cannot read {path}: {error.strerror or one_line(error)}") from None
 
 
 def read_text(path: Path, at_most: int = LARGEST_CONFIG) -> str:
@@ -51,7 +52,17 @@ def read_text(path: Path, at_most: int = LARGEST_CONFIG) -> str:
     try:
         return read_bytes(path, at_most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {shown(path)}: {one_line(error)}; it must be UTF-8") from None
+        raise InputError(f"cannot read {path}: {one_line(error)}; it must be UTF-8") from None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path names a folder. Raises InputError where that may not be looked at."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except PermissionError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; make the folders above it readable") from None
+    except (OSError, ValueError):  # a ValueError for a NUL byte
+        return False
 
 
 def own_file(folder: Path, name: str) -> Path | None:
@@ -66,7 +77,7 @@ def own_file(folder: Path, name: str) -> Path | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise InputError(f"cannot read {shown(file)}: {error.strerror}; make it readable") from None
+        raise InputError(f"cannot read {file}: {error.strerror}; make it readable") from None
     within = [folder.resolve()]
     if within[0].parent.name == "snapshots":
         within.append(within[0].parents[1] / "blobs")
@@ -77,23 +88,23 @@ def own_file(folder: Path, name: str) -> Path | None:
     if not any(target.is_relative_to(place) for place in within):
         raise InputError(f"{file} is a link to {target}, outside its folder; put a copy of the file there")
     if not file.is_file():
-        raise InputError(f"{shown(file)} is no regular file, or a link to what is missing; put the file there")
+        raise InputError(f"{file} is no regular file, or a link to what is missing; put the file there")
     return file
 
 
 def read_json(path: Path, at_most: int = LARGEST_CONFIG) -> Any:
     """The values of a JSON file, of whatever type. Raises InputError."""
-    return parse_json(read_text(path, at_most), shown(path))
+    return parse_json(read_text(path, at_most), str(path))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The values of a YAML or JSON file with a mapping at the top; none of an empty file. Raises InputError."""
     text = read_text(path)
-    values = parse_json(text, shown(path)) if path.suffix == ".json" else parse_yaml(text, shown(path))
+    values = parse_json(text, str(path)) if path.suffix == ".json" else parse_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"{shown(path)} holds a {type(values).__name__}; it must be a mapping of keys to values")
+        raise InputError(f"{path} holds a {type(values).__name__}; it must be a mapping of keys to values")
     return values
 
 

@@ -251,7 +251,7 @@ def read_record(kind: type[Record], file: Path, at_most: int = LARGEST_CONFIG) -
     try:
         return validate(kind, values)
     except InputError as error:
-        faults = [fault[:LONGEST_FAULT] for fault in str(error).splitlines()[:3]]
+        faults = [fault[:LONGEST_FAULT] for fault in error.lines[:3]]
         raise InputError(f"cannot read {file}: {'; '.join(faults)}") from None
 
 

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from mlx_moe.errors import InputError, shown
+from mlx_moe.errors import InputError
 
 
 def open_regular(path: Path) -> int:
@@ -16,7 +16,7 @@ def open_regular(path: Path) -> int:
     """
     # The type is asked first, since opening some devices does something; a FIFO would wait for a writer.
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise InputError(f"cannot read {shown(path)}: it is no regular file; name one, or leave it out")
+        raise InputError(f"cannot read {path}: it is no regular file; name one, or leave it out")
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 

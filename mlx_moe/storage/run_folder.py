@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig, RunConfig
-from mlx_moe.errors import InputError, shown
+from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.processes import Alone, World
 from mlx_moe.storage import checkpoint, jsonl, locks
@@ -292,9 +292,9 @@ class RunFolder:
             yield
         except OSError as error:
             about = culprit(error, self.path)
-            raise InputError(f"cannot write {shown(about)}: {error.strerror or error}; {self._way_out()}") from None
+            raise InputError(f"cannot write {about}: {error.strerror or error}; {self._way_out()}") from None
 
     def _way_out(self) -> str:
         if not (self.path / CONFIG).is_file():
             return "nothing was begun; name another folder with --out"
-        return f"{self.last_saved()}; once that is mended, resume with: {self.resume_command}"
+        return f"{self.last_saved()}; once that is fixed, resume with: {self.resume_command}"

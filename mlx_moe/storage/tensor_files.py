@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from mlx_moe.errors import InputError, brief_name, one_line, shown
+from mlx_moe.errors import InputError, brief_name, one_line
 from mlx_moe.storage.reading import NOT_JSON, own_file, read_mapping
 from mlx_moe.storage.regular_files import open_regular
 
@@ -140,7 +140,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header: dict[str, Any] = json.loads(stream.read(length))
     except (OSError, SafetensorError, *NOT_JSON) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise InputError(f"cannot read {shown(file)}: {error.strerror}") from None
+            raise InputError(f"cannot read {file}: {error.strerror}") from None
         if _is_git_lfs(file):
             raise InputError(
                 f"{file} is a git-lfs pointer in place of the weights; get them: git lfs pull, in its folder"

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mlx_moe.accounting import ParameterCount
 from mlx_moe.accounting.flops import Flops
+from mlx_moe.errors import unbroken
 from mlx_moe.terminal import printable
 from mlx_moe.transfer.certificate import Certificate
 
@@ -28,7 +29,7 @@ class Console:
         self._rich.print(Text(printable(text)))
 
     def warn(self, text: str) -> None:
-        self._rich.print(Text(printable(f"warning: {text}"), style="yellow"))
+        self._rich.print(Text(printable(f"warning: {unbroken(text)}"), style="yellow"))
 
     def title(self, text: str) -> None:
         self._rich.print()

@@ -56,8 +56,8 @@ def train(
     """Run the phases from the run's first to `last_phase` in its directory, or go on where its latest whole checkpoint
     stands.
 
-    Raises InputError on what a user can mend, TrainingStopped on an interruption, a loss that is not finite, memory
-    that ran out, or a boundary that failed.
+    Raises InputError on what a user can put right, TrainingStopped on an interruption, a loss that is not finite,
+    memory that ran out, or a boundary that failed.
     """
     folder, doing = RunFolder(directory, backend.connect(), warn=console.warn), "before training began"
     try:

@@ -90,7 +90,7 @@ def grow_config(
     try:
         return validate(ModelConfig, config.model_dump() | grown | changed)
     except InputError as error:
-        raise InputError("\n".join(f"the grown model: {line}" for line in str(error).splitlines())) from None
+        raise InputError(*(f"the grown model: {line}" for line in error.lines)) from None
 
 
 def plan_growth(config: ModelConfig, target: ModelConfig, split: Split = "uneven", seed: int = 0) -> Plan:

@@ -595,5 +595,5 @@ def test_what_may_not_be_read_is_not_taken_for_damaged(name, as_nobody):
                 place.chmod(0o777)
         with as_nobody():
             message = refusal(checkpoint.load_latest, Path(parent), print)
-        assert message == f"cannot read {path / name}: Permission denied; mend that, or move it away"
+        assert message == f"cannot read {path / name}: Permission denied; make it readable, or move it away"
         assert path.is_dir()
