@@ -228,7 +228,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
         try:
             row = json.loads(line)
         except NOT_JSON as error:
-            raise not_json(error, where) from None
+            raise not_json(error, where, remedy="; every line must be one JSON object") from None
         if not isinstance(row, dict):
             raise InputError(f"{where} holds {type(row).__name__}; every line must be one JSON object")
         if field not in row:

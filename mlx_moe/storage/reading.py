@@ -118,11 +118,11 @@ def parse_json(text: str, where: str) -> Any:
     return values
 
 
-def not_json(error: Exception, where: str) -> InputError:
+def not_json(error: Exception, where: str, remedy: str = "") -> InputError:
     """Return the InputError for a text on which `json.loads` raised one of NOT_JSON."""
     if "integer string conversion" in str(error):
         return InputError(f"{where} holds an integer of more than {MOST_DIGITS} digits; shorten it")
-    return InputError(f"{where} is not valid JSON: {one_line(error, limit=300)}")
+    return InputError(f"{where} is not valid JSON: {one_line(error, limit=300)}{remedy}")
 
 
 def parse_yaml(text: str, where: str) -> Any:

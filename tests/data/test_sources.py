@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 import types
 
@@ -152,7 +153,7 @@ def test_folder_without_data(tmp_path):
 def test_bad_json_names_the_line(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
-    assert "a.jsonl line 3 is not valid JSON" in refusal(path)
+    assert re.search("a.jsonl line 3 is not valid JSON: .*; every line must be one JSON object", refusal(path))
 
 
 def test_json_that_is_no_object_or_no_text(tmp_path):
