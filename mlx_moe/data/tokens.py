@@ -213,7 +213,8 @@ def _open_or_build(entry: Path, wanted: _Wanted, progress: Callable[[str], None]
         try:
             return _open(entry, wanted)  # made by another process in the meantime
         except InputError as error:
-            progress(f"the token cache is damaged and is made anew: {error}")
+            reason = str(error).rpartition("; ")[0] or error  # without what to do: it is done here
+            progress(f"warning: the token cache is damaged and is made anew: {reason}")
             _remove(entry)
     # Where nothing can be locked, another process may have been faster.
     with contextlib.suppress(FileExistsError), new_folder(entry) as partial:
