@@ -128,3 +128,12 @@ def test_inference_loads_no_compiler():
         "print('torch._dynamo' in sys.modules); model.optimizer_state(); print('torch._dynamo' in sys.modules)"
     )
     assert loaded.split() == ["False", "True"]
+
+
+def test_data_is_refused_before_pytorch_loads():
+    loaded = in_new_python(
+        "import sys; import cli; sys.argv = ['mlxmoe', 'train', '--backend', 'torch', '--data', 'nothing.txt']\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    assert loaded.split() == ["2", "False"]

@@ -23,7 +23,7 @@ from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import Precision, PrecisionName
-from mlx_moe.processes import World
+from mlx_moe.processes import Alone, World
 from mlx_moe.transfer.plan import Plan
 
 Tokens = NDArray[np.int32]
@@ -175,6 +175,8 @@ class Backend:
 
     def connect(self) -> World:
         """Meet the other processes of `torchrun` or `mlx.launch`; alone without them."""
+        if self.name == "torch" and "WORLD_SIZE" not in os.environ:
+            return Alone()  # as PyTorch would say, without the seconds that it takes to load
         world: World = importlib.import_module(f"{self._package}.distributed").connect()
         return world
 

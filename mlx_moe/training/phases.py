@@ -63,6 +63,8 @@ def train(
     try:
         with stopping_at_once():
             experiment = begin(run, folder, backend, last_phase, options, console)
+            if options.threads is not None:
+                backend.speed.set_threads(options.threads)
             phases = range(run.first_phase, last_phase + 1)
             check_address_space(experiment.run, phases, backend, options.device)
             folder.hold()
@@ -103,6 +105,7 @@ class Options:
     device: str = "auto"
     allow_lossy: bool = False
     is_new: bool = False  # there must be no run in the folder yet
+    threads: int | None = None  # of products on the CPU; None: as many as the backend takes by itself
     open_model: Callable[[Path], Checkpoint] = checkpoint.load  # of what a run starts from
 
 

@@ -29,7 +29,7 @@ class Resumed:
 def resume_run(path: Path, backend: str, device: str, allow_lossy: bool) -> Resumed:
     """What goes on in a run's folder. `auto` stands for what the run was begun with.
 
-    The number of threads is set as it was, unless the environment says another. Raises InputError where there is no
+    The number of threads is as it was, unless the environment says another. Raises InputError where there is no
     run, where its files are damaged, or where what it was begun with is not to be had here.
     """
     before = None
@@ -43,7 +43,8 @@ def resume_run(path: Path, backend: str, device: str, allow_lossy: bool) -> Resu
     if identity is None:
         return Resumed(run, chosen, run.last_phase, Options(device, allow_lossy))
     same_backend = chosen.name == identity.backend
-    if same_backend and identity.threads and not any(name in os.environ for name in THREADS):
-        chosen.speed.set_threads(identity.threads)
+    has_own_threads = not same_backend or any(name in os.environ for name in THREADS)
     place = identity.device if same_backend and device == "auto" else device
-    return Resumed(run, chosen, identity.last_phase, Options(place, allow_lossy or identity.allow_lossy))
+    threads = None if has_own_threads else identity.threads
+    options = Options(place, allow_lossy or identity.allow_lossy, threads=threads)
+    return Resumed(run, chosen, identity.last_phase, options)
