@@ -162,6 +162,9 @@ def tokenizers() -> Iterator[Row]:
     yield Row("tokenizer: unigram without unk", [*own, "--data", "d.txt"], unknown, says="unknown token")
     junk = {"type": "Precompiled", "precompiled_charsmap": "AAAA////"}
     yield Row("tokenizer: charsmap of junk", argv, edit("model/tokenizer.json", normalizer=junk))
+    fixed = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
+    padding = {**fixed, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    yield Row("tokenizer: padding to 1e9", argv, edit("model/tokenizer.json", padding=padding), code=0)
     longer = {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 1_000}
     many = {"type": "Sequence", "normalizers": [longer] * 4}
     yield Row("tokenizer: normalizer that multiplies", argv, edit("model/tokenizer.json", normalizer=many))
@@ -216,8 +219,9 @@ def commands() -> Iterator[Row]:
     yield Row("train: --out of 300 characters", [*TRAIN_ONE[:-1], LONG])
     yield Row("train: --resume of 300 characters", ["train", "--resume", LONG])
     yield Row("train: --out ~no-such-user/x", [*TRAIN_ONE[:-1], "~no-such-user/x"])
-    yield Row("train: no memory", TRAIN_ONE, before="ulimit -v 300000", code=1, says="memory")
-    yield Row("generate: no memory, mlx", ["generate", dense, "--backend", "mlx"], before="ulimit -v 400000", code=1)
+    yield Row("generate: no memory, mlx", ["generate", dense, "--backend", "mlx"], before="ulimit -v 400000")
+    for limit in (100_000, 500_000):
+        yield Row(f"train: {limit // 1000} MB of memory", TRAIN_ONE, before=f"ulimit -v {limit}", code=2, says="memory")
     change = write("model/model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     yield Row("parity: a git-lfs pointer", ["parity", "--model", "model"], change, says="git-lfs")
     yield Row("import: a git-lfs pointer", ["import", "model", "out"], change, says="git-lfs")
@@ -236,6 +240,9 @@ def data() -> Iterator[Row]:
     yield Row("data: Parquet that is no UTF-8", [*TRAIN_CHARS, "--data", "d.parquet"], table(bad))
     bomb = arrow.DictionaryArray.from_arrays(np.zeros(2_000_000, np.int32), ["x" * 12_000])
     yield Row("data: Parquet of 24 GB in little", [*TRAIN_CHARS, "--data", "d.parquet"], table(bomb))
+    pointer = write("d.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    yield Row("data: a git-lfs pointer", [*TRAIN_CHARS, "--data", "d.txt"], pointer, says="git-lfs")
+    yield Row("eval: one letter of text", ["eval", "run", "--data", "d.txt", *ON_CPU], write("d.txt", "x"))
     yield Row("data: a FIFO", [*TRAIN_CHARS, "--data", "d.txt"], lambda folder: os.mkfifo(folder / "d.txt"))
     link = lambda folder: (folder / "d.txt").symlink_to("/dev/zero")  # noqa: E731
     yield Row("data: a link to /dev/zero", [*TRAIN_CHARS, "--data", "d.txt"], link)
@@ -276,6 +283,7 @@ def runs() -> Iterator[Row]:
     )
     for name, tail in (("blank", b"\n\n"), ("torn", b'{"phase": 2, "st'), ("NUL", b"\0" * 40 + b"\n")):
         yield Row(f"resume: a {name} line in metrics", RESUME, append("run/metrics.jsonl", tail), 0)
+    yield Row("resume: no run.json", RESUME, lambda folder: (folder / "run/run.json").unlink(), says="run.json")
     yield Row("resume: data.json = {}", RESUME, write("run/data.json", "{}"))
     moments = tensors(f"{step}/optimizer.safetensors", lambda held: held.update(_float64(held)))
     yield Row("resume: moments in float64", RESUME, both(moments, sealed(step)))

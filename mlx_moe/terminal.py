@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,6 +39,9 @@ def prepare_streams() -> None:
     What an encoding does not have is written as an escape. Where the reader is gone, or the disk behind a log is full,
     what is said is dropped from then on, and the work goes on.
     """
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # libraries complain, each for itself
+        if name in os.environ and not re.fullmatch("0*[1-9][0-9]{0,3}(,.*)?", os.environ[name]):
+            del os.environ[name]
     for name in ("COLUMNS", "LINES"):  # rich takes any digits for a number, and fills each line up to it
         if len(text := os.environ.get(name, "")) > 4 or not text.isascii():
             del os.environ[name]

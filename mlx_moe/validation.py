@@ -54,7 +54,9 @@ def _explain(kind: type[Any], fault: Any) -> str:
     if fault["type"] == "invalid_key":
         return f"{path}: keys should be strings, and this is {quoted(fault['input'])}; quote it"
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "less_than_equal":
+    if fault["type"] == "too_short":
+        message = f"must have at least {fault['ctx']['min_length']} of them"
+    elif fault["type"] == "less_than_equal":
         message = f"must be at most {fault['ctx']['le']:.15g}"
     elif fault["type"] == "greater_than_equal":  # pydantic writes 1e-30 with all its zeros
         message = f"must be greater than or equal to {fault['ctx']['ge']:.15g}"

@@ -128,14 +128,14 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
 
 def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
     """One checkpoint; or all phases of a run, each one's birth with the boundary behind it, and its end."""
-    if (path / checkpoint.MANIFEST).is_file() or is_model_folder(path):
+    if (path / checkpoint.MANIFEST).is_file() or is_model_folder(path) or not path.is_dir():
         loaded = with_finite_weights(open_model(path))
         pair = Pair.build(loaded.config, loaded.weights)
         yield _compare(path.name, pair, loaded.weights, seed, slack=CHECKPOINT_SLACK)
         return
     found = list(checkpoint.complete_in(path))
     if not found:
-        raise InputError(f"no checkpoint at {path}: name a run, a checkpoint, or nothing for small fresh models")
+        raise InputError(f"no checkpoint in {path}: name a run, a checkpoint, or nothing for small fresh models")
     before: Pair | None = None
     for folder in found:
         is_birth, is_last = folder.name == "step-0", folder == checkpoint.latest(folder.parent)

@@ -57,7 +57,7 @@ def report(request: Request, as_json: bool, out: Path | None, html: Path | None)
         )
     with ExitStack() as held:
         places = [(out, "parity.json"), (html, "parity.html")]
-        files = [held.enter_context(writing(place, name)) if place else None for place, name in places]
+        files = [held.enter_context(writing(place, name, "parity")) if place else None for place, name in places]
         return _report(request, as_json, *files)
 
 

@@ -3,8 +3,24 @@
 What PyTorch reads when it is loaded is set here, before it is.
 """
 
+import contextlib
 import os
 from pathlib import Path
+
+from mlx_moe.errors import InputError
+from mlx_moe.storage.atomic import cache_folder
+
+
+def place_compiler_cache() -> None:
+    """Let PyTorch's compiler, which makes a folder as it loads, make it beside our caches, where that can be done.
+
+    By default it lies in the folder for temporary files and stays there.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with contextlib.suppress(OSError, InputError):
+            folder = cache_folder() / "torch"
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def _cores_are_taken() -> bool:

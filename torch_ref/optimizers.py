@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.parameters import Arrays, check_optimizer_state, optimizer_groups
+from torch_ref import place_compiler_cache
 from torch_ref.distributed import World, like, own_part, share_out
 
 # What PyTorch's optimizers call m and v.
@@ -75,6 +76,7 @@ def build_optimizers(
     strategy: str,
 ) -> list[torch.optim.Optimizer]:
     """[AdamW] or [Muon, AdamW]. Their learning rate is 0 until each step sets it."""
+    place_compiler_cache()  # the first optimizer of a process loads the compiler
     parameters = dict(named_parameters)
     groups: dict[str, list[dict[str, Any]]] = {"muon": [], "adamw": []}
     for group in optimizer_groups(config, optimizer):

@@ -23,6 +23,7 @@ from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
 from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
+from torch_ref import place_compiler_cache
 from torch_ref.distributed import connect, distribute, gathered, whole
 from torch_ref.loss import cross_entropy
 from torch_ref.moe import Routing, auxiliary_loss, entropy, load
@@ -65,6 +66,7 @@ class Trainer:
             parameter.requires_grad_(is_trained[name])
         self._model.activation_checkpointing = engine.activation_checkpointing
         if engine.compile:
+            place_compiler_cache()
             self._model.compile_blocks()
         self._trained = distribute(self._model, self.world, engine.strategy)
         self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]

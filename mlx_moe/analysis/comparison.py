@@ -93,6 +93,8 @@ def latest_runs(folder: Path, n: int) -> list[Path]:
         pass
     except OSError as error:
         raise InputError(f"cannot look for runs in {folder}: {error.strerror}; name another --folder") from None
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"--folder {folder} is no folder; name the one that holds the runs")
     if len(begun) < 2:
         raise InputError(f"{folder} holds {len(begun)} runs; name runs to compare, or their folder with --folder")
     return sorted(begun, key=lambda path: (begun[path], path))[-n:]

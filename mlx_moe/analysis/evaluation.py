@@ -30,7 +30,7 @@ from mlx_moe.storage.run_folder import CONFIG, resume_command
 from mlx_moe.terminal import echo
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.console import Console
-from mlx_moe.training.generation import generate, tokenizer_of
+from mlx_moe.training.generation import sample_text, tokenizer_of
 from mlx_moe.training.phases import open_run
 from mlx_moe.training.results import PROMPTS
 from mlx_moe.validation import validate
@@ -156,7 +156,10 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def pinned(config: DataConfig, max_bytes: int) -> Subset:
-    """The first documents of the validation split up to so many bytes, the last of them cut to fit."""
+    """The first documents of the validation split up to so many bytes, the last of them cut to fit.
+
+    Raises InputError where nothing is held out.
+    """
     documents, left = [], max_bytes
     for text in held_out(config):
         utf8 = text.encode()[:left]
@@ -164,6 +167,8 @@ def pinned(config: DataConfig, max_bytes: int) -> Subset:
         left -= len(utf8)
         if left <= 0:
             break
+    if not documents:
+        raise InputError(f"{config.source!r} is too short to evaluate on: nothing of it is held out; give it more text")
     return Subset(documents)
 
 
@@ -249,9 +254,8 @@ def _generations(trainer: Trainer, tokenizer: Tokenizer, options: EvaluationOpti
     for temperature in TEMPERATURES:
         parts.append("### Greedy\n\n" if temperature == 0 else f"### Temperature {temperature}\n\n")
         for prompt in options.prompts:
-            ids = tokenizer.encode(prompt)
-            new = generate(trainer, ids, options.new_tokens, temperature=temperature, stop=tokenizer.eot_id)
-            parts.append(f"**{prompt}**{tokenizer.decode(list(new))}\n\n")
+            continuation = sample_text(trainer, tokenizer, prompt, options.new_tokens, temperature)
+            parts.append(f"**{prompt}**{continuation}\n\n")
     return "".join(parts)
 
 
@@ -271,5 +275,5 @@ def _unknown(evaluation: Evaluation) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    with writing(file, file.name, is_own_place=True, remedy="make its folder writable") as partial:
+    with writing(file, file.name, "eval", is_own_place=True, remedy="make its folder writable") as partial:
         partial.write_text(text, encoding="utf-8")

@@ -87,7 +87,7 @@ def plot(path: Path, out: Path | None, warn: Callable[[str], None] = lambda line
 def save(figure: Figure, out: Path, name: str, is_own_place: bool = False) -> list[Path]:
     files = [out / f"{name}.svg", out / f"{name}.png"]
     for file in files:
-        with writing(file, None, is_own_place) as partial:
+        with writing(file, None, "plot", is_own_place) as partial:
             kind = file.suffix[1:]
             said = {"Date": None, "Creator": signature("plot")} if kind == "svg" else {"Software": signature("plot")}
             figure.savefig(partial, format=kind, dpi=160, metadata=said)

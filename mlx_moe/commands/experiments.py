@@ -144,7 +144,7 @@ def describe(
     shortcuts = {"data.source": data, "data.tokenizer": tokenizer}
     overrides = as_overrides({key: value for key, value in shortcuts.items() if value is not None})
     run = load_run(preset, config, [*overrides, *(override or [])])
-    with writing(out, "DATA.md") as partial:
+    with writing(out, "DATA.md", "data describe") as partial:
         text = describe_data(prepare(run.data, progress=echo).provenance)
         partial.write_text(text, encoding="utf-8")
     echo(f"wrote {output_file(out, 'DATA.md')}")

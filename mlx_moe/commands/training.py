@@ -56,6 +56,7 @@ def train(
     from mlx_moe.hub.names import find_model
     from mlx_moe.presets import as_overrides
     from mlx_moe.storage.atomic import absolute
+    from mlx_moe.storage.identity import IDENTITY
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.console import Console
     from mlx_moe.training.phases import Options
@@ -78,6 +79,8 @@ def train(
         resumed = resume_run(directory, backend, device, allow_lossy)
         run, chosen, options = resumed.run, resumed.backend, resumed.options
         last_phase = _last_phase(named, run) if named else resumed.last_phase
+        if last_phase is None:
+            raise InputError(f"cannot resume {resume}: {IDENTITY} is missing; say how far it is to go: --phases 2")
     else:
         chosen = choose_backend(backend)
         layers = "three-phase" if preset is None else preset, config, [*overrides, *(override or [])]

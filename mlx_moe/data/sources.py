@@ -14,7 +14,7 @@ from mlx_moe.data import parquet, stories
 from mlx_moe.errors import InputError, one_line
 from mlx_moe.storage.atomic import absolute, culprit
 from mlx_moe.storage.reading import NOT_JSON, is_unicode, not_json
-from mlx_moe.storage.regular_files import fingerprint, open_regular
+from mlx_moe.storage.regular_files import fingerprint, is_git_lfs, open_regular
 from mlx_moe.validation import nearest
 
 BUILTIN = ("stories", "tinystories")
@@ -138,8 +138,11 @@ def _find(top: Path, name: str) -> list[Path]:
         raise InputError(
             f"no file or folder {name!r}; {hint}data is {', '.join(BUILTIN)}, a {kinds} file, or a folder of them"
         )
+    if not top.exists():
+        raise InputError(f"cannot read {name!r}: it is a link that leads nowhere; name the file itself")
     if top.suffix.lower() not in ENDINGS:
-        raise InputError(f"cannot read {name!r}: its ending is {top.suffix or 'missing'!r}; it must be {kinds}")
+        ending = f"its ending is {top.suffix!r}" if top.suffix else "it has no ending"
+        raise InputError(f"cannot read {name!r}: {ending}; it must be {kinds}")
     return [top]
 
 
@@ -176,6 +179,10 @@ def _hash(path: Path) -> tuple[str, list[int]]:
             if status.st_size > FEWEST_SPARSE and os.lseek(stream.fileno(), 0, os.SEEK_HOLE) < status.st_size:
                 raise InputError(
                     f"{path} has {status.st_size:,} bytes, some of which were never written; write it anew, whole"
+                )
+            if is_git_lfs(path):
+                raise InputError(
+                    f"{path} is a git-lfs pointer in place of the text; get it: git lfs pull, in its folder"
                 )
             os.lseek(stream.fileno(), 0, os.SEEK_SET)
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -308,6 +315,8 @@ def _missing_field(where: str, field: str, text_fields: list[str], fields: list[
     what = f"{where} has no {'field' if field not in fields else 'text in field'} {_names([field])}"
     if text_fields:
         return InputError(f"{what}; {FIELD_HINT}, here {_names(text_fields)}")
+    if field in fields and len(fields) == 1:
+        return InputError(f"{what}, which is its only one and holds something else; write the text to it")
     return InputError(f"{what}, nor text in any of {_names(fields)}; write the text to a field of it")
 
 

@@ -45,9 +45,6 @@ class Tokenizer:
 
     def __init__(self, inner: HFTokenizer, end_of_text: str, origin: str) -> None:
         """`origin` says in an error where the tokenizer came from."""
-        # What a model was published with may cut or pad; training data must be neither.
-        inner.no_truncation()
-        inner.no_padding()
         if getattr(inner.model, "dropout", None):  # of merges, drawn anew for every text
             inner.model.dropout = None
         self._inner = inner
@@ -108,6 +105,9 @@ class Tokenizer:
         text = read_text(path, LARGEST_FILE)
         with panics_reported(f"read {path}", "save it anew"):
             inner = HFTokenizer.from_str(text)
+            # What a model was published with may cut or pad, to any length; nothing here may be either.
+            inner.no_truncation()
+            inner.no_padding()
             _check_vocabulary(inner, path)
             _check_growth(inner, path)
             with contextlib.suppress(Exception):  # a text that it cannot encode need not come

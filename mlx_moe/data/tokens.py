@@ -25,6 +25,7 @@ from mlx_moe.errors import InputError, one_line
 from mlx_moe.storage import locks
 from mlx_moe.storage.atomic import (
     absolute,
+    cache_folder,
     clean_leftovers,
     make_folder,
     new_folder,
@@ -69,7 +70,7 @@ def prepare(
 
     Raises InputError where the text, the tokenizer or the cache cannot be had.
     """
-    root = cache or _default_cache()
+    root = cache or cache_folder()
     wanted = _Wanted(config, open_source(config), _local_tokenizer(config.tokenizer))
     entry = root / _key(wanted)
     try:
@@ -156,14 +157,6 @@ def check_length(
             f"{context_length} + 1; take more data, a shorter model.context_length, or a {fraction} "
             "data.validation_fraction"
         )
-
-
-def _default_cache() -> Path:
-    named = os.environ.get("MLXMOE_CACHE")
-    try:
-        return absolute(Path(named or "~/.cache/mlxmoe"))
-    except InputError as error:
-        raise InputError(f"cannot use the token cache ({error}); set MLXMOE_CACHE to a folder you can write") from None
 
 
 @dataclass(frozen=True)

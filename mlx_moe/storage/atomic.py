@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import time
@@ -23,7 +24,14 @@ from mlx_moe.terminal import DELETED
 SCRATCH = ".mlxmoe-partial-"
 # Every file that a command writes says so in its first bytes: only such a file does it write over.
 SIGNATURE = "written by mlxmoe"
-SIGNATURE_WITHIN = 4096
+SIGNED_WITHIN = 4096  # bytes
+# Where a signature stands: in a comment at the top, under the first key of JSON, in the metadata of SVG and PNG.
+SIGNED = (
+    rb"(<!doctype html>\n)?<!-- %s -->",
+    rb'\{\s*"generator": "%s"',
+    rb"<\?xml .*<dc:title>%s</dc:title>",
+    rb"\x89PNG\r\n\x1a\n.{,200}Software\0%s",
+)
 STALE_SECONDS = 60
 # What operating systems put into folders by themselves.
 SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
@@ -85,21 +93,21 @@ def check_free(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(
-    path: Path, name: str | None, is_own_place: bool = False, remedy: str = "name another --out"
+    path: Path, name: str | None, command: str, is_own_place: bool = False, remedy: str = "name another --out"
 ) -> Iterator[Path]:
     """Hold the place of a command's file while it works; yield a name to write it under, which then takes that place.
 
     Enter it before the work begins: what makes the place impossible is said at once. A folder as `path` means the file
-    `name` in it; without a `name` it is refused. What is there already is written over only if a command of ours wrote
-    it (SIGNATURE), or if the place is ours by definition (`is_own_place`: the default name in a run's folder). Raises
+    `name` in it; without a `name` it is refused. What is there already is written over only if the same `command` wrote
+    it (`is_signed`), or if the place is ours by definition (`is_own_place`: the default name in a run's folder). Raises
     InputError, with the `remedy`, where the place is taken, cannot be written, or is held by another process.
     """
     with _reported(path, remedy):
         target = output_file(path, name) if name else absolute(path)
-        _check_replaceable(target, is_own_place, remedy)
+        _check_replaceable(target, command, is_own_place, remedy)
         with _made_folders(target.parent), _held(target), replacing(target) as partial:
             yield partial
-            _check_replaceable(target, is_own_place, remedy)  # something may have come there during the work
+            _check_replaceable(target, command, is_own_place, remedy)  # something may have come there during the work
 
 
 @contextlib.contextmanager
@@ -121,7 +129,7 @@ def creating(path: Path, remedy: str = "name a folder that does not exist") -> I
 
 
 def signature(command: str) -> str:
-    """What a file that a command writes must say near its beginning, so that the command may write over it."""
+    """What a file that a command writes must say at its beginning, so that the command may write over it."""
     return f"{SIGNATURE} {command}"
 
 
@@ -150,6 +158,14 @@ def absolute(path: Path) -> Path:
         if error.errno == errno.ENAMETOOLONG:
             raise InputError(f"{quoted(str(path))}: {error.strerror}; shorten it") from None
     return expanded
+
+
+def cache_folder() -> Path:
+    """The folder for what can be made again: MLXMOE_CACHE, or ~/.cache/mlxmoe. Raises InputError where it is none."""
+    try:
+        return absolute(Path(os.environ.get("MLXMOE_CACHE") or "~/.cache/mlxmoe"))
+    except InputError as error:
+        raise InputError(f"cannot use the token cache ({error}); set MLXMOE_CACHE to a folder you can write") from None
 
 
 def make_folder(path: Path) -> list[Path]:
@@ -309,7 +325,7 @@ def _is_old_file(path: Path) -> bool:
     return False
 
 
-def _check_replaceable(target: Path, is_own_place: bool, remedy: str) -> None:
+def _check_replaceable(target: Path, command: str, is_own_place: bool, remedy: str) -> None:
     if not os.path.lexists(target):
         return
     if target.is_dir():
@@ -318,12 +334,16 @@ def _check_replaceable(target: Path, is_own_place: bool, remedy: str) -> None:
         raise InputError(f"{target} is a link that leads back to itself; {remedy}")
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
         raise InputError(f"{target} is no regular file; {remedy}")
-    if target.exists() and not is_own_place and not is_signed(target):
+    if target.exists() and not is_own_place and not is_signed(target, command):
         raise InputError(f"{target} exists and was not written by this command; delete it first, or {remedy}")
 
 
-def is_signed(file: Path) -> bool:
-    """Whether a file says in its first bytes that a command of ours wrote it; an empty one holds nothing to lose."""
+def is_signed(file: Path, command: str) -> bool:
+    """Whether a file begins as those do that the command writes: the signature stands in its format's own place for it.
+
+    Text that only mentions mlxmoe is somebody's. An empty file holds nothing to lose.
+    """
     with file.open("rb") as stream:
-        head = stream.read(SIGNATURE_WITHIN)
-    return not head or SIGNATURE.encode() in head
+        head = stream.read(SIGNED_WITHIN)
+    signed = re.escape(signature(command).encode())
+    return not head or any(re.match(pattern % signed, head, re.DOTALL) for pattern in SIGNED)

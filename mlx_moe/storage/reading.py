@@ -39,7 +39,7 @@ def read_bytes(path: Path, at_most: int = LARGEST_CONFIG) -> bytes:
                     f"cannot read {path}: it has {size:,} bytes, and at most {at_most:,} are read of such a "
                     "file; is it the right one?"
                 )
-            return stream.read(at_most)
+            return stream.read(size)  # a larger number would be set aside in memory first
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or one_line(error)}") from None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
 
 from mlx_moe.errors import InputError
+
+GIT_LFS = b"version https://git-lfs"  # what stands in place of a file that git did not fetch
 
 
 def open_regular(path: Path) -> int:
@@ -23,3 +26,10 @@ def open_regular(path: Path) -> int:
 def fingerprint(status: os.stat_result) -> list[int]:
     """Size, time of change, inode and time of any change to the inode: other contents have another fingerprint."""
     return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
+
+def is_git_lfs(file: Path) -> bool:
+    """Whether a file is git-lfs's note of where the real one is."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        return stream.read(len(GIT_LFS)) == GIT_LFS
+    return False

@@ -6,7 +6,6 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_moe.errors import InputError, brief_name, one_line
 from mlx_moe.storage.reading import NOT_JSON, own_file, read_mapping
-from mlx_moe.storage.regular_files import open_regular
+from mlx_moe.storage.regular_files import is_git_lfs, open_regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers' own limit is 50 GB, the hub asks for 5 GB
@@ -32,7 +31,6 @@ PIECE_BYTES = 4 << 20  # written and hashed at once; it fits the cache that both
 WRITE_BYTES = 256 << 10  # a write; Linux (6.18, ext4) takes twice as long for the same in pieces of 4 MB
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 SHARD = re.compile(r"[^/\\\0]{1,200}\.safetensors")
-GIT_LFS = b"version https://git-lfs"  # what stands in place of a file that git did not fetch
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except (OSError, SafetensorError, *NOT_JSON) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"cannot read {file}: {error.strerror}") from None
-        if _is_git_lfs(file):
+        if is_git_lfs(file):
             raise InputError(
                 f"{file} is a git-lfs pointer in place of the weights; get them: git lfs pull, in its folder"
             ) from None
@@ -151,12 +149,6 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         name: StoredTensor(file, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
         for name, entry in header.items()
     }
-
-
-def _is_git_lfs(file: Path) -> bool:
-    with contextlib.suppress(OSError), file.open("rb") as stream:
-        return stream.read(len(GIT_LFS)) == GIT_LFS
-    return False
 
 
 def n_elements(tensors: Mapping[str, StoredTensor]) -> int:

@@ -23,7 +23,7 @@ from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import Precision, PrecisionName
-from mlx_moe.processes import Alone, World
+from mlx_moe.processes import Alone, World, address_space_left
 from mlx_moe.transfer.plan import Plan
 
 Tokens = NDArray[np.int32]
@@ -35,6 +35,7 @@ LAUNCHERS: dict[str, tuple[str, BackendName]] = {
     "TORCHELASTIC_RUN_ID": ("torchrun", "torch"),
     "MLX_RANK": ("mlx.launch", "mlx"),
 }
+BYTES_TO_LOAD = {"mlx": 400_000_000, "torch": 800_000_000}  # of address space; measured: 240 and 510 MB, and threads
 TRAINERS: dict[BackendName, str] = {"mlx": "mlx_moe.model.trainer", "torch": "torch_ref.trainer"}
 
 
@@ -160,29 +161,36 @@ class Backend:
 
     @property
     def trainer(self) -> TrainerFactory:
-        factory: TrainerFactory = importlib.import_module(TRAINERS[self.name]).Trainer
+        factory: TrainerFactory = self._module("trainer").Trainer
         return factory
 
     def streamed(self, config: ModelConfig, weights: Weights, device: str = "auto") -> StreamedModel:
-        module = importlib.import_module(f"{self._package}.streaming")
+        module = self._module("streaming")
         model: StreamedModel = module.StreamedModel(config, weights, device)
         return model
 
     @property
     def speed(self) -> Any:
         """The backend's module that names the device and measures it."""
-        return importlib.import_module(f"{self._package}.speed")
+        return self._module("speed")
 
     def connect(self) -> World:
         """Meet the other processes of `torchrun` or `mlx.launch`; alone without them."""
         if self.name == "torch" and "WORLD_SIZE" not in os.environ:
             return Alone()  # as PyTorch would say, without the seconds that it takes to load
-        world: World = importlib.import_module(f"{self._package}.distributed").connect()
+        world: World = self._module("distributed").connect()
         return world
 
-    @property
-    def _package(self) -> str:
-        return TRAINERS[self.name].rpartition(".")[0]
+    def _module(self, name: str) -> Any:
+        """A module of the backend. Raises InputError where its library would end the process for want of memory."""
+        package = TRAINERS[self.name].rpartition(".")[0]
+        left = None if package in sys.modules else address_space_left()
+        if left is not None and left < BYTES_TO_LOAD[self.name]:
+            raise InputError(
+                f"{self.name} needs {BYTES_TO_LOAD[self.name] / 1e9:.1f} GB of memory to load, and this process may "
+                f"take {max(left, 0) / 1e9:.1f} GB more (ulimit -v); raise that limit"
+            )
+        return importlib.import_module(f"{package}.{name}")
 
 
 def launcher() -> tuple[str, BackendName] | None:

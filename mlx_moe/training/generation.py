@@ -46,6 +46,16 @@ def generate(
         yield token
 
 
+def sample_text(
+    trainer: Trainer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, temperature: float = 0.0
+) -> str:
+    """What follows a prompt, with seed 0; one of which the tokenizer has no token stands for the start of a text."""
+    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    return tokenizer.decode(
+        list(generate(trainer, ids, max_new_tokens, temperature=temperature, stop=tokenizer.eot_id))
+    )
+
+
 def choose(logits_V: NDArray[np.float32], temperature: float, top_k: int | None, generator: np.random.Generator) -> int:
     """The likeliest token at temperature 0, else a draw from the softmax over the `top_k` likeliest.
 

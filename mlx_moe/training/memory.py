@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Literal
 
 from mlx_moe.accounting.memory import step_memory
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.precision import choose_precision
+from mlx_moe.processes import address_space_left
 from mlx_moe.training.backend import Backend
 from mlx_moe.training.boundary import trained_model
 
@@ -43,12 +42,3 @@ def check_address_space(run: RunConfig, phases: Iterable[int], backend: Backend,
                 f"{max(left, 0) / 1e9:.1f} GB more (ulimit -v); raise that limit, or lower training.batch_size "
                 f"({run.training.batch_size})"
             )
-
-
-def address_space_left() -> int | None:
-    """Bytes that this process may still map; None where there is no limit, or no system that enforces one."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    sizes = Path("/proc/self/statm")
-    if limit == resource.RLIM_INFINITY or not sizes.exists():
-        return None
-    return limit - int(sizes.read_text().split()[0]) * resource.getpagesize()

@@ -13,7 +13,7 @@ from mlx_moe.storage import checkpoint
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Trainer
 from mlx_moe.training.console import Console
-from mlx_moe.training.generation import generate
+from mlx_moe.training.generation import sample_text
 from mlx_moe.training.loop import TITLES, Phase, load_imbalance
 
 PROMPTS = (
@@ -72,7 +72,7 @@ def report_phase(
         facts.append(
             ("expert load", f"max/mean {row['load_imbalance']:.2f} in the worst layer, {row['dead_experts']} dead")
         )
-    row["samples"] = {prompt: _sample(trainer, data, prompt) for prompt in PROMPTS}
+    row["samples"] = {prompt: sample_text(trainer, data.tokenizer, prompt, SAMPLE_TOKENS) for prompt in PROMPTS}
     console.title(f"{phase.title}, results")
     console.facts(facts)
     for prompt, continuation in row["samples"].items():
@@ -126,11 +126,6 @@ def summarize(folder: RunFolder, console: Console) -> None:
 
 def _fall(first: float, last: float) -> str:
     return f"{first:.4f} -> {last:.4f} (drop {first - last:.4f})"
-
-
-def _sample(trainer: Trainer, data: TokenData, prompt: str) -> str:
-    ids = generate(trainer, data.tokenizer.encode(prompt), SAMPLE_TOKENS, stop=data.tokenizer.eot_id)
-    return data.tokenizer.decode(list(ids))
 
 
 def _samples_as_markdown(history: list[dict[str, Any]]) -> str:

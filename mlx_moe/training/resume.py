@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
-from mlx_moe.storage.identity import read_identity
+from mlx_moe.storage.identity import IDENTITY, read_identity
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Backend, choose_backend, launcher
 from mlx_moe.training.phases import Options
@@ -22,7 +22,7 @@ class Resumed:
 
     run: RunConfig
     backend: Backend
-    last_phase: int
+    last_phase: int | None  # None: run.json does not say
     options: Options
 
 
@@ -41,7 +41,12 @@ def resume_run(path: Path, backend: str, device: str, allow_lossy: bool) -> Resu
     folder = RunFolder(path, chosen.connect())
     run, identity = folder.open(), folder.identity()
     if identity is None:
-        return Resumed(run, chosen, run.last_phase, Options(device, allow_lossy))
+        if backend == "auto":
+            raise InputError(
+                f"cannot resume {path}: {IDENTITY} is missing, and with it what the run was begun with; put back a "
+                "copy, or say it: --backend torch --phases 2"
+            )
+        return Resumed(run, chosen, None, Options(device, allow_lossy))
     same_backend = chosen.name == identity.backend
     has_own_threads = not same_backend or any(name in os.environ for name in THREADS)
     place = identity.device if same_backend and device == "auto" else device

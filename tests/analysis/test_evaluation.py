@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 from small_experiments import train
 
 from mlx_moe.analysis.evaluation import _stretches as stretches
 from mlx_moe.analysis.evaluation import pinned
 from mlx_moe.config import DataConfig
 from mlx_moe.storage import checkpoint
+from mlx_moe.training.results import PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +159,36 @@ def test_nothing_is_evaluated_where_one_path_is_wrong(run, mlxmoe, tmp_path):
     for name in ("nowhere", "alone"):
         result = mlxmoe("eval", run / "best", tmp_path / name, "--backend", "torch")
         assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+
+
+@pytest.fixture(scope="module")
+def cyrillic(mlxmoe, tmp_path_factory):
+    """A run whose tokenizer has no token of the prompts that are sampled at a phase's end."""
+    folder = tmp_path_factory.mktemp("cyrillic")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words = ["жилбылпёсикотвдоме" + "абв"[i % 3] for i in range(300)]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["<|endoftext|>"], show_progress=False)
+    inner.train_from_iterator(words, trainer)
+    (folder / "tokenizer").mkdir()
+    inner.save(str(folder / "tokenizer" / "tokenizer.json"))
+    text = "\n<|endoftext|>\n".join(" ".join(words[: n + 40]) for n in range(60))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return train(
+        *(mlxmoe, folder / "run", "--data", folder / "text.txt", "--tokenizer", folder / "tokenizer"), phases=1
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_prompts_without_a_token_start_a_text(backend, cyrillic, mlxmoe):
+    result = mlxmoe("eval", cyrillic, "--max-bytes", 500, "-n", 3, "--backend", backend)
+    assert result.code == 0, result.err
+    assert f"**{PROMPTS[0]}**" in (cyrillic / "generations.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["x", "precious\n"])
+def test_a_text_too_short_to_hold_out_any_of_it(text, run, mlxmoe, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    result = mlxmoe("eval", run, "--data", tmp_path / "a.txt", "-n", 0, "--backend", "torch")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert "a.txt' is too short to evaluate on: nothing of it is held out" in result.err

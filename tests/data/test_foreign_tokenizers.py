@@ -197,3 +197,19 @@ def test_what_others_print_meanwhile_is_kept(capfd):
         interrupted()
     os.write(2, b", after")
     assert capfd.readouterr().err == "interrupted, after"
+
+
+def test_padding_and_cutting_are_off_before_anything_is_encoded(folder, capfd):
+    padding = {
+        "strategy": {"Fixed": 10**9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    began = time.perf_counter()
+    loaded = Tokenizer.load(changed(folder, padding=padding, truncation=cut))
+    assert time.perf_counter() - began < SECONDS
+    assert loaded.decode(loaded.encode(TEXT[0])) == TEXT[0]

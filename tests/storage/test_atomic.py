@@ -63,7 +63,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
 
 def test_a_folder_for_a_file_means_the_file_in_it(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with writing(tmp_path, "report.html") as partial:
+    with writing(tmp_path, "report.html", "report") as partial:
         partial.write_text("page")
     assert names(tmp_path) == ["report.html", "thesis.txt"]
 
@@ -71,12 +71,28 @@ def test_a_folder_for_a_file_means_the_file_in_it(tmp_path):
 def test_only_what_we_wrote_is_written_over(tmp_path):
     place = tmp_path / "notes.html"
     place.write_text("precious")
-    assert "was not written by this command" in refusal(writing(place, "report.html"))
+    assert "was not written by this command" in refusal(writing(place, "report.html", "report"))
     assert place.read_text() == "precious"
     place.write_text(f"<!-- {signature('report')} -->")
-    with writing(place, "report.html") as partial:
+    with writing(place, "report.html", "report") as partial:
         partial.write_text("page")
     assert place.read_text() == "page"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# My thesis\nThe table below was written by mlxmoe report, I then spent a week on it.\n",
+        f"notes <!-- {signature('report')} -->",
+        f"<!-- {signature('fit')} -->",
+        f'{{"notes": "mine", "generator": "{signature("report")}"}}',
+    ],
+)
+def test_what_only_mentions_us_is_somebodys(text, tmp_path):
+    place = tmp_path / "notes.html"
+    place.write_text(text)
+    assert "was not written by this command" in refusal(writing(place, "report.html", "report"))
+    assert place.read_text() == text
 
 
 @pytest.mark.parametrize("name", ["fifo", "link to nothing", "file/below", "x" * 300, "nul\0byte"])
@@ -85,16 +101,16 @@ def test_odd_places_are_one_line_or_work(name, tmp_path):
     (tmp_path / "file").write_text("precious")
     (tmp_path / "link to nothing").symlink_to(tmp_path / "nothing")
     if name == "link to nothing":
-        with writing(tmp_path / name, "report.html") as partial:
+        with writing(tmp_path / name, "report.html", "report") as partial:
             partial.write_text("page")
         assert (tmp_path / "nothing").read_text() == "page"
     else:
-        refusal(writing(tmp_path / name, "report.html"))
+        refusal(writing(tmp_path / name, "report.html", "report"))
         assert names(tmp_path) == ["fifo", "file", "link to nothing"]
 
 
 def test_folders_on_the_way_go_again_where_nothing_came_of_it(tmp_path):
-    with pytest.raises(ValueError, match="no"), writing(tmp_path / "a" / "b" / "c.html", "c.html"):
+    with pytest.raises(ValueError, match="no"), writing(tmp_path / "a" / "b" / "c.html", "c.html", "report"):
         raise ValueError("no")
     assert names(tmp_path) == []
 
@@ -147,9 +163,9 @@ def test_of_two_at_once_one_is_told(tmp_path):
         assert "another process is writing" in refusal(creating(tmp_path / "a"))
         with creating(tmp_path / "b"):
             pass
-    with writing(tmp_path / "a.html", "a.html") as partial:
+    with writing(tmp_path / "a.html", "a.html", "report") as partial:
         partial.write_text("page")
-        assert "another process is writing" in refusal(writing(tmp_path / "a.html", "a.html"))
+        assert "another process is writing" in refusal(writing(tmp_path / "a.html", "a.html", "report"))
     assert names(tmp_path) == ["a", "a.html", "b"]
 
 

@@ -129,6 +129,25 @@ def test_memory_that_runs_out_is_one_line(backend, cache, tmp_path):
     assert "batch_size" in result.stderr
 
 
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_a_limit_of_memory_that_suffices_is_enough(backend, cache, tmp_path):
+    words = [*WORDS, "--steps", "2", "--out", tmp_path / "run", "--backend", backend]
+    environment = os.environ | {"MLXMOE_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def train(limit):
+        options = {"capture_output": True, "text": True, "timeout": 120, "check": False}
+        limited = lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # noqa: E731
+        return subprocess.run(words, env=environment, preexec_fn=limited, **options)
+
+    result = train(500 << 20)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert f"{backend} needs" in result.stderr
+    assert not (tmp_path / "run").exists()
+    result = train(2 << 30)
+    assert result.returncode == 0, result.stderr
+    assert "everything is in" in result.stdout
+
+
 def test_memory_that_runs_out_while_training_keeps_what_was_saved(tmp_path, monkeypatch):
     def refused(*arguments, **options):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")

@@ -133,6 +133,21 @@ def test_a_damaged_identity_is_one_line(cache, tmp_path):
         assert result.stderr.count("\n") == 1
 
 
+def test_a_run_whose_identity_is_gone_is_resumed_as_it_is_told(cache, tmp_path):
+    run = tmp_path / "run"
+    assert mlxmoe(cache, [*BEGIN, "--backend", "torch", "--phases", "1", "--out", run]).returncode == 0
+    (run / "run.json").unlink()
+    for told in ([], ["--phases", "2"], ["--backend", "torch"]):
+        result = mlxmoe(cache, ["train", "--resume", run, *told])
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+        assert "run.json is missing" in result.stderr
+        assert not (run / "phases" / "2-moe").exists()
+    result = mlxmoe(cache, ["train", "--resume", run, "--backend", "torch", "--phases", "2"])
+    assert result.returncode == 0, result.stderr
+    assert (run / "phases" / "2-moe").is_dir()
+    assert json.loads((run / "run.json").read_text())["last_phase"] == 2
+
+
 def test_a_config_that_was_changed_is_said(cache, tmp_path):
     run = tmp_path / "run"
     stopped_in(run, cache, [*BEGIN, "--backend", "torch", "--phases", "1", "-o", "training.checkpoint_every=2"], (1, 2))
