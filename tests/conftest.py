@@ -57,6 +57,8 @@ def as_nobody() -> Callable[[], contextlib.AbstractContextManager[None]]:
         if os.geteuid() != 0:
             yield
             return
+        import matplotlib.font_manager  # noqa: F401  # it loads modules from folders that may be root's alone
+
         os.seteuid(65534)
         try:
             yield
