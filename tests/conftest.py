@@ -57,7 +57,7 @@ def as_nobody() -> Callable[[], contextlib.AbstractContextManager[None]]:
         if os.geteuid() != 0:
             yield
             return
-        import matplotlib.font_manager  # noqa: F401  # it loads modules from folders that may be root's alone
+        import mlx_moe.analysis.plots  # noqa: F401  # matplotlib loads from folders that may be root's alone
 
         os.seteuid(65534)
         try:
