@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 
 import typer
 
+from mlx_moe.address_space import check_room_to_start
 from mlx_moe.commands.ending import stop
 from mlx_moe.commands.experiments import compare, data, eval_, fit, sweep
 from mlx_moe.commands.models import generate, grow, import_, upcycle
 from mlx_moe.commands.reports import experts, plot, report
 from mlx_moe.commands.training import doctor, params, plan, train
 from mlx_moe.errors import InputError
-from mlx_moe.processes import check_address_space_to_start
 from mlx_moe.terminal import check_folders, describe_crash, prepare_streams
 from parity.commands import export, parity
 
@@ -40,7 +40,7 @@ def main() -> None:
     prepare_streams()
     try:
         check_folders()
-        check_address_space_to_start()
+        check_room_to_start()
         sys.exit(app(prog_name="mlxmoe", standalone_mode=False))
     except InputError as error:
         stop(str(error), 2)

@@ -79,7 +79,8 @@ def _run(checkout: Path, command: list[str]) -> float:
 
 
 def _environment(checkout: Path) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(checkout)}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | {"PYTHONPATH": str(checkout)}  # with compiled files, as users have them after the first start
 
 
 class _Run:

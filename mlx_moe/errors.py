@@ -7,7 +7,8 @@ from reprlib import Repr
 from typing import Any
 
 MAX_QUOTED = 80  # characters of a value that a message quotes
-LINE_ENDS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # where str.splitlines splits
+# Where str.splitlines splits, and how it is written out.
+LINE_ENDS = {ord(end): repr(end)[1:-1] for end in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 
 
 class InputError(ValueError):
@@ -29,7 +30,7 @@ class InputError(ValueError):
 
 def unbroken(text: str) -> str:
     """The text on one line: its line ends are written out."""
-    return LINE_ENDS.sub(lambda end: repr(end[0])[1:-1], text)
+    return text.translate(LINE_ENDS)
 
 
 OUT_OF_MEMORY = (

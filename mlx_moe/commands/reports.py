@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +38,8 @@ def plot(
 ) -> None:
     """Draw a run's curves and its experts' load, or a sweep and its scaling law, as SVG and PNG."""
     os.environ["MPLBACKEND"] = "agg"  # figures go to files, and matplotlib fails on a backend that it does not know
+    import logging
+
     logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # where it keeps its fonts is no matter of the user's
     from mlx_moe.analysis.plots import plot as draw
 

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.accounting import machines
+from mlx_moe.address_space import bytes_left
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import Precision, PrecisionName
-from mlx_moe.processes import Alone, World, address_space_left
+from mlx_moe.processes import Alone, World
 from mlx_moe.transfer.plan import Plan
 
 Tokens = NDArray[np.int32]
@@ -184,7 +185,7 @@ class Backend:
     def _module(self, name: str) -> Any:
         """A module of the backend. Raises InputError where its library would end the process for want of memory."""
         package = TRAINERS[self.name].rpartition(".")[0]
-        left = None if package in sys.modules else address_space_left()
+        left = None if package in sys.modules else bytes_left()
         if left is not None and left < BYTES_TO_LOAD[self.name]:
             raise InputError(
                 f"{self.name} needs {BYTES_TO_LOAD[self.name] / 1e9:.1f} GB of memory to load, and this process may "

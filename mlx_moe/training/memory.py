@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Literal
 
 from mlx_moe.accounting.memory import step_memory
+from mlx_moe.address_space import bytes_left
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.precision import choose_precision
-from mlx_moe.processes import address_space_left
 from mlx_moe.training.backend import Backend
 from mlx_moe.training.boundary import trained_model
 
@@ -31,7 +31,7 @@ def check_address_space(run: RunConfig, phases: Iterable[int], backend: Backend,
 
     MLX ends with a segmentation fault where memory is refused, so it must not come to that.
     """
-    left = address_space_left()
+    left = bytes_left()
     if left is None:
         return
     for phase in phases:
