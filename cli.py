@@ -17,6 +17,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.terminal import check_folders, describe_crash, prepare_streams
 from parity.commands import export, parity
 
+INTERRUPTED = 130
 MAX_MESSAGE = 200  # characters of what Typer says, which may quote what was given
 
 app = typer.Typer(
@@ -41,11 +42,14 @@ def main() -> None:
     try:
         check_folders()
         check_room_to_start()
-        sys.exit(app(prog_name="mlxmoe", standalone_mode=False))
+        code = app(prog_name="mlxmoe", standalone_mode=False)
+        if code == INTERRUPTED:  # what Typer makes of Ctrl-C
+            stop("interrupted", INTERRUPTED)
+        sys.exit(code)
     except InputError as error:
         stop(str(error), 2)
     except KeyboardInterrupt:
-        stop("interrupted", 130)
+        stop("interrupted", INTERRUPTED)
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # panics of libraries in Rust are no Exception

@@ -185,7 +185,7 @@ class Attempt:
         if _modified(self.run / "environment.json") == self.began_at:
             return "starting"
         latest = checkpoint.latest(self.run)
-        if (latest and latest.name == f"step-{self.steps_of_phase()}") or any(self.run.glob("**/.*.partial")):
+        if latest and latest.name == f"step-{self.steps_of_phase()}":
             return "between phases"
         return "training"
 

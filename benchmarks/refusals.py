@@ -42,7 +42,7 @@ TRAIN_ONE = ["train", "--phases", "1", *TRAIN, "--out", "out"]
 SIZE_ONLY = [word for override in SIZE if not override.startswith("data.") for word in ("-o", override)]
 TRAIN_ON = ["train", "--phases", "1", "--preset", "llama", "--steps", "2", *ON_CPU, *SIZE_ONLY, "--out", "out"]
 TRAIN_CHARS = [*TRAIN_ON, "--tokenizer", "char"]
-# Of phase 1, so that the run in the materials, which has ended, has something to do.
+# To phase 3, so that the run in the materials, which has ended after two, has something to do.
 RESUME = ["train", "--resume", "run", "--phases", "3"]
 
 

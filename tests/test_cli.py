@@ -172,6 +172,29 @@ def test_a_run_is_not_overwritten(small_run, mlxmoe):
     assert f"--resume {small_run}" in result.err
 
 
+@pytest.mark.parametrize("content", ['{"mine": "years of work"}', None])
+def test_a_run_json_of_somebody_else_is_no_run(content, mlxmoe, tmp_path):
+    (tmp_path / "thesis.json").write_text("{}")
+    (tmp_path / "mine").mkdir()
+    if content is None:
+        (tmp_path / "mine" / "run.json").symlink_to(tmp_path / "thesis.json")
+    else:
+        (tmp_path / "mine" / "run.json").write_text(content)
+    result = mlxmoe("train", "--data", "stories", "--tokenizer", "char", "--out", tmp_path / "mine")
+    assert result.code == 2
+    assert "mine is not empty; name another folder" in result.err
+    assert (tmp_path / "thesis.json").read_text() == "{}"
+
+
+def test_an_interrupted_command_says_so(mlxmoe, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_moe.training.planning.show_parameters", interrupted)
+    result = mlxmoe("params")
+    assert (result.code, result.err.strip()) == (130, "interrupted")
+
+
 def test_nothing_to_resume(mlxmoe, tmp_path):
     assert "config.yaml" in mlxmoe("train", "--resume", tmp_path).err
 

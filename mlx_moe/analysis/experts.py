@@ -63,7 +63,7 @@ class TakenToken:
 def report_experts(path: Path, out: Path, backend: Backend, device: str, n_sequences: int) -> None:
     """Write what `analyse` finds to a file, and print a table."""
     read_config(path)
-    with writing(out, EXPERTS, "experts", is_own_place=out == path / EXPERTS) as partial:
+    with writing(out, EXPERTS, "experts") as partial:
         report = {"generator": signature("experts")} | analyse(path, backend, device, n_sequences)
         partial.write_text(json.dumps(report) + "\n", encoding="utf-8")
     console = Console()

@@ -40,7 +40,7 @@ def fit_results(
     points = read_points(results, parameters)
     chosen = cast(LawName, law) if law != "auto" else _law_of(points)
     file = out or (results if os.path.isdir(results) else results.parent) / FITS
-    with writing(file, FITS, "fit", is_own_place=out is None) as partial:
+    with writing(file, FITS, "fit") as partial:
         fitted = fit(points, chosen, resamples, level, seed)
         values = {"generator": signature("fit"), "parameters": parameters, "fits": [fitted.to_json()]}
         text = json.dumps(values, indent=1) + "\n"

@@ -79,15 +79,13 @@ def plot(path: Path, out: Path | None, warn: Callable[[str], None] = lambda line
         drawn = {name: figure for name, figure in figures.items() if figure is not None}
         if not drawn:
             raise InputError(f"no row of {path} has a figure to draw yet; train on: {resume_command(path)}")
-        return [
-            file for name, figure in drawn.items() for file in save(figure, out or folder / "plots", name, out is None)
-        ]
+        return [file for name, figure in drawn.items() for file in save(figure, out or folder / "plots", name)]
 
 
-def save(figure: Figure, out: Path, name: str, is_own_place: bool = False) -> list[Path]:
+def save(figure: Figure, out: Path, name: str) -> list[Path]:
     files = [out / f"{name}.svg", out / f"{name}.png"]
     for file in files:
-        with writing(file, None, "plot", is_own_place) as partial:
+        with writing(file, None, "plot") as partial:
             kind = file.suffix[1:]
             said = {"Date": None, "Creator": signature("plot")} if kind == "svg" else {"Software": signature("plot")}
             figure.savefig(partial, format=kind, dpi=160, metadata=said)

@@ -41,7 +41,7 @@ def write_report(path: Path, out: Path, warn: Callable[[str], None] = lambda lin
     record = read_record(path)
     for line in record.unread:
         warn(line)
-    with writing(out, REPORT, "report", is_own_place=out == path / REPORT) as partial:
+    with writing(out, REPORT, "report") as partial:
         # A path may hold bytes that are no UTF-8.
         partial.write_text(render(record), encoding="utf-8", errors="backslashreplace")
     return output_file(out, REPORT)

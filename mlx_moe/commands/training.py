@@ -110,11 +110,11 @@ def train(
 
 def _check_new(directory: Path) -> None:
     """Raise InputError where a run cannot begin: its folder may be there, but must hold nothing that can be seen."""
-    from mlx_moe.storage.identity import IDENTITY
+    from mlx_moe.storage.identity import is_identity
     from mlx_moe.storage.run_folder import CONFIG, resume_command
 
     if directory.is_dir():
-        if any(not path.name.startswith(".") and path.name != IDENTITY for path in directory.iterdir()):
+        if any(not path.name.startswith(".") and not is_identity(path) for path in directory.iterdir()):
             advice = f", or resume it: {resume_command(directory)}" if (directory / CONFIG).is_file() else ""
             raise InputError(f"{directory} is not empty; name another folder{advice}")
     elif os.path.lexists(directory):

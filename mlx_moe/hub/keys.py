@@ -145,7 +145,7 @@ class Keys:
             elif key not in IRRELEVANT:
                 hint = nearest(key, sorted(IRRELEVANT | INERT.keys()), cutoff=0.8)
                 self.refuse(
-                    key, value, f"{hint}the key is unknown for this model_type; delete it if nothing hangs on it"
+                    key, value, f"{hint}the key is unknown for this model_type; delete it if nothing depends on it"
                 )
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlx_moe.errors import InputError, one_line, quoted
+from mlx_moe.errors import InputError, is_out_of_memory, one_line, quoted
 from mlx_moe.storage import locks
 from mlx_moe.terminal import DELETED
 
@@ -105,25 +105,29 @@ def writing(
     with _reported(path, remedy):
         target = output_file(path, name) if name else absolute(path)
         _check_replaceable(target, command, is_own_place, remedy)
-        with _made_folders(target.parent), _held(target), replacing(target) as partial:
+        if target.is_symlink():  # what holds the place, and what is left over in it, is where the file is
+            target = Path(os.path.realpath(target))
+            if not target.parent.is_dir():
+                raise InputError(f"{path} is a link into {target.parent}, which is no folder; {remedy}")
+        with _held(target), replacing(target) as partial:
             yield partial
             _check_replaceable(target, command, is_own_place, remedy)  # something may have come there during the work
 
 
 @contextlib.contextmanager
-def creating(path: Path, remedy: str = "name a folder that does not exist") -> Iterator[Path]:
+def creating(path: Path) -> Iterator[Path]:
     """Hold the place of a command's folder while it works; yield a folder to fill, which then appears there.
 
     Enter it before the work begins. Raises InputError where something is at `path` already, where it cannot be written,
     or where another process holds the place.
     """
-    with _reported(path, "nothing of it was kept; make room, or name another place"):
+    with _reported(path, "name another place"):
         target = absolute(path)
-        with _made_folders(target.parent), _held(target):  # before it is refused: a kill may have left something over
+        with _held(target):  # before it is refused: a kill may have left something over
             try:
                 check_free(target)
             except FileExistsError:
-                raise InputError(f"{path} exists already; {remedy}") from None
+                raise InputError(f"{path} exists already; name a folder that does not exist") from None
             with new_folder(target) as partial:
                 yield partial
 
@@ -170,15 +174,21 @@ def cache_folder() -> Path:
 
 def make_folder(path: Path) -> list[Path]:
     """Make a folder and those above it, each on the disk when this returns; returns those that were not there."""
-    if path.is_dir():
-        return []
-    made = make_folder(path.parent)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir()
-        made.append(path)
-        flush(path.parent)
-    if not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    missing, made = [], list[Path]()
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    try:
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                made.append(folder)
+                flush(folder.parent)
+            if not folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    except BaseException:
+        _remove_empty(made)
+        raise
     return made
 
 
@@ -257,17 +267,10 @@ def _scratch(parent: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _made_folders(folder: Path) -> Iterator[None]:
-    """Make a folder and those above it for the time of the work; those of them that are empty afterwards go."""
-    made = make_folder(folder)
-    clean_leftovers(folder)
-    try:
-        yield
-    finally:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):  # not empty: the work came to something
-                path.rmdir()
+def _remove_empty(folders: list[Path]) -> None:
+    for path in reversed(folders):
+        with contextlib.suppress(OSError):  # not empty: the work came to something
+            path.rmdir()
 
 
 @contextlib.contextmanager
@@ -290,11 +293,25 @@ def _free_of_others(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(target: Path) -> Iterator[None]:
-    try:
-        with locks.holding(target):
-            yield
-    except locks.Busy:
-        raise InputError(f"another process is writing {target}; wait for it, or name another place") from None
+    """Hold a place for the time of the work, in folders made for it; those of them that are empty afterwards go.
+
+    Deletes what killed processes left beside it. Raises InputError where another process holds it.
+    """
+    made = list[Path]()
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        while True:
+            made += make_folder(target.parent)
+            clean_leftovers(target.parent)
+            try:
+                stack.enter_context(locks.holding(target))
+                break
+            except locks.Busy:
+                raise InputError(f"another process is writing {target}; wait for it, or name another place") from None
+            except FileNotFoundError:  # another process had made the folder, too, and removed it again
+                if target.parent.is_dir():
+                    raise
+        yield
 
 
 def culprit(error: OSError, written: Path) -> Path:
@@ -306,13 +323,19 @@ def culprit(error: OSError, written: Path) -> Path:
 
 @contextlib.contextmanager
 def _reported(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what the file system refuses into one line; it may be a file that the work reads."""
+    """Turn what the file system refuses into one line; it may be a file that the work reads. Memory is none of it."""
     try:
         yield
     except FileExistsError:
         raise InputError(f"{path} came into being in the meantime and was not changed; {remedy}") from None
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         said, about = error.strerror or one_line(error), culprit(error, path)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = f"nothing of it was kept; make room, or {remedy}"
+        elif error.filename is None:
+            raise InputError(f"cannot write {path}, or read what goes into it: {said}; {remedy}") from None
         if about not in (path, absolute(path), *absolute(path).parents):
             raise InputError(f"cannot use {about}: {said}; nothing was written") from None
         raise InputError(f"cannot write {path}: {said}; {remedy}") from None

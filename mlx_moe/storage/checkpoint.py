@@ -73,12 +73,11 @@ class Hold:
         """Raises Pruned where the folder is no longer there."""
         self._descriptor: int | None = None
         try:
-            self._descriptor = locks.acquire(path, shared=True)
+            self._descriptor = locks.wait_for(path, shared=True)  # the run may be about to delete it
         except FileNotFoundError:
             raise Pruned(f"checkpoint {path} is gone: its run deleted it; take a later one") from None
-        except (OSError, locks.Busy):  # it is being deleted, or its file system cannot lock: reading goes ahead
-            if not path.is_dir():
-                raise Pruned(f"checkpoint {path} is gone: its run deleted it; take a later one") from None
+        except OSError:  # its file system cannot lock, or the folder may not be opened: reading goes ahead
+            pass
 
     def __del__(self) -> None:
         if self._descriptor is not None:
@@ -285,7 +284,10 @@ def keep_last(path: Path, keep: int) -> None:
     lowest = best(path)
     for checkpoint in later[:-keep]:
         if checkpoint != lowest:
-            listed = {MANIFEST, *_manifest(checkpoint)}
+            try:
+                listed = {MANIFEST, *_manifest(checkpoint)}
+            except (OSError, InputError):  # what in it is ours is not to be known
+                continue
             folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
             remove_folder(checkpoint, lambda entry, ours=listed | folders: entry.as_posix() in ours)  # type: ignore[misc]
 
@@ -321,7 +323,7 @@ def _misplaced(path: Path) -> str | None:
 def verify(path: Path) -> None:
     """Raise InputError unless every file is there with the size and hash that the manifest states."""
     if (damage := _damage(path)) is not None:
-        raise InputError(f"checkpoint {path} {damage}; take an earlier one")
+        raise InputError(f"checkpoint {path} {damage}; take an earlier one, or put back a copy")
 
 
 def _damage(path: Path) -> str | None:

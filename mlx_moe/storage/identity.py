@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mlx_moe.errors import quoted
+from mlx_moe.errors import InputError, quoted
 from mlx_moe.storage.records import Open, Phase, read_record
 from mlx_moe.validation import by_path
 
@@ -38,6 +38,16 @@ def read_identity(run: Path) -> RunIdentity | None:
     """The identity of a run; None where it was begun before there were any. Raises InputError where it is damaged."""
     file = run / IDENTITY
     return read_record(RunIdentity, file) if file.is_file() else None
+
+
+def is_identity(path: Path) -> bool:
+    """Whether a file is the identity of a run: all that is there of one that was killed as it began."""
+    if path.name != IDENTITY or path.is_symlink():
+        return False
+    try:
+        return read_identity(path.parent) is not None
+    except InputError:
+        return False
 
 
 def differences(before: RunIdentity, now: RunIdentity) -> list[str]:

@@ -11,10 +11,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+UNSUPPORTED |= {errno.EBADF}  # of a folder on NFS
+WAIT_SECONDS, POLL_SECONDS = 10.0, 0.01
 LOCK_PREFIX, LOCK_SUFFIX = ".mlxmoe-", ".lock"
 
 
@@ -22,13 +25,14 @@ class Busy(Exception):
     """Another process holds the lock."""
 
 
-def acquire(path: Path, shared: bool = False, needed: bool = False) -> int:
+def acquire(path: Path, shared: bool = False, needed: bool = False, writable: bool = False) -> int:
     """Lock a file or a folder that exists, and return the descriptor that holds it; `os.close` lets go.
 
     Raises Busy where another process holds it, or where a lock is `needed` and the file system knows none, and
-    FileNotFoundError where it was renamed or deleted in the meantime.
+    FileNotFoundError where it was renamed or deleted in the meantime. NFS locks only what is opened to be written.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
+    mode = os.O_RDWR if writable else os.O_RDONLY
+    descriptor = os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
     try:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -47,6 +51,18 @@ def acquire(path: Path, shared: bool = False, needed: bool = False) -> int:
     return descriptor
 
 
+def wait_for(path: Path, shared: bool = False) -> int:
+    """`acquire`, waiting for the moment that another process holds it; Busy where that takes long."""
+    until = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            return acquire(path, shared=shared)
+        except Busy:
+            if time.monotonic() > until:
+                raise
+            time.sleep(POLL_SECONDS)
+
+
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
     """Hold the place of `path`, which need not exist, by a hidden lock file beside it that goes at the end.
@@ -57,7 +73,7 @@ def holding(path: Path) -> Iterator[None]:
     while True:
         os.close(os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
         try:
-            descriptor = acquire(lock)
+            descriptor = acquire(lock, writable=True)
             break
         except FileNotFoundError:  # its last holder deleted it in the meantime
             continue

@@ -1,7 +1,7 @@
 """Reading what others wrote, and what a user did: every fault is one line that says where and why.
 
-All text that comes from a file goes through here: regular files only, bounded in size and depth, UTF-8, no integer
-that no computer counts to, no YAML that builds more than it says.
+Text that comes from a file goes through here, but for rows of data and headers of tensors: regular files only, bounded
+in size and depth, UTF-8, no integer that no computer counts to, no YAML that builds more than it says.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def not_json(error: Exception, where: str, remedy: str = "") -> InputError:
 def parse_yaml(text: str, where: str) -> Any:
     """The values of a YAML text: mappings with texts as keys, lists, texts, numbers, booleans and null; no key twice.
 
-    Numbers are written as in JSON, `true` and `false` as that; what YAML 1.1 also takes for either stays a text.
+    Numbers are written as YAML 1.1 has them in base 10 (`1.0e-4`; `1e-4` is a text), `true` and `false` as that; what
+    YAML 1.1 also takes for either stays a text.
     """
     if len(text) > LARGEST_YAML:
         raise InputError(

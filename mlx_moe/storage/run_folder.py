@@ -144,12 +144,24 @@ class RunFolder:
         except locks.Busy:
             raise InputError(f"another process is training in {self.path}; wait for it, or stop it first") from None
 
+    def check_new(self) -> None:
+        """Raise InputError where another process has begun a run in the folder since the command looked."""
+        if self.is_begun:
+            raise self._taken()
+
     @_by_the_first
-    def introduce(self, run: RunConfig, identity: RunIdentity, data: TokenData, environment: dict[str, Any]) -> None:
-        """Write what the run is. Once its identity and its config are there, a killed run can be resumed."""
+    def introduce(
+        self, run: RunConfig, identity: RunIdentity, data: TokenData, environment: dict[str, Any], is_new: bool = False
+    ) -> None:
+        """Write what the run is. Once its identity and its config are there, a killed run can be resumed.
+
+        Raises InputError where the run `is_new`, and another one has begun in its place.
+        """
         with self._writing():
             make_folder(self.path)
             self.hold()
+            if is_new and (self.path / CONFIG).is_file():  # of a process that ended before this one got the lock
+                raise self._taken()
             for folder in (self.path, self.path / "boundaries"):
                 clean_leftovers(folder)
             self._write_json(IDENTITY, identity.model_dump(mode="json"))
@@ -293,6 +305,9 @@ class RunFolder:
         except OSError as error:
             about = culprit(error, self.path)
             raise InputError(f"cannot write {about}: {error.strerror or error}; {self._way_out()}") from None
+
+    def _taken(self) -> InputError:
+        return InputError(f"{self.path} has become a run in the meantime; name another folder")
 
     def _way_out(self) -> str:
         if not (self.path / CONFIG).is_file():

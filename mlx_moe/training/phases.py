@@ -68,8 +68,8 @@ def train(
             phases = range(run.first_phase, last_phase + 1)
             check_address_space(experiment.run, phases, backend, options.device)
             folder.hold()
-            if options.is_new and folder.is_begun:  # by another process, since the command looked
-                raise InputError(f"{directory} has become a run in the meantime; name another folder")
+            if options.is_new:
+                folder.check_new()
             rows = folder.metrics()
             phase, trainer, step = experiment.where_it_stands()
             experiment.introduce(trainer, last_phase)
@@ -122,7 +122,8 @@ class Experiment:
         """(phase, trainer, steps done in it): the latest whole checkpoint, or the model that the run starts from."""
         saved = self.folder.load_latest(self.console.warn)
         if saved is None:
-            self.folder.rewind(0, 0)  # what an earlier try wrote before its first checkpoint
+            if self.folder.lock is not None:  # else there is no folder yet, or it is another's by now
+                self.folder.rewind(0, 0)  # what an earlier try wrote before its first checkpoint
             phase = start_phase(self.run)
             trainer = self._trainer(self.run.model, self._first_weights())
             return phase, self._adapted(trainer, phase) if phase >= self.run.first_phase else trainer, 0
@@ -148,7 +149,8 @@ class Experiment:
     def introduce(self, trainer: Trainer, last_phase: int) -> None:
         """Write down what the run is, and say it; where it was begun otherwise, what that changes."""
         before, now = self.folder.identity(), self._identity(trainer, last_phase)
-        self.folder.introduce(self.run, now, self.data, environment(self.backend, trainer))
+        seen = environment(self.backend, trainer)
+        self.folder.introduce(self.run, now, self.data, seen, self.options.is_new)
         self.console.facts(facts(self.run, self.folder.path, self.data, self.backend, trainer))
         if before is not None and (changed := changed_settings(before, now)):
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

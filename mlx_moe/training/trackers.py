@@ -128,4 +128,4 @@ def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _gave_up(name: str, error: Exception) -> str:
-    return f"{name} failed and gets no more rows ({one_line(error)}); training goes on, and all is in metrics.jsonl"
+    return f"{name} failed and gets no more rows ({one_line(error)}); training continues, and all is in metrics.jsonl"

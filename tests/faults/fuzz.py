@@ -108,7 +108,7 @@ CHECKPOINT_CALLS: tuple[Call, ...] = (
     *(("generate", FIRST, "-n", "1", *ON_CPU), ("upcycle", FIRST, "out", "--experts", "2", *ON_CPU)),
     *(("export", FIRST, "out", "--no-verify"), ("grow", FIRST, "out", "--n-layers", "2", *ON_CPU), RESUME),
     *(("generate", "run", "-n", "1", *ON_CPU), ("eval", "run", "-n", "0", "--max-bytes", "100", *ON_CPU)),
-    *(("train", "--from", FIRST, "--phases", "1", *TRAIN, "--out", "out"), ("export", FIRST, "out", "--no-verify")),
+    ("train", "--from", FIRST, "--phases", "1", *TRAIN, "--out", "out"),
 )
 IN_THE_RUN = ("run",)
 READERS = {

@@ -147,3 +147,17 @@ def test_a_folder_that_may_not_be_written(command, run, built, as_nobody):
         for outcome in outcomes:
             assert outcome.code == 2, outcome
             assert_nothing_lost(outcome, before, sandbox)
+
+
+@pytest.mark.parametrize("command", [row for row in COMMANDS if row.default and row.name != "eval"], ids=str)
+def test_a_foreign_file_at_the_default_place_stays(command, run, sandbox):
+    place = sandbox / command.default[0]
+    if command.name == "plot":
+        place = place / "loss.svg"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("years of work, of which a note was written by mlxmoe\n")
+    before = snapshot(sandbox)
+    outcome = run(sandbox, command.argv())
+    assert (outcome.code, outcome.refusal) == (2, None), outcome
+    assert "was not written by this command" in outcome.err
+    assert lost(before, snapshot(sandbox)) == []

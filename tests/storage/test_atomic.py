@@ -1,5 +1,6 @@
 """Nothing is torn, nothing of others goes, and of two at once one is told so."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -201,3 +202,39 @@ def test_a_lock_ends_with_its_holder(tmp_path):
     with locks.holding(tmp_path / "a"):
         pass
     assert names(tmp_path) == []
+
+
+def test_folders_on_the_way_go_again_where_one_cannot_be_made(tmp_path):
+    refusal(creating(tmp_path / "new" / ("y" * 300) / "out"))
+    refusal(writing(tmp_path / "new" / ("y" * 300) / "a.html", None, "report"))
+    assert names(tmp_path) == []
+
+
+def test_two_links_to_a_file_are_one_place(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("one", "other"):
+        (tmp_path / name).symlink_to(tmp_path / "there" / "a.html")
+    with writing(tmp_path / "one", None, "report") as partial:
+        partial.write_text("page")
+        assert "another process is writing" in refusal(writing(tmp_path / "other", None, "report"))
+    assert (tmp_path / "there" / "a.html").read_text() == "page"
+
+
+def test_memory_that_runs_out_is_not_blamed_on_the_place(tmp_path):
+    with pytest.raises(OSError, match="Cannot allocate"), writing(tmp_path / "a.html", None, "report"):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_another_made_and_removed_is_made_again(tmp_path, monkeypatch):
+    real = atomic.locks.holding
+
+    def removed(target):
+        monkeypatch.setattr(atomic.locks, "holding", real)
+        target.parent.rmdir()
+        return real(target)
+
+    monkeypatch.setattr(atomic.locks, "holding", removed)
+    with writing(tmp_path / "new" / "a.html", None, "report") as partial:
+        partial.write_text("page")
+    assert (tmp_path / "new" / "a.html").read_text() == "page"

@@ -2,10 +2,12 @@ import errno
 import itertools
 import json
 import math
+import os
 import resource
 import shutil
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.parameters import initialize, normal, table
 from mlx_moe.storage import atomic, checkpoint
 from mlx_moe.storage.checkpoint import TrainerState, complete_in, create, folder, keep_last, load, resolve, save
+from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.transfer.growth import plan_growth
 from parity.compare import larger_model, rough_weights, small_model
@@ -597,3 +600,26 @@ def test_what_may_not_be_read_is_not_taken_for_damaged(name, as_nobody):
             message = refusal(checkpoint.load_latest, Path(parent), print)
         assert message == f"cannot read {path / name}: Permission denied; make it readable, or move it away"
         assert path.is_dir()
+
+
+def test_a_damaged_manifest_of_an_earlier_checkpoint_stops_no_saving(tmp_path):
+    run = RunFolder(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    for step in (1, 2, 3):
+        run.save(CONFIG, TrainerState(2, step, "torch", 1.0), WEIGHTS, None, keep=9)
+    (folder(tmp_path, 2, 2) / "manifest.json").write_text("{")
+    for step in (4, 5):
+        run.save(CONFIG, TrainerState(2, step, "torch", 1.0), WEIGHTS, None, keep=1)
+    assert checkpoint.latest(tmp_path) == folder(tmp_path, 2, 5)
+    assert folder(tmp_path, 2, 2).is_dir()  # what in it is ours is not to be known
+
+
+def test_a_reader_waits_while_a_run_decides_to_delete(tmp_path):
+    path = folder(tmp_path, 2, 3)
+    save(path, CONFIG, STATE, WEIGHTS, None)
+    held = checkpoint.locks.acquire(path)
+    deleting = threading.Timer(0.3, lambda: (shutil.rmtree(path), os.close(held)))
+    deleting.start()
+    with pytest.raises(checkpoint.Pruned):
+        checkpoint.Hold(path)
+    deleting.join()

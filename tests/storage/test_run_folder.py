@@ -186,3 +186,16 @@ def test_what_the_system_refuses_is_named(tmp_path):
     history.unlink()
     history.symlink_to("history.jsonl")
     assert f"cannot read {history}: Too many levels of symbolic links" in refusal(go_on, tmp_path / "run")
+
+
+def test_a_run_that_began_in_the_place_of_a_new_one_stays(tmp_path):
+    run = short_run()
+    data = prepare(run.data)
+    ours, theirs = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    ours.hold()  # there is no folder yet
+    ours.check_new()
+    theirs.introduce(run.model_copy(update={"name": "theirs"}), IDENTITY, data, {}, is_new=True)
+    theirs.close()
+    assert "has become a run in the meantime" in refusal(ours.introduce, run, IDENTITY, data, {}, True)
+    ours.close()
+    assert open_run(tmp_path / "run").name == "theirs"
