@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from mlx_moe.errors import InputError, is_out_of_memory, one_line, unbroken
 
 DELETED = "the working folder was deleted; go to another one"
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a user's word on how many threads to take
 KEPT = "\n\t"
 # Characters that turn the direction of what follows: a name could show as another.
 TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
@@ -39,7 +40,7 @@ def prepare_streams() -> None:
     What an encoding does not have is written as an escape. Where the reader is gone, or the disk behind a log is full,
     what is said is dropped from then on, and the work goes on.
     """
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # libraries complain, each for itself
+    for name in THREADS:  # of what is no number libraries complain, each for itself
         if name in os.environ and not re.fullmatch("0*[1-9][0-9]{0,3}(,.*)?", os.environ[name]):
             del os.environ[name]
     for name in ("COLUMNS", "LINES"):  # rich takes any digits for a number, and fills each line up to it

@@ -134,7 +134,7 @@ def import_(
         bool, typer.Option("--allow-nonfinite", help="Take weights that hold NaN or Inf, too.")
     ] = False,
 ) -> None:
-    """Turn a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, GPT-2) into a checkpoint."""
+    """Turn a Hugging Face model (Llama, Mistral, Qwen, GPT-2, Mixtral and others) into a checkpoint."""
     from mlx_moe.hub.models import import_model
 
     import_model(model, out, allow_nonfinite)

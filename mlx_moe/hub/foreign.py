@@ -1,4 +1,4 @@
-"""The one door through which other libraries open a model that somebody else made.
+"""How other libraries open a model that somebody else made: all of it goes through here.
 
 transformers and mlx-lm run code that a model's folder names or holds: `auto_map` and `model_file` in config.json, a
 kernel as its attention, adapters and pickles beside the weights, `custom_generate/`. So they never see the folder. They

@@ -10,10 +10,9 @@ from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.storage.identity import IDENTITY, read_identity
 from mlx_moe.storage.run_folder import RunFolder
+from mlx_moe.terminal import THREADS
 from mlx_moe.training.backend import Backend, choose_backend, launcher
 from mlx_moe.training.phases import Options
-
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a user's word on how many threads to take
 
 
 @dataclass(frozen=True)
