@@ -33,6 +33,7 @@ SIGNED = (
     rb"\x89PNG\r\n\x1a\n.{,200}Software\0%s",
 )
 STALE_SECONDS = 60
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What operating systems put into folders by themselves.
 SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 
@@ -332,7 +333,7 @@ def _reported(path: Path, remedy: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         said, about = error.strerror or one_line(error), culprit(error, path)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             remedy = f"nothing of it was kept; make room, or {remedy}"
         elif error.filename is None:
             raise InputError(f"cannot write {path}, or read what goes into it: {said}; {remedy}") from None
