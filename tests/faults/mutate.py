@@ -266,7 +266,7 @@ def another_value(value: Tree, random: Random, raws: tuple[Raw, ...]) -> Tree:
                 (-value, value + 1, value - 1, value * 10**9, value * 2, str(value), [value], value / 3)
             )
         if isinstance(value, str):
-            return random.choice((value.upper(), value + " ", value[:-1], [value], {value: value}, value * 1000))
+            return random.choice((value.upper(), value + " ", value[:-1], [value], {value: value}, value[:1000] * 1000))
         if isinstance(value, list):
             return random.choice((value[1:], value + value, value[::-1], [value], [], dict(enumerate(map(str, value)))))
         if isinstance(value, dict):
