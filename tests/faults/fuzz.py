@@ -17,6 +17,7 @@ import hashlib
 import json
 import multiprocessing.connection
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -208,7 +209,9 @@ def prepare(name: str, number: int, materials: Path, base: Path) -> Case:
     for path in random.sample(found, min(len(found), random.choice((1, 1, 1, 2)))):
         mutate_file(path, random)
         if path.is_file() and path.suffix == ".yaml":  # compiling takes longer than a refusal may, as was asked for
-            path.write_bytes(path.read_bytes().replace(b"compile: true", b"compile: false"))
+            path.write_bytes(
+                re.sub(rb"""(compile["']?:\s*)true""", rb"\1false", path.read_bytes(), flags=re.IGNORECASE)
+            )
     if reader.finish:
         reader.finish(folder, random)
     return Case(reader, folder, list(random.choice(reader.calls)))
