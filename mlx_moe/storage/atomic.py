@@ -42,12 +42,14 @@ SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name to write a file under; whole and on the disk, it takes the place of the file at `path`.
 
-    A link stays: what it points to is replaced. Raises IsADirectoryError where a folder stands there. On an error
-    nothing of it is kept, and what was at `path` stays.
+    A link stays: what it points to is replaced. Raises IsADirectoryError where a folder stands there, and
+    InputError where a device or FIFO does. On an error nothing of it is kept, and what was at `path` stays.
     """
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if target.exists() and not target.is_file():  # a device could be replaced, too, by whoever may
+        raise InputError(f"{path} is no regular file, or a link to none; move it away")
     with _scratch(target.parent) as scratch:
         partial = scratch / target.name
         yield partial

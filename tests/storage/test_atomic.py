@@ -238,3 +238,15 @@ def test_a_folder_that_another_made_and_removed_is_made_again(tmp_path, monkeypa
     with writing(tmp_path / "new" / "a.html", None, "report") as partial:
         partial.write_text("page")
     assert (tmp_path / "new" / "a.html").read_text() == "page"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_no_device_or_pipe_is_replaced(is_link, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    place = tmp_path / "link" if is_link else pipe
+    if is_link:
+        place.symlink_to(pipe)
+    assert "is no regular file" in refusal(replacing(place))
+    assert pipe.is_fifo()
+    assert place.is_symlink() == is_link
