@@ -35,6 +35,7 @@ from materials import build, copy  # noqa: E402
 from trees import snapshot  # noqa: E402
 
 TIMEOUT_SECONDS = 60.0
+ODD_YAML = ("!!timestamp x", "2024-13-01", '!!int ""', "!!float abc", "!!bool maybe")
 LONG = "a" * 300
 DIGITS = "1" + "0" * 5_000
 NESTED = "[" * 10_000 + "]" * 10_000
@@ -189,12 +190,12 @@ def configs() -> Iterator[Row]:
         "a name of 300 characters": f"name: {LONG}",
         "a name with NUL": 'name: "a\\0b"',
     }
-    for value in ("!!timestamp x", "2024-13-01", '!!int ""', "!!float abc", "!!bool maybe"):
+    for value in ODD_YAML:
         texts[value] = f"optimizer: {{weight_decay: {value}}}"
     for name, text in texts.items():
         yield Row(f"config: {name}", argv[:3] + argv[5:] if "name" in name else argv, write("c.yaml", text))
     yield Row("config: bytes that steer a terminal", argv, write("c.yaml", 'name: "\\e[31m[/b][red]x/"'))
-    for value in ("!!timestamp x", "2024-13-01", '!!int ""', "!!float abc", "!!bool maybe", "[" * 1_000):
+    for value in (*ODD_YAML, "[" * 1_000):
         yield Row(f"-o model.d_model={value[:15]}", ["params", "-o", f"model.d_model={value}"])
     yield Row("plan: batch of 1e12", ["plan", "-o", "training.batch_size=1000000000000"])
     yield Row("params: 1e9 layers", ["params", "-o", "model.n_layers=1000000000"])
@@ -221,7 +222,7 @@ def commands() -> Iterator[Row]:
     yield Row("train: --out ~no-such-user/x", [*TRAIN_ONE[:-1], "~no-such-user/x"])
     yield Row("generate: no memory, mlx", ["generate", dense, "--backend", "mlx"], before="ulimit -v 400000")
     for limit in (100_000, 500_000):
-        yield Row(f"train: {limit // 1000} MB of memory", TRAIN_ONE, before=f"ulimit -v {limit}", code=2, says="memory")
+        yield Row(f"train: {limit // 1000} MB of memory", TRAIN_ONE, before=f"ulimit -v {limit}", says="memory")
     change = write("model/model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     yield Row("parity: a git-lfs pointer", ["parity", "--model", "model"], change, says="git-lfs")
     yield Row("import: a git-lfs pointer", ["import", "model", "out"], change, says="git-lfs")

@@ -56,7 +56,6 @@ def train(
     from mlx_moe.hub.names import find_model
     from mlx_moe.presets import as_overrides
     from mlx_moe.storage.atomic import absolute
-    from mlx_moe.storage.identity import IDENTITY
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.console import Console
     from mlx_moe.training.phases import Options
@@ -76,11 +75,9 @@ def train(
             raise InputError("--resume takes the run as it is; leave out --preset, --config, --out and the rest")
         absolute(resume)
         directory = resume.expanduser()
-        resumed = resume_run(directory, backend, device, allow_lossy)
+        resumed = resume_run(directory, backend, device, allow_lossy, has_phases=named is not None)
         run, chosen, options = resumed.run, resumed.backend, resumed.options
         last_phase = _last_phase(named, run) if named else resumed.last_phase
-        if last_phase is None:
-            raise InputError(f"cannot resume {resume}: {IDENTITY} is missing; say how far it is to go: --phases 2")
     else:
         chosen = choose_backend(backend)
         layers = "three-phase" if preset is None else preset, config, [*overrides, *(override or [])]

@@ -76,7 +76,7 @@ class Hold:
             self._descriptor = locks.wait_for(path, shared=True)  # the run may be about to delete it
         except FileNotFoundError:
             raise Pruned(f"checkpoint {path} is gone: its run deleted it; take a later one") from None
-        except OSError:  # its file system cannot lock, or the folder may not be opened: reading goes ahead
+        except (OSError, locks.Busy):  # it may not be opened, or whoever has it takes long: reading goes ahead
             pass
 
     def __del__(self) -> None:

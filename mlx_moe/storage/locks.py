@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-UNSUPPORTED |= {errno.EBADF}  # of a folder on NFS
+UNSUPPORTED.add(errno.EBADF)  # of a folder on NFS
 WAIT_SECONDS, POLL_SECONDS = 10.0, 0.01
 LOCK_PREFIX, LOCK_SUFFIX = ".mlxmoe-", ".lock"
 

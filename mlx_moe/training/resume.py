@@ -21,12 +21,12 @@ class Resumed:
 
     run: RunConfig
     backend: Backend
-    last_phase: int | None  # None: run.json does not say
+    last_phase: int
     options: Options
 
 
-def resume_run(path: Path, backend: str, device: str, allow_lossy: bool) -> Resumed:
-    """What goes on in a run's folder. `auto` stands for what the run was begun with.
+def resume_run(path: Path, backend: str, device: str, allow_lossy: bool, has_phases: bool) -> Resumed:
+    """What goes on in a run's folder. `auto` stands for what the run was begun with; `has_phases`: the user names them.
 
     The number of threads is as it was, unless the environment says another. Raises InputError where there is no
     run, where its files are damaged, or where what it was begun with is not to be had here.
@@ -40,12 +40,12 @@ def resume_run(path: Path, backend: str, device: str, allow_lossy: bool) -> Resu
     folder = RunFolder(path, chosen.connect())
     run, identity = folder.open(), folder.identity()
     if identity is None:
-        if backend == "auto":
+        if backend == "auto" or not has_phases:
             raise InputError(
                 f"cannot resume {path}: {IDENTITY} is missing, and with it what the run was begun with; put back a "
                 "copy, or say it: --backend torch --phases 2"
             )
-        return Resumed(run, chosen, None, Options(device, allow_lossy))
+        return Resumed(run, chosen, run.last_phase, Options(device, allow_lossy))
     same_backend = chosen.name == identity.backend
     has_own_threads = not same_backend or any(name in os.environ for name in THREADS)
     place = identity.device if same_backend and device == "auto" else device

@@ -348,8 +348,6 @@ def faults(outcome: Outcome) -> list[str]:
     if outcome.crash:
         return [f"a crash: {outcome.crash}"]
     wrong = []
-    if not stat.S_ISCHR(os.stat("/dev/zero").st_mode):  # links in the materials lead to it
-        return ["/dev/zero is no longer a device"]
     lines = [line for line in outcome.err.splitlines() if not line.startswith("warning: ")]
     if outcome.code not in (0, 1, 2):
         wrong.append(f"exit code {outcome.code}: {outcome.err[-500:]}")
@@ -381,6 +379,8 @@ def trespasses(case: Case, outcome: Outcome, before: dict[str, str], base: Path)
     touched = [change.split(": ")[0] for change in lost(before, after)] + sorted(after.keys() - before.keys())
     wrong = [name for name in touched if not any(name == place or name.startswith(place + "/") for place in allowed)]
     wrong += [name for name in after if ".mlxmoe-" in name and name not in wrong]
+    if not stat.S_ISCHR(os.stat("/dev/zero").st_mode):  # links in the materials lead to it
+        wrong.append("/dev/zero")
     if OUTSIDE.exists() or OUTSIDE.is_symlink():
         wrong.append(str(OUTSIDE))
         shutil.rmtree(OUTSIDE, ignore_errors=True)

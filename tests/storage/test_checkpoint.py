@@ -623,3 +623,12 @@ def test_a_reader_waits_while_a_run_decides_to_delete(tmp_path):
     with pytest.raises(checkpoint.Pruned):
         checkpoint.Hold(path)
     deleting.join()
+
+
+def test_a_reader_goes_ahead_where_the_wait_is_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.locks, "WAIT_SECONDS", 0.05)
+    path = folder(tmp_path, 2, 7)
+    save(path, CONFIG, STATE, WEIGHTS, None)
+    held = checkpoint.locks.acquire(path)
+    assert load(path).state.step == STATE.step
+    os.close(held)
