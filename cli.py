@@ -65,7 +65,7 @@ def _stop_usage(error: Any) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     hint = f"; see {context.command_path} --help" if context else ""
-    stop(f"{message[:MAX_MESSAGE].rstrip('.')}{hint}", error.exit_code)
+    stop(f"{message[:MAX_MESSAGE].rstrip('.?')}{hint}", error.exit_code)
 
 
 if __name__ == "__main__":

@@ -137,16 +137,18 @@ def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
     if not found:
         raise InputError(f"no checkpoint in {path}: name a run, a checkpoint, or nothing for small fresh models")
     before: Pair | None = None
-    for folder in found:
-        is_birth, is_last = folder.name == "step-0", folder == checkpoint.latest(folder.parent)
-        if not (is_birth or is_last):
-            continue
-        loaded = with_finite_weights(checkpoint.load(folder))
-        pair = Pair.build(loaded.config, loaded.weights)
-        subject = f"{checkpoint.PHASE_FOLDERS[loaded.state.phase]} {folder.name}"
-        boundary = (before, pair) if before and is_birth else None
-        yield _compare(subject, pair, loaded.weights, seed, boundary, CHECKPOINT_SLACK)
-        before = pair
+    for phase in dict.fromkeys(folder.parent for folder in found):
+        births = [folder for folder in found if folder == phase / "step-0"]
+        for place in (*births, phase):  # a phase stands for its latest, which a run that trains replaces
+            loaded = with_finite_weights(checkpoint.load(place))
+            is_birth = loaded.state.step == 0
+            if births and is_birth and place == phase:
+                continue
+            pair = Pair.build(loaded.config, loaded.weights)
+            subject = f"{checkpoint.PHASE_FOLDERS[loaded.state.phase]} step-{loaded.state.step}"
+            boundary = (before, pair) if before and is_birth else None
+            yield _compare(subject, pair, loaded.weights, seed, boundary, CHECKPOINT_SLACK)
+            before = pair
 
 
 def small_model(architecture: str, **fields: object) -> ModelConfig:

@@ -107,7 +107,7 @@ def evaluate(path: Path, backend: Backend, options: EvaluationOptions, console: 
     evaluations, generations, subset = [], [], None
     for folder in find_checkpoints(path):
         try:
-            loaded = open_model(folder)
+            loaded = checkpoint.load_listed(folder) if is_run else open_model(folder)
         except checkpoint.Pruned as error:
             if not is_run:
                 raise

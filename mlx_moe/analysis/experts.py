@@ -98,7 +98,7 @@ def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict
     checkpoints = []
     for folder in found:
         try:
-            loaded = checkpoint.load(folder)
+            loaded = checkpoint.load_listed(folder)
         except checkpoint.Pruned as error:
             echo(f"warning: {error}; it was left out", err=True)
             continue

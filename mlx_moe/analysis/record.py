@@ -153,7 +153,8 @@ def read_config(path: Path) -> RunConfig:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {file}: {getattr(error, 'strerror', None) or one_line(error)}") from None
     if not is_there:
-        raise InputError(f"no run at {path}: there is no {CONFIG} in it; name a folder that mlxmoe train wrote")
+        lacking = f"no {CONFIG} in it" if path.is_dir() else "no such folder"
+        raise InputError(f"no run at {path}: there is {lacking}; name a folder that mlxmoe train wrote")
     values = read_mapping(file)
     try:
         return read_run(path, values)

@@ -47,7 +47,6 @@ from mlx_moe.training.console import Console
 from mlx_moe.training.stopping import TrainingStopped, interruptions
 
 LOGS = "logs"
-DEVICES = ("auto", "cpu", "gpu", "cuda", "mps")
 POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 30  # with the runs of a sweep that was killed, which save when they notice
 LOG_TAIL = 64 << 10  # bytes, in which the last line is looked for
@@ -79,8 +78,6 @@ def run_sweep(planned: Sequence[PlannedRun], out: Path, options: SweepOptions) -
     where another process is sweeping in it, or where it cannot be written.
     """
     choose_backend(options.backend)  # says so here, and not in every log, where there is none
-    if options.device not in DEVICES:
-        raise InputError(f"--device {options.device!r}: must be one of {', '.join(DEVICES)}")
     for variable, (launcher, _) in LAUNCHERS.items():
         if variable in os.environ:  # which every run would inherit, and wait for the others
             raise InputError(f"{launcher} starts several processes of one run; start a sweep without it")

@@ -10,13 +10,14 @@ import typer
 from mlx_moe.errors import InputError
 from mlx_moe.limits import MAX_NEW_TOKENS, MAX_SEED
 
+DEVICES = ("auto", "cpu", "gpu", "cuda", "mps")  # the last two are PyTorch's names of GPUs
+
 Preset = Annotated[str, typer.Option("--preset", "-p", help="A run or an architecture preset.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="A YAML or JSON file over the preset.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--override", "-o", help="key.path=value over everything else; repeatable.")
 ]
 BackendOption = Annotated[str, typer.Option("--backend", help="auto, mlx or torch.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or gpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AllowLossy = Annotated[bool, typer.Option("--allow-lossy", help="Go on after a boundary that changed the model.")]
 CheckpointArgument = Annotated[
@@ -25,6 +26,15 @@ CheckpointArgument = Annotated[
 OutArgument = Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Of all that is drawn.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, max=MAX_NEW_TOKENS)]
+
+
+def _device(value: str) -> str:
+    if value not in DEVICES:  # before anything is loaded or looked up for it
+        raise InputError(f"--device {value!r}: must be one of {', '.join(DEVICES)}")
+    return value
+
+
+DeviceOption = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu or gpu.")]
 
 
 def _temperature(value: float) -> float:

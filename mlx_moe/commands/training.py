@@ -71,13 +71,17 @@ def train(
         shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
     overrides = as_overrides({key: value for key, value in shortcuts.items() if value is not None})
     if resume is not None:
-        if any(value is not None for value in (preset, config, override, out, source)) or overrides:
-            raise InputError("--resume takes the run as it is; leave out --preset, --config, --out and the rest")
+        given: dict[str, object]
+        given = {"--preset": preset, "--config": config, "-o": override, "--from": source, "--out": out, "--data": data}
+        given |= {"--tokenizer": tokenizer, "--steps": steps, "--seed": seed}
+        given |= {"--optimizer-transfer": optimizer_transfer}
+        if named_too := [option for option, value in given.items() if value is not None]:
+            raise InputError(f"--resume takes the run as it is; leave out {', '.join(named_too)}")
         absolute(resume)
         directory = resume.expanduser()
         resumed = resume_run(directory, backend, device, allow_lossy, has_phases=named is not None)
         run, chosen, options = resumed.run, resumed.backend, resumed.options
-        last_phase = _last_phase(named, run) if named else resumed.last_phase
+        last_phase = _last_phase(named, run, "") if named else resumed.last_phase
     else:
         chosen = choose_backend(backend)
         layers = "three-phase" if preset is None else preset, config, [*overrides, *(override or [])]
@@ -96,7 +100,7 @@ def train(
         _check_new(directory)
         if out is None and chosen.connect().size > 1:
             raise InputError(f"{chosen.connect().size} processes need one folder between them; name it with --out")
-        last_phase = _last_phase(named, run)
+        last_phase = _last_phase(named, run, ", or name a model to start from: --from MODEL")
         options = Options(device, allow_lossy, is_new=True)
     console = Console(quiet=chosen.connect().rank > 0)
     try:
@@ -158,14 +162,14 @@ def _phases(text: str) -> list[int]:
     return phases
 
 
-def _last_phase(named: list[int] | None, run: RunConfig) -> int:
+def _last_phase(named: list[int] | None, run: RunConfig, alternative: str) -> int:
     """One number by itself stands for all phases up to it."""
     if named is None:
         return run.last_phase
     if named[-1] < run.first_phase or (len(named) > 1 and named[0] != run.first_phase):
         raise InputError(
             f"--phases {','.join(map(str, named))}: the run begins with phase {run.first_phase}; take --phases "
-            f"{max(named[-1], run.first_phase)}, or name a model to start from: --from MODEL"
+            f"{max(named[-1], run.first_phase)}{alternative}"
         )
     return named[-1]
 

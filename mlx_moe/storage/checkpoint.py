@@ -187,6 +187,14 @@ def load(path: Path) -> Checkpoint:
     return replace(saved, config=config, weights=weights)
 
 
+def load_listed(path: Path) -> Checkpoint:
+    """`load` a checkpoint that was just found in its run. Raises Pruned where the run has deleted it since."""
+    hold = Hold(path)  # until it has one of its own
+    loaded = load(path)
+    del hold
+    return loaded
+
+
 def _resolve_and_hold(path: Path) -> tuple[Path, Hold]:
     """The checkpoint that a path means, held; where a run deletes it in between, the one that has taken its place."""
     while True:

@@ -19,7 +19,8 @@ IDENTITY = "run.json"
 
 class RunIdentity(Open):
     """`threads`: of products on CPU, None where nobody counts them; `versions`: of what computes; `config`: as it was
-    written, but for the data, whose hashes stand in `data.json`."""
+    written, but for the data, whose hashes stand in `data.json`; `differences`: what has changed since the run began,
+    each in a few words."""
 
     backend: Literal["mlx", "torch"]
     device: Literal["cpu", "gpu"]
@@ -32,6 +33,7 @@ class RunIdentity(Open):
     last_phase: Phase
     allow_lossy: bool = False
     config: dict[str, Any] = Field(default_factory=dict)
+    differences: list[str] = Field(default_factory=list)
 
 
 def read_identity(run: Path) -> RunIdentity | None:

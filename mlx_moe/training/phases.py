@@ -72,7 +72,8 @@ def train(
                 folder.check_new()
             rows = folder.metrics()
             phase, trainer, step = experiment.where_it_stands()
-            experiment.introduce(trainer, last_phase)
+            is_done = phase == last_phase and step >= phase_config(run, phase).steps
+            experiment.introduce(trainer, last_phase, is_done)
             experiment.warn_of_memory(trainer, range(max(phase, run.first_phase), last_phase + 1))
             folder.tracker = experiment.open_tracker(rows)
         with interruptions() as interruption:
@@ -146,17 +147,25 @@ class Experiment:
                     f"checkpoint {value}; put {CONFIG} back as it was, or begin another run"
                 )
 
-    def introduce(self, trainer: Trainer, last_phase: int) -> None:
-        """Write down what the run is, and say it; where it was begun otherwise, what that changes."""
+    def introduce(self, trainer: Trainer, last_phase: int, is_done: bool) -> None:
+        """Write down what the run is, and say it; where it was begun otherwise, what that changes.
+
+        Where all steps of it are done (`is_done`), it differs from nothing, but its last phase may.
+        """
         before, now = self.folder.identity(), self._identity(trainer, last_phase)
+        if before is not None and is_done:
+            now = before.model_copy(update={"last_phase": last_phase})
+        elif before is not None:
+            differing = list(dict.fromkeys([*before.differences, *differences(before, now)]))
+            now = now.model_copy(update={"differences": differing})
         seen = environment(self.backend, trainer)
         self.folder.introduce(self.run, now, self.data, seen, self.options.is_new)
         self.console.facts(facts(self.run, self.folder.path, self.data, self.backend, trainer))
         if before is not None and (changed := changed_settings(before, now)):
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             self.console.warn(f"{CONFIG} is not as it was when the run began: {'; '.join(changed[:3])}{more}")
-        if before is not None and (differing := differences(before, now)):
-            self.console.line(f"not bit for bit: {'; '.join(differing)}")
+        if now.differences:
+            self.console.line(f"not bit for bit: {'; '.join(now.differences)}")
 
     def _identity(self, trainer: Trainer, last_phase: int) -> RunIdentity:
         place: Literal["cpu", "gpu"] = "cpu" if trainer.device == "CPU" else "gpu"
@@ -208,6 +217,8 @@ class Experiment:
             train_phase(
                 self.run, phase, trainer, self.data, self.folder, step, self.console, self.backend, interruption
             )
+        elif step:
+            self.console.line(f"phase {number}: nothing left to train, {step} of {phase.config.steps} steps are done")
         reported = [row["phase"] for row in self.folder.history() if row["event"] == "phase"]
         if number not in reported:
             report_phase(self.run, phase, trainer, self.data, self.folder, self.console)

@@ -121,7 +121,10 @@ def summarize(folder: RunFolder, console: Console) -> None:
     console.line(f"everything is in {folder.path}")
     if (best := checkpoint.best(folder.path)) is not None:
         loss = checkpoint.best_validation_loss(folder.path)
-        console.line(f"lowest validation loss {loss:.4f}: {best.relative_to(folder.path)}, also as {folder.path}/best")
+        console.line(
+            f"lowest validation loss {loss:.4f}: {best.relative_to(folder.path)}; every command knows it as "
+            f"{folder.path}/best"
+        )
 
 
 def _fall(first: float, last: float) -> str:

@@ -192,3 +192,22 @@ def test_a_text_too_short_to_hold_out_any_of_it(text, run, mlxmoe, tmp_path):
     result = mlxmoe("eval", run, "--data", tmp_path / "a.txt", "-n", 0, "--backend", "torch")
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
     assert "a.txt' is too short to evaluate on: nothing of it is held out" in result.err
+
+
+@pytest.mark.parametrize(
+    "command", [("eval", "-n", "0", "--max-bytes", "500"), ("experts", "--sequences", "4"), ("parity",)]
+)
+def test_what_a_run_that_trains_deletes_meanwhile_is_left_out(command, run, mlxmoe, tmp_path, monkeypatch):
+    training = shutil.copytree(run, tmp_path / "run")
+    looked_up = list(checkpoint.complete_in(training))
+    for pruned in ("phases/1-dense/checkpoints/step-5", "phases/2-moe/checkpoints/step-5"):
+        shutil.rmtree(training / pruned)
+    monkeypatch.setattr(
+        checkpoint, "complete_in", lambda path: (folder for folder in looked_up if path in folder.parents)
+    )
+    name, *options = command
+    backend = () if name == "parity" else ("--backend", "torch")
+    result = mlxmoe(name, training, *options, *backend)
+    assert result.code == 0, result.err
+    if name != "parity":  # which reads the birth and the latest of a phase only
+        assert "step-5 is gone: its run deleted it; take a later one; it was left out" in result.err

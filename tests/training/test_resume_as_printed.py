@@ -120,6 +120,12 @@ def test_what_differs_is_said(cache, tmp_path):
     assert result.returncode == 0
     (said,) = [line for line in result.stdout.splitlines() if "not bit for bit" in line]
     assert said.strip() == "not bit for bit: threads 1, was 2"
+    again = mlxmoe(cache, ["train", "--resume", run, "--phases", "2"])  # it stays so, and stays said
+    assert "not bit for bit: threads 1, was 2" in again.stdout
+    identity = (run / "run.json").read_text()
+    done = mlxmoe(cache, ["train", "--resume", run], OMP_NUM_THREADS="2")
+    assert "phase 2: nothing left to train, 6 of 6 steps are done" in done.stdout
+    assert (run / "run.json").read_text() == identity
 
 
 def test_a_damaged_identity_is_one_line(cache, tmp_path):
