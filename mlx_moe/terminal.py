@@ -14,6 +14,7 @@ from mlx_moe.errors import InputError, is_out_of_memory, one_line, unbroken
 
 DELETED = "the working folder was deleted; go to another one"
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a user's word on how many threads to take
+LONGEST_CELL = 1000  # characters of Markdown
 KEPT = "\n\t"
 # Characters that turn the direction of what follows: a name could show as another.
 TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
@@ -25,6 +26,16 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(character if _is_harmless(character) else _written_out(character) for character in text)
+
+
+def plain_markdown(text: str) -> str:
+    """The text for a line of Markdown, such that it shows as it is: no markup, links or mentions, and not too long."""
+    import html  # slow to load, and hardly ever needed
+
+    line = " ".join(printable(text).split())
+    line = line if len(line) <= LONGEST_CELL else f"{line[: LONGEST_CELL - 1]}…"
+    marked = re.sub(r"([\\`*_\[\]!|~#])", r"\\\1", html.escape(line, quote=False))
+    return marked.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
 def echo(text: object = "", err: bool = False, nl: bool = True) -> None:

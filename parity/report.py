@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_moe.errors import InputError
-from mlx_moe.storage.atomic import signature, writing
+from mlx_moe.storage.atomic import output_file, signature, writing
 from mlx_moe.storage.environment import library_versions
 from mlx_moe.terminal import echo
 from parity import self_test
@@ -55,10 +55,16 @@ def report(request: Request, as_json: bool, out: Path | None, html: Path | None)
         raise InputError(
             "--model compares mlx-lm with transformers, by itself; leave the checkpoint and --preset out, or --model"
         )
+    places = [(out, "parity.json"), (html, "parity.html")]
+    if out and html and _overlap(*(output_file(place, name) for place, name in places if place)):
+        raise InputError(f"--out {out} and --html {html} need two files side by side; name others")
     with ExitStack() as held:
-        places = [(out, "parity.json"), (html, "parity.html")]
         files = [held.enter_context(writing(place, name, "parity")) if place else None for place, name in places]
         return _report(request, as_json, *files)
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents or other in one.parents
 
 
 def _report(request: Request, as_json: bool, out: Path | None, html: Path | None) -> int:

@@ -62,6 +62,11 @@ def threads() -> int | None:
     return torch.get_num_threads()
 
 
+def instructions() -> str | None:
+    """The instructions that products take on the CPU, such as AVX512."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def set_threads(n: int) -> None:
     """Let products take so many threads on the CPU."""
     torch.set_num_threads(n)

@@ -17,11 +17,12 @@ from mlx_moe.errors import InputError
 from mlx_moe.storage import locks
 from mlx_moe.storage.reading import read_json
 from mlx_moe.storage.records import SweepRun
-from mlx_moe.storage.run_folder import CONFIG
+from mlx_moe.storage.run_folder import CONFIG, check_new
 from mlx_moe.terminal import describe_crash, prepare_streams
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
-from mlx_moe.training.phases import Options, open_run, train
+from mlx_moe.training.phases import Options, train
+from mlx_moe.training.resume import resume_run
 from mlx_moe.training.stopping import TrainingStopped
 from mlx_moe.validation import validate
 
@@ -56,8 +57,14 @@ def train_one(out: Path, name: str, backend: str, device: str) -> int:
     folder = out / name
     try:
         spec = read_sweep(out)[name]
-        run = open_run(folder) if (folder / CONFIG).is_file() else validate(RunConfig, spec.config)
-        train(run, folder, choose_backend(backend), spec.n_phases, Options(device), Console())
+        if (folder / CONFIG).is_file():
+            resumed = resume_run(folder, backend, device, allow_lossy=False, has_phases=True)
+            run, chosen, options = resumed.run, resumed.backend, resumed.options
+        else:
+            check_new(folder)
+            run, chosen = validate(RunConfig, spec.config), choose_backend(backend)
+            options = Options(device, is_new=True)
+        train(run, folder, chosen, spec.n_phases, options, Console())
     except TrainingStopped as stopped:
         print(stopped)
         return stopped.exit_code

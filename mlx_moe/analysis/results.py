@@ -85,7 +85,7 @@ def row_of(run: PlannedRun, folder: Path) -> Row:
 
 def write(rows: list[Row], out: Path) -> None:
     """Write `results.jsonl`, `results.csv`, and over seeds `summary.json`, each replaced whole."""
-    flat = [{key: value for key, value in (row | row["choices"]).items() if key != "choices"} for row in rows]
+    flat = [_flat(row) for row in rows]
     table = io.StringIO()
     writer = csv.DictWriter(table, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -98,6 +98,14 @@ def write(rows: list[Row], out: Path) -> None:
     for name, text in texts.items():
         with replacing(out / name) as partial:
             partial.write_text(text, encoding="utf-8")
+
+
+def _flat(row: Row) -> Row:
+    """The row with a column for each axis; an axis that is called as a figure is told from it."""
+    flat = {key: value for key, value in row.items() if key != "choices"}
+    for axis, choice in row["choices"].items():
+        flat[f"axis {axis}" if axis in row and axis != "seed" else axis] = choice
+    return flat
 
 
 def effects(rows: Sequence[Row]) -> list[Effect]:

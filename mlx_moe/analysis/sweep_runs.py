@@ -26,10 +26,11 @@ from typing import Any, BinaryIO
 
 from mlx_moe.analysis import one_run
 from mlx_moe.analysis.one_run import HELD_ELSEWHERE, SWEEP, is_held, read_sweep
+from mlx_moe.analysis.record import read_config
 from mlx_moe.analysis.results import ELSEWHERE, FAILED, FAILURE, FINISHED, INTERRUPTED, gather, row_of, show, write
 from mlx_moe.analysis.sweeps import PlannedRun
 from mlx_moe.data.sources import open_source
-from mlx_moe.errors import InputError, one_line
+from mlx_moe.errors import InputError, one_line, quoted
 from mlx_moe.storage import locks
 from mlx_moe.storage.atomic import (
     SCRATCH,
@@ -41,10 +42,13 @@ from mlx_moe.storage.atomic import (
     replacing,
     set_aside,
 )
-from mlx_moe.storage.run_folder import CONFIG
+from mlx_moe.storage.identity import read_identity
+from mlx_moe.storage.run_folder import CONFIG, check_new
 from mlx_moe.training.backend import LAUNCHERS, choose_backend
 from mlx_moe.training.console import Console
+from mlx_moe.training.phases import with_absolute_paths
 from mlx_moe.training.stopping import TrainingStopped, interruptions
+from mlx_moe.validation import by_path
 
 LOGS = "logs"
 POLL_SECONDS = 0.1
@@ -196,9 +200,8 @@ class _Sweep:
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONUNBUFFERED": "1"}
         environment |= {"COLUMNS": "120"}
-        if self.options.jobs > 1:
-            threads = str(max(1, (os.cpu_count() or 1) // self.options.jobs))
-            environment = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads} | environment
+        if (n_threads := self._threads(run)) is not None:
+            environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(n_threads)) | environment
         # -P: no module of the working folder takes the place of one of Python's.
         command = [sys.executable, "-P", "-m", one_run.__name__, str(self.out), run.name]
         command += [self.options.backend, self.options.device, str(pipe), str(self.lock)]
@@ -219,6 +222,13 @@ class _Sweep:
                     f"resume with: {self.options.command}"
                 ) from None
             self.running.append(_Started(run, process, time.monotonic(), stream.tell()))
+
+    def _threads(self, run: PlannedRun) -> int | None:
+        """As many as the run was begun with; a new one gets its share of the cores."""
+        with suppress(InputError):  # which the run's own process says
+            if (identity := read_identity(self.out / run.name)) is not None:
+                return identity.threads
+        return max(1, (os.cpu_count() or 1) // self.options.jobs) if self.options.jobs > 1 else None
 
     def _finish(self, started: _Started) -> None:
         """Write down what a run came to, and why it failed if it did."""
@@ -295,6 +305,8 @@ def _sole(planned: Sequence[PlannedRun], out: Path, console: Console) -> Iterato
         raise InputError(f"another process is sweeping in {out}; wait for it, or name another --out") from None
     try:
         before = _check_folder(planned, out)
+        for run in planned:
+            _check_run(run, out / run.name)
         make_folder(out / LOGS)
         inherited = _wait_for_runs(out, console)
         try:
@@ -321,12 +333,34 @@ def _check_folder(planned: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
             raise InputError(f"{out} is not empty and holds no sweep; name another --out")
         return {}
     before = {name: run.model_dump() for name, run in read_sweep(out).items()}
+    if not before:
+        raise InputError(f"{out} holds no sweep: {SWEEP} in it names no run; name another --out")
     changed = [run.name for run in planned if run.name in before and before[run.name] != run.to_json()]
     if changed:
         raise InputError(
             f"{out} holds another sweep: {changed[0]} ({len(changed)} such) has another config; name another --out"
         )
     return before
+
+
+def _check_run(run: PlannedRun, folder: Path) -> None:
+    """Raise InputError where the folder of a run holds something else: another run, or a user's files."""
+    if (folder / CONFIG).is_file():
+        try:
+            there = by_path(read_config(folder).model_dump(mode="json"))
+        except InputError:
+            return  # its own process says so, and its row
+        planned = by_path(with_absolute_paths(run.config).model_dump(mode="json"))
+        own = {"model.vocab_size"}  # which the tokenizer settles
+        own |= {"data.tokenizer"} if run.config.start else set()  # the copy in the run's folder
+        for key in planned.keys() & there.keys() - own:
+            if there[key] != planned[key]:
+                raise InputError(
+                    f"{folder} holds another run than the sweep's: its {key} is {quoted(there[key])}, and the sweep's "
+                    f"{quoted(planned[key])}; move it away, or name another --out"
+                )
+    elif not (folder / FAILURE).is_file() and folder.is_dir():
+        check_new(folder)
 
 
 def _is_of_a_beginning(entry: Path) -> bool:

@@ -117,9 +117,11 @@ def load_sweep(name: str) -> SweepConfig:
 
 def name_fault(name: str) -> str | None:
     """Say why no folder of ours can have a name; None where one can."""
-    if not name or name.startswith("."):
-        return "is empty" if not name else "begins with a dot"
-    if "/" in name or printable(name) != name or set("\n\t") & set(name):
+    if not name or name[0] in ".-":
+        return "is empty" if not name else "begins with a dot or a dash"
+    if name != name.strip():
+        return "begins or ends with a blank"
+    if set("/\\") & set(name) or printable(name) != name or set("\n\t") & set(name):
         return "holds a slash, a control character or half of a character"
     if len(name.encode()) > LONGEST_NAME:
         return f"has {len(name.encode()):,} bytes, and at most {LONGEST_NAME} are possible"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated
@@ -41,7 +42,9 @@ def plot(
     import logging
 
     logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # where it keeps its fonts is no matter of the user's
-    from mlx_moe.analysis.plots import plot as draw
+
+    with contextlib.chdir(Path(__file__).parent):  # for matplotlib looks into the working folder for settings
+        from mlx_moe.analysis.plots import plot as draw
 
     for file in draw(path, out, _warn):
         echo(file)

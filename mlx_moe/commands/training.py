@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -56,6 +55,7 @@ def train(
     from mlx_moe.hub.names import find_model
     from mlx_moe.presets import as_overrides
     from mlx_moe.storage.atomic import absolute
+    from mlx_moe.storage.run_folder import check_new
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.console import Console
     from mlx_moe.training.phases import Options
@@ -97,7 +97,7 @@ def train(
         directory = out or Path("runs") / f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}"
         absolute(directory)
         directory = directory.expanduser()
-        _check_new(directory)
+        check_new(directory)
         if out is None and chosen.connect().size > 1:
             raise InputError(f"{chosen.connect().size} processes need one folder between them; name it with --out")
         last_phase = _last_phase(named, run, ", or name a model to start from: --from MODEL")
@@ -107,19 +107,6 @@ def train(
         run_phases(run, directory, chosen, last_phase, replace(options, open_model=open_model), console)
     except TrainingStopped as stopped:
         stop(str(stopped), stopped.exit_code)
-
-
-def _check_new(directory: Path) -> None:
-    """Raise InputError where a run cannot begin: its folder may be there, but must hold nothing that can be seen."""
-    from mlx_moe.storage.identity import is_identity
-    from mlx_moe.storage.run_folder import CONFIG, resume_command
-
-    if directory.is_dir():
-        if any(not path.name.startswith(".") and not is_identity(path) for path in directory.iterdir()):
-            advice = f", or resume it: {resume_command(directory)}" if (directory / CONFIG).is_file() else ""
-            raise InputError(f"{directory} is not empty; name another folder{advice}")
-    elif os.path.lexists(directory):
-        raise InputError(f"{directory} is no folder; name another place with --out")
 
 
 def params(

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_moe.data.tokens import SPLITS
 from mlx_moe.storage.atomic import signature
+from mlx_moe.terminal import plain_markdown
 
 
 def describe(provenance: dict[str, Any]) -> str:
@@ -28,10 +29,11 @@ def describe(provenance: dict[str, Any]) -> str:
     table = "".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in rows)
     return (
         f"<!-- {signature('data describe')} -->\n# Data\n\n"
-        f"- Source: {source['description']}\n"
-        f"- Licence: {source.get('licence') or 'not known here; ask where the files came from'}\n"
+        f"- Source: {plain_markdown(source['description'])}\n"
+        f"- Licence: {plain_markdown(source.get('licence') or 'not known here; ask where the files came from')}\n"
         f"- Identity: `{source['identity']}`\n"
-        f"- Tokenizer: {tokenizer['spec']}, {tokenizer['vocab_size']:,} tokens, SHA-256 `{tokenizer['identity']}`\n"
+        f"- Tokenizer: {plain_markdown(tokenizer['spec'])}, {tokenizer['vocab_size']:,} tokens, "
+        f"SHA-256 `{tokenizer['identity']}`\n"
         f"- Split: {how[provenance['split']]}\n\n"
         "| | train | validation |\n|---|---|---|\n"
         f"{table}\n"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -31,9 +29,7 @@ from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.reading import read_mapping
 from mlx_moe.storage.tensor_files import SHARD_BYTES, StoredWeights, open_tensors, write_tensors
 from mlx_moe.storage.tokenizer_files import copy_tokenizer
-from mlx_moe.terminal import printable
-
-LONGEST_CELL = 1000  # characters of a card's table
+from mlx_moe.terminal import plain_markdown
 
 
 def export(source: Checkpoint, out: Path, requested: str, shard_bytes: int = SHARD_BYTES) -> str:
@@ -132,7 +128,7 @@ def _card(source: Checkpoint, name: str) -> str:
         "validation loss": None if state.validation_loss is None else f"{state.validation_loss:.4f} nats per token",
         "exported": f"with mlxmoe {version('mlxmoe')}, float32",
     }
-    table = "\n".join(f"| {key} | {_plain_text(value)} |" for key, value in rows.items() if value is not None)
+    table = "\n".join(f"| {key} | {plain_markdown(value)} |" for key, value in rows.items() if value is not None)
     return f"""---
 {yaml.safe_dump(front | {"tags": ["mlx", "mlxmoe"]}, sort_keys=False)}---
 
@@ -152,14 +148,6 @@ from mlx_lm import load
 model, tokenizer = load("PATH")
 ```
 """
-
-
-def _plain_text(text: str) -> str:
-    """Text for a cell of a Markdown table that shows as it is: on one line, no markup, links or mentions."""
-    line = " ".join(printable(text).split())
-    line = line if len(line) <= LONGEST_CELL else f"{line[: LONGEST_CELL - 1]}…"
-    marked = re.sub(r"([\\`*_\[\]!|~#])", r"\\\1", html.escape(line, quote=False))
-    return marked.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
 def _experts(config: ModelConfig) -> str:

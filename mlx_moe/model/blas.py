@@ -38,6 +38,16 @@ def set_threads(n: int) -> None:
         choose(n)
 
 
+def kernel() -> str | None:
+    """The processor that the loaded OpenBLAS takes this one for, and so the order of its sums; None without one."""
+    name = getattr(_openblas(), "openblas_get_corename", None)
+    if name is None:
+        return None
+    name.restype = ctypes.c_char_p
+    found: bytes | None = name()
+    return None if found is None else found.decode()
+
+
 def _openblas() -> ctypes.CDLL | None:
     if sys.platform != "linux":
         return None

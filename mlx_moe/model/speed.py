@@ -58,6 +58,11 @@ def threads() -> int | None:
     return blas.threads()
 
 
+def instructions() -> str | None:
+    """The instructions that products take on the CPU; None where the BLAS does not say."""
+    return blas.kernel()
+
+
 def set_threads(n: int) -> None:
     """Let products take so many threads on the CPU, where that can be said."""
     blas.set_threads(n)

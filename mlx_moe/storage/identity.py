@@ -20,7 +20,8 @@ IDENTITY = "run.json"
 class RunIdentity(Open):
     """`threads`: of products on CPU, None where nobody counts them; `versions`: of what computes; `config`: as it was
     written, but for the data, whose hashes stand in `data.json`; `differences`: what has changed since the run began,
-    each in a few words."""
+    each in a few words; `instructions`: those of products on CPU; `start_sha256`: of the weights that it starts from.
+    """
 
     backend: Literal["mlx", "torch"]
     device: Literal["cpu", "gpu"]
@@ -34,6 +35,8 @@ class RunIdentity(Open):
     allow_lossy: bool = False
     config: dict[str, Any] = Field(default_factory=dict)
     differences: list[str] = Field(default_factory=list)
+    instructions: str | None = None
+    start_sha256: str | None = None
 
 
 def read_identity(run: Path) -> RunIdentity | None:
@@ -60,7 +63,7 @@ def differences(before: RunIdentity, now: RunIdentity) -> list[str]:
         for key, name in named.items()
         if getattr(now, key) != getattr(before, key)
     ]
-    for name in ("threads", "processes"):
+    for name in ("threads", "instructions", "processes"):
         was, is_now = getattr(before, name), getattr(now, name)
         if was != is_now and None not in (was, is_now) and before.backend == now.backend:
             found.append(f"{name} {is_now}, was {was}")

@@ -52,9 +52,17 @@ def read(path: Path, kind: Any | None = None, warn: Callable[[str], None] | None
 
 def rewind(path: Path, phase: int, step: int, kind: Any | None = None) -> None:
     """Drop the rows after a resumed step, so that nothing is logged twice, and the lines that are no rows."""
+    keep(
+        path,
+        lambda row: isinstance(row.get("phase"), int) and (row["phase"], row.get("step") or 0) <= (phase, step),
+        kind,
+    )
+
+
+def keep(path: Path, is_kept: Callable[[Row], bool], kind: Any | None = None) -> None:
+    """Drop all rows but some, and the lines that are no rows."""
     if os.path.lexists(path):
-        rows = [row for row in read(path, kind) if isinstance(row.get("phase"), int)]
-        kept = [row for row in rows if (row["phase"], row.get("step") or 0) <= (phase, step)]
+        kept = [row for row in read(path, kind) if is_kept(row)]
         with replacing(path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 

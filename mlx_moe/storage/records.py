@@ -126,10 +126,10 @@ class PhaseRow(Open):
     event: Literal["phase"]
     phase: Phase
     step: Count
-    first_loss: Figure
-    last_loss: Figure
-    first_validation_loss: Figure
-    last_validation_loss: Figure
+    first_loss: Figure | None
+    last_loss: Figure | None
+    first_validation_loss: Figure | None
+    last_validation_loss: Figure | None
     tokens: Count
     seconds: Amount
     parameters: Parameters

@@ -25,7 +25,7 @@ from mlx_moe.processes import Alone, World
 from mlx_moe.storage import checkpoint, jsonl, locks
 from mlx_moe.storage.atomic import clean_leftovers, culprit, flush, make_folder, new_folder, replacing
 from mlx_moe.storage.checkpoint import TrainerState
-from mlx_moe.storage.identity import IDENTITY, RunIdentity, read_identity
+from mlx_moe.storage.identity import IDENTITY, RunIdentity, is_identity, read_identity
 from mlx_moe.storage.reading import read_mapping
 from mlx_moe.storage.records import HistoryRow, MetricsRow, Provenance, read_record
 from mlx_moe.storage.tokenizer_files import copy_tokenizer
@@ -42,6 +42,16 @@ P = ParamSpec("P")
 def resume_command(run: Path, *options: str) -> str:
     """Return what a user types to resume a run, quoted for the shell."""
     return shlex.join(["mlxmoe", "train", "--resume", str(run), *options])
+
+
+def check_new(path: Path) -> None:
+    """Raise InputError where a run cannot begin: its folder may be there, but must hold nothing that can be seen."""
+    if path.is_dir():
+        if any(not entry.name.startswith(".") and not is_identity(entry) for entry in path.iterdir()):
+            advice = f", or resume it: {resume_command(path)}" if (path / CONFIG).is_file() else ""
+            raise InputError(f"{path} is not empty; name another folder{advice}")
+    elif os.path.lexists(path):
+        raise InputError(f"{path} is no folder; name another place with --out")
 
 
 if TYPE_CHECKING:
@@ -125,7 +135,11 @@ class RunFolder:
                 f"process {self.world.rank} has other tokens than process 0; give all of them the same text, tokenizer "
                 "and version of mlxmoe"
             )
-        if not self._is_ours or not (self.path / DATA).is_file():
+        if not self._is_ours:
+            return
+        if not (self.path / DATA).is_file():
+            if self.warn is not None and checkpoint.latest(self.path) is not None:
+                self.warn(f"{self.path / DATA} is missing, so nothing says whether these are the tokens of before")
             return
         before = read_record(Provenance, self.path / DATA)
         if [before.train.sha256, before.validation.sha256] != hashes:
@@ -165,12 +179,13 @@ class RunFolder:
             for folder in (self.path, self.path / "boundaries"):
                 clean_leftovers(folder)
             self._write_json(IDENTITY, identity.model_dump(mode="json"))
-            try:
-                with replacing(self.path / CONFIG) as partial:
-                    configs.save(run, partial)
-            finally:
-                if not (self.path / CONFIG).exists():  # then there is no run that this could be of
-                    (self.path / IDENTITY).unlink()
+            if not (self.path / CONFIG).is_file():  # else it is the user's by now, with what was noted in it
+                try:
+                    with replacing(self.path / CONFIG) as partial:
+                        configs.save(run, partial)
+                finally:
+                    if not (self.path / CONFIG).exists():  # then there is no run that this could be of
+                        (self.path / IDENTITY).unlink()
             if not (self.path / TOKENIZER).is_dir():
                 with new_folder(self.path / TOKENIZER) as partial:
                     if run.start is None:
@@ -211,6 +226,12 @@ class RunFolder:
         with self._writing():
             jsonl.rewind(self.path / METRICS, phase, step, MetricsRow)
             jsonl.rewind(self.path / HISTORY, phase, step, HistoryRow)
+
+    @_by_the_first
+    def drop_result(self, phase: int) -> None:
+        """Drop the row of a phase that had finished, and is to be trained further."""
+        with self._writing():
+            jsonl.keep(self.path / HISTORY, lambda row: (row["event"], row["phase"]) != ("phase", phase), HistoryRow)
 
     @_by_the_first
     def rewind_metrics(self, phase: int) -> None:

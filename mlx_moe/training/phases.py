@@ -23,7 +23,7 @@ from mlx_moe.storage import checkpoint
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.storage.environment import environment, library_versions
 from mlx_moe.storage.identity import RunIdentity, changed_settings, differences
-from mlx_moe.storage.run_folder import CONFIG, RunFolder, resume_command
+from mlx_moe.storage.run_folder import CONFIG, HISTORY, METRICS, RunFolder, resume_command
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.boundary import (
     PROBE_TOKENS,
@@ -42,7 +42,7 @@ from mlx_moe.training.introduction import facts
 from mlx_moe.training.loop import Phase, train_phase
 from mlx_moe.training.memory import check_address_space, needed_bytes
 from mlx_moe.training.results import report_phase, summarize
-from mlx_moe.training.start import check_model
+from mlx_moe.training.start import check_model, weights_sha256
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
 from mlx_moe.training.trackers import Tracker, check_installed, open_tracker
 from mlx_moe.transfer.centroids import Routers
@@ -74,6 +74,7 @@ def train(
             phase, trainer, step = experiment.where_it_stands()
             is_done = phase == last_phase and step >= phase_config(run, phase).steps
             experiment.introduce(trainer, last_phase, is_done)
+            experiment.warn_of_lost_rows(rows, phase, step)
             experiment.warn_of_memory(trainer, range(max(phase, run.first_phase), last_phase + 1))
             folder.tracker = experiment.open_tracker(rows)
         with interruptions() as interruption:
@@ -152,7 +153,8 @@ class Experiment:
 
         Where all steps of it are done (`is_done`), it differs from nothing, but its last phase may.
         """
-        before, now = self.folder.identity(), self._identity(trainer, last_phase)
+        before = self.folder.identity()
+        now = self._identity(trainer, last_phase, before)
         if before is not None and is_done:
             now = before.model_copy(update={"last_phase": last_phase})
         elif before is not None:
@@ -167,22 +169,35 @@ class Experiment:
         if now.differences:
             self.console.line(f"not bit for bit: {'; '.join(now.differences)}")
 
-    def _identity(self, trainer: Trainer, last_phase: int) -> RunIdentity:
+    def _identity(self, trainer: Trainer, last_phase: int, before: RunIdentity | None) -> RunIdentity:
         place: Literal["cpu", "gpu"] = "cpu" if trainer.device == "CPU" else "gpu"
         libraries = {self.backend.name, "numpy"}
+        start = None if before is None else before.start_sha256
+        if before is None and self.run.start is not None:
+            start = weights_sha256(Path(self.run.start.model))
         return RunIdentity(
             backend=self.backend.name,
             device=place,
             device_label=trainer.device,
             precision=trainer.precision.name,
             threads=self.backend.speed.threads() if place == "cpu" else None,
+            instructions=self.backend.speed.instructions() if place == "cpu" else None,
             processes=trainer.world.size,
             machine=platform.machine(),
             versions={name: version for name, version in library_versions().items() if name in libraries and version},
             last_phase=last_phase,
             allow_lossy=self.options.allow_lossy,
             config=self.run.model_dump(mode="json", exclude={"data"}),
+            start_sha256=start,
         )
+
+    def warn_of_lost_rows(self, metrics: list[dict[str, Any]], phase: int, step: int) -> None:
+        """Say at the start which log does not lead up to the step that a run stands at."""
+        if step and not any(row["phase"] == phase and row["step"] <= step for row in metrics):
+            self.console.warn(f"{METRICS} has no rows of phase {phase} up to step {step}; its figures begin here")
+        crossed = {row["phase"] for row in self.folder.history() if row["event"] == "boundary"}
+        if lost := [str(number) for number in range(self.run.first_phase + 1, phase + 1) if number not in crossed]:
+            self.console.warn(f"{HISTORY} does not say how phase {' and '.join(lost)} began; it is left out")
 
     def warn_of_memory(self, trainer: Trainer, phases: Iterable[int]) -> None:
         """Say at the start which phases will hardly fit; for several processes there is no estimate."""
@@ -205,6 +220,7 @@ class Experiment:
         from_scratch = number == 1 and self.run.model.moe is not None
         phase = Phase(number, phase_config(self.run, number), from_scratch)
         if step < phase.config.steps:
+            self.folder.drop_result(number)
             self.console.title(phase.title)
             model = trainer.config
             self.console.parameters(count_parameters(model), model.display_name, flops_per_token(model))
@@ -221,7 +237,8 @@ class Experiment:
             self.console.line(f"phase {number}: nothing left to train, {step} of {phase.config.steps} steps are done")
         reported = [row["phase"] for row in self.folder.history() if row["event"] == "phase"]
         if number not in reported:
-            report_phase(self.run, phase, trainer, self.data, self.folder, self.console)
+            last = max(step, phase.config.steps)
+            report_phase(self.run, phase, last, trainer, self.data, self.folder, self.console)
         if interruption.came(trainer.world):
             raise interruption.stopped(
                 f"after phase {number}, which is saved; resume with: {self.folder.resume_command}"
@@ -288,6 +305,12 @@ class Experiment:
             return initialize(self.run.model, self.run.seed)
         source = self.options.open_model(Path(self.run.start.model))
         check_model(self.run, source)
+        began = self.folder.identity()
+        if began is not None and began.start_sha256 not in (None, weights_sha256(source.path)):
+            raise InputError(
+                f"cannot resume {self.folder.path}: {source.path} holds other weights than the run began with; "
+                "put them back as they were, or begin another run"
+            )
         return source.weights
 
     def _trainer(self, model: ModelConfig, weights: Weights) -> Trainer:
@@ -309,7 +332,7 @@ def begin(
     _check_batch(run, folder.world)
     data = prepare(run.data, progress=console.line)
     folder.check_data(data)
-    run = fit_vocabulary(_with_absolute_paths(run), data.tokenizer.vocab_size)
+    run = fit_vocabulary(with_absolute_paths(run), data.tokenizer.vocab_size)
     check_length(data.train, run.model.context_length, "train")
     check_length(data.validation, run.model.context_length, "validation")
     return Experiment(run, folder, backend, options, console, data)
@@ -324,7 +347,7 @@ def _check_batch(run: RunConfig, world: World) -> None:
         )
 
 
-def _with_absolute_paths(run: RunConfig) -> RunConfig:
+def with_absolute_paths(run: RunConfig) -> RunConfig:
     """So that a run can be resumed from another folder."""
     named = {"source": run.data.source, "tokenizer": run.data.tokenizer}
     paths = {key: Path(name).expanduser() for key, name in named.items() if name not in (*BUILTIN, "char")}

@@ -26,12 +26,15 @@ SAMPLE_TOKENS = 40
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """Losses are mean cross entropies in nats per token; the first and last of training are single batches."""
+    """Losses are mean cross entropies in nats per token; the first and last of training are single batches.
 
-    first_loss: float
-    last_loss: float
-    first_validation_loss: float
-    last_validation_loss: float
+    None stands for what the log no longer says.
+    """
+
+    first_loss: float | None
+    last_loss: float | None
+    first_validation_loss: float | None
+    last_validation_loss: float | None
     tokens: int
     seconds: float
 
@@ -39,29 +42,37 @@ class PhaseResult:
 def phase_result(metrics: list[dict[str, Any]], phase: int) -> PhaseResult:
     """What a finished phase came to, from the rows of `metrics.jsonl`."""
     rows = [row for row in metrics if row["phase"] == phase]
-    steps = [row for row in rows if "loss" in row]
-    validations = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    begins_at_birth = bool(rows) and rows[0]["step"] == 0
+
+    def ends(name: str) -> tuple[float | None, float | None]:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        return values[0] if values and begins_at_birth else None, values[-1] if values else None
+
+    losses, validations = ends("cross_entropy"), ends("validation_loss")
     return PhaseResult(
-        first_loss=steps[0]["cross_entropy"],
-        last_loss=steps[-1]["cross_entropy"],
+        first_loss=losses[0],
+        last_loss=losses[1],
         first_validation_loss=validations[0],
-        last_validation_loss=validations[-1],
-        tokens=steps[-1]["tokens"],
-        seconds=sum(row["step_ms"] * (row["step"] - earlier["step"]) for earlier, row in pairwise(rows)) / 1e3,
+        last_validation_loss=validations[1],
+        tokens=max((row.get("tokens", 0) for row in rows), default=0),
+        seconds=sum(
+            (row.get("step_ms") or 0) * max(0, row["step"] - earlier["step"]) for earlier, row in pairwise(rows)
+        )
+        / 1e3,
     )
 
 
 def report_phase(
-    run: RunConfig, phase: Phase, trainer: Trainer, data: TokenData, folder: RunFolder, console: Console
+    run: RunConfig, phase: Phase, step: int, trainer: Trainer, data: TokenData, folder: RunFolder, console: Console
 ) -> None:
-    """Say what a finished phase came to, and write it to `history.jsonl` and `samples.md`."""
+    """Say what a phase of so many steps came to, and write it to `history.jsonl` and `samples.md`."""
     result = phase_result(folder.metrics(), phase.number)
     facts = [
         ("loss", _fall(result.first_loss, result.last_loss)),
         ("validation", _fall(result.first_validation_loss, result.last_validation_loss)),
         ("tokens", f"{result.tokens:,} in {result.seconds:.0f} s of steps"),
     ]
-    row = {"event": "phase", "phase": phase.number, "step": phase.config.steps, **asdict(result)}
+    row = {"event": "phase", "phase": phase.number, "step": step, **asdict(result)}
     row["parameters"] = count_parameters(trainer.config).to_json()
     probes = fixed_windows(data.validation, run.training.eval_sequences, trainer.config.context_length)
     expert_load_LE = trainer.expert_load(probes[:, :-1])
@@ -93,10 +104,10 @@ def summarize(folder: RunFolder, console: Console) -> None:
             [
                 [
                     f"{row['phase'] - 1}-{row['phase']}",
-                    f"{row['max_logit_difference']:.1e}",
-                    f"{row['loss_before']:.5f}",
-                    f"{row['loss_after']:.5f}",
-                    f"{row['loss_jump']:+.1e}",
+                    _figure(row["max_logit_difference"], ".1e"),
+                    _figure(row["loss_before"], ".5f"),
+                    _figure(row["loss_after"], ".5f"),
+                    _figure(row["loss_jump"], "+.1e"),
                     "lossless" if row["passed"] else "lossy",
                 ]
                 for row in boundaries
@@ -108,11 +119,11 @@ def summarize(folder: RunFolder, console: Console) -> None:
             [
                 checkpoint.PHASE_FOLDERS[row["phase"]],
                 f"{row['parameters']['total'] / 1e6:,.2f} M",
-                f"{row['first_loss']:.4f}",
-                f"{row['last_loss']:.4f}",
-                f"{row['first_loss'] - row['last_loss']:.4f}",
-                f"{row['last_validation_loss']:.4f}",
-                f"{row['first_validation_loss'] - row['last_validation_loss']:.4f}",
+                _figure(row["first_loss"], ".4f"),
+                _figure(row["last_loss"], ".4f"),
+                _figure(_drop(row["first_loss"], row["last_loss"]), ".4f"),
+                _figure(row["last_validation_loss"], ".4f"),
+                _figure(_drop(row["first_validation_loss"], row["last_validation_loss"]), ".4f"),
             ]
             for row in history
             if row["event"] == "phase"
@@ -127,8 +138,16 @@ def summarize(folder: RunFolder, console: Console) -> None:
         )
 
 
-def _fall(first: float, last: float) -> str:
-    return f"{first:.4f} -> {last:.4f} (drop {first - last:.4f})"
+def _fall(first: float | None, last: float | None) -> str:
+    return f"{_figure(first, '.4f')} -> {_figure(last, '.4f')} (drop {_figure(_drop(first, last), '.4f')})"
+
+
+def _drop(first: float | None, last: float | None) -> float | None:
+    return None if first is None or last is None else first - last
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "—" if value is None else format(value, form)
 
 
 def _samples_as_markdown(history: list[dict[str, Any]]) -> str:

@@ -14,6 +14,8 @@ from mlx_moe.terminal import THREADS
 from mlx_moe.training.backend import Backend, choose_backend, launcher
 from mlx_moe.training.phases import Options
 
+MOST_THREADS = 256  # that a run gets back on a machine of fewer cores
+
 
 @dataclass(frozen=True)
 class Resumed:
@@ -49,6 +51,9 @@ def resume_run(path: Path, backend: str, device: str, allow_lossy: bool, has_pha
     same_backend = chosen.name == identity.backend
     has_own_threads = not same_backend or any(name in os.environ for name in THREADS)
     place = identity.device if same_backend and device == "auto" else device
-    threads = None if has_own_threads else identity.threads
+    n_threads = identity.threads
+    if n_threads is not None and n_threads > max(MOST_THREADS, os.cpu_count() or 1):  # may be refused here
+        n_threads = None
+    threads = None if has_own_threads else n_threads
     options = Options(place, allow_lossy or identity.allow_lossy, threads=threads)
     return Resumed(run, chosen, identity.last_phase, options)

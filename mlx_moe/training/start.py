@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.presets import load_run
 from mlx_moe.storage.checkpoint import Checkpoint
+from mlx_moe.storage.tensor_files import sha256
 from mlx_moe.training.boundary import lineage_so_far
 from mlx_moe.validation import by_path
 
@@ -49,6 +51,14 @@ def start_from(
         )
     check_model(run, source)
     return run
+
+
+def weights_sha256(folder: Path) -> str:
+    """The SHA-256 of all safetensors of a model's folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(sha256(file).encode())
+    return digest.hexdigest()
 
 
 def check_model(run: RunConfig, source: Checkpoint) -> None:

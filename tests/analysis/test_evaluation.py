@@ -126,6 +126,18 @@ def test_what_cannot_be_evaluated(path, options, said, run, mlxmoe, tmp_path):
     assert said in result.err
 
 
+def test_a_project_of_the_users_is_no_run(run, mlxmoe, tmp_path):
+    """Though it has a config.yaml and a checkpoint: nothing is written into it."""
+    project = tmp_path / "project"
+    shutil.copytree(run / "phases/1-dense/checkpoints/step-10", project / "checkpoints/step-10")
+    for name in ("evaluation_results.csv", "generations.md", "config.yaml"):
+        (project / name).write_text("mine: 3\n")
+    result = mlxmoe("eval", project, "--data", "stories", "-n", 1, "--max-bytes", 300, "--backend", "torch")
+    assert result.code == 2
+    assert "config.yaml is not the whole config of a run" in result.err
+    assert (project / "generations.md").read_text() == (project / "evaluation_results.csv").read_text() == "mine: 3\n"
+
+
 def test_another_tokenizer_of_the_same_size_is_refused(run, mlxmoe, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

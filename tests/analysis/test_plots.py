@@ -145,11 +145,15 @@ def test_what_is_no_run_is_said(mlxmoe, tmp_path, finished):
     assert "cannot write" in result.err
 
 
-def test_settings_in_the_working_folder_change_nothing(figures, finished, tmp_path):
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\nno.such.key: 1\n")
+@pytest.mark.parametrize("settings", [b"text.usetex: True\nlines.linewidth: 9\nno.such.key: 1\n", b"\xff\xfe", "fifo"])
+def test_settings_in_the_working_folder_change_nothing(settings, figures, finished, tmp_path):
+    if settings == "fifo":
+        os.mkfifo(tmp_path / "matplotlibrc")
+    else:
+        (tmp_path / "matplotlibrc").write_bytes(settings)
     command = [sys.executable, "-m", "cli", "plot", finished, "--out", tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "²"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
     for file in figures.iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name

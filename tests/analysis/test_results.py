@@ -63,6 +63,12 @@ def test_what_is_written_reads_back(tmp_path):
         assert len(points) == 6
 
 
+def test_an_axis_that_is_called_as_a_figure_leaves_that_alone(tmp_path):
+    write([ROWS[0] | {"choices": {"validation_loss": "q", "seed": 0}}], tmp_path)
+    (line,) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
+    assert (line["validation_loss"], line["axis validation_loss"], line["seed"]) == ("2.0", "q", "0")
+
+
 def test_results_that_are_none(tmp_path):
     with pytest.raises(InputError, match="no results at"):
         read_points(tmp_path, "total")

@@ -93,7 +93,9 @@ def test_going_on_runs_only_what_is_left(stopped, mlxmoe):
     assert result.code == 1
     assert "1 of 3 runs did not finish: explodes" in result.err
     assert statuses(out) == {"good": "finished", "explodes": "failed", "long": "finished"}
-    assert f"resuming from phases/1-dense/checkpoints/step-{step}" in (out / "logs" / "long.txt").read_text()
+    log = (out / "logs" / "long.txt").read_text()
+    assert f"resuming from phases/1-dense/checkpoints/step-{step}" in log
+    assert "not bit for bit" not in log  # though each run has more threads by now
     assert {path: path.stat().st_mtime_ns for path in (out / "good").rglob("*")} == times
 
 
@@ -272,3 +274,48 @@ def test_data_that_is_not_there_is_said_before_anything_is_written(mlxmoe, tmp_p
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "no file or folder" in result.err
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory, mlxmoe):
+    """A sweep of one seed that is finished, and the file of one that adds another: (file, folder)."""
+    folder = tmp_path_factory.mktemp("seeds")
+    one, two, out = folder / "one.yaml", folder / "two.yaml", folder / "out"
+    for file, seeds in ((one, [0]), (two, [0, 1])):
+        file.write_text(yaml.safe_dump(SWEEP | {"axes": {"seed": seeds}}), encoding="utf-8")
+    result = mlxmoe("sweep", one, "--out", out, *OPTIONS)
+    assert result.code == 0, result.err
+    return two, out
+
+
+@pytest.mark.parametrize("name", ["samples.md", "metrics.jsonl", "notes.txt"])
+def test_what_a_user_put_where_a_run_would_go_stays(name, two_seeds, mlxmoe, tmp_path):
+    file, out = two_seeds[0], shutil.copytree(two_seeds[1], tmp_path / "out")
+    (out / "seed=1").mkdir()
+    (out / "seed=1" / name).write_text("mine\n")
+    result = mlxmoe("sweep", file, "--out", out, *OPTIONS)
+    assert result.code == 2
+    assert "seed=1 is not empty" in result.err
+    assert (out / "seed=1" / name).read_text() == "mine\n"
+    assert [path.name for path in (out / "seed=1").iterdir()] == [name]
+
+
+def test_another_run_is_not_taken_for_one_of_the_sweep(two_seeds, mlxmoe, tmp_path):
+    file, out = two_seeds[0], shutil.copytree(two_seeds[1], tmp_path / "out")
+    shutil.copytree(out / "seed=0", out / "seed=1")
+    before = (out / "results.csv").read_text()
+    result = mlxmoe("sweep", file, "--out", out, *OPTIONS)
+    assert result.code == 2
+    assert "seed=1 holds another run than the sweep's: its seed is 0, and the sweep's 1; move it away" in result.err
+    assert (out / "results.csv").read_text() == before
+
+
+def test_a_folder_whose_sweep_names_no_run_is_not_ours(two_seeds, mlxmoe, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, text in {"sweep.json": "{}", "results.csv": "mine", "summary.json": "mine"}.items():
+        (out / name).write_text(text)
+    result = mlxmoe("sweep", two_seeds[0], "--out", out, *OPTIONS)
+    assert result.code == 2
+    assert "holds no sweep" in result.err
+    assert (out / "results.csv").read_text() == (out / "summary.json").read_text() == "mine"

@@ -37,6 +37,17 @@ def test_files_of_the_user_have_no_known_licence(mlxmoe, tmp_path):
     assert "the last 5 % of the tokens are held out" in text
 
 
+def test_names_of_others_are_text_and_nothing_else(mlxmoe, tmp_path):
+    folder = tmp_path / "q\n# Injected <img src=x>\x1b[31m\u202e"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one long text\n" * 100)
+    result = mlxmoe("data", "describe", "--data", folder, "--tokenizer", "char", "--out", tmp_path / "D.md")
+    assert result.code == 0, result.err
+    text = (tmp_path / "D.md").read_text()
+    assert not any(part in text for part in ("\x1b", "\u202e", "<img"))
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["# Data"]
+
+
 def test_the_text_held_out_is_that_of_the_tokens(tmp_path):
     config = DataConfig(source="stories", n_documents=150, tokenizer="bpe:300")
     data = prepare(config, tmp_path)

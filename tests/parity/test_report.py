@@ -131,6 +131,8 @@ def test_a_page_of_what_differs(mlxmoe, monkeypatch, tmp_path):
         (["--model", "x", "--preset", "nano"], "--model compares mlx-lm with transformers"),
         (["--html", "/dev/null"], "/dev/null is no regular file"),
         (["--out", "x" * 300], "File name too long"),
+        (["--out", "same", "--html", "same"], "--out same and --html same need two files side by side"),
+        (["--out", "a", "--html", "a/b"], "need two files side by side"),
     ],
 )
 def test_bad_arguments(arguments, said, mlxmoe, tmp_path, monkeypatch):
