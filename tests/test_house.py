@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: who imports whom, how long files are, what is read back."""
+"""The rules of this project that a machine can check: who imports whom, how long files are, what is read back."""
 
 import ast
 import subprocess

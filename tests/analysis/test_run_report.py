@@ -147,5 +147,5 @@ def test_every_command_of_the_document_runs(finished, mlxmoe, monkeypatch):
     commands = [line for block in blocks for line in block.splitlines()]
     assert len(commands) >= 3
     for command in commands:
-        result = mlxmoe(*(word.replace("runs/demo", "finished") for word in shlex.split(command)[1:]))
+        result = mlxmoe(*(word.replace("RUN", "finished") for word in shlex.split(command)[1:]))
         assert result.code == 0, f"{command}\n{result.err}"
