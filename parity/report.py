@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shlex
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def report(request: Request, as_json: bool, out: Path | None, html: Path | None)
 
 
 def _overlap(one: Path, other: Path) -> bool:
+    one, other = (Path(os.path.realpath(path)) for path in (one, other))
     return one == other or one in other.parents or other in one.parents
 
 

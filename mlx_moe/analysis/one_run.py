@@ -15,13 +15,14 @@ from pathlib import Path
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.storage import locks
+from mlx_moe.storage.identity import IDENTITY
 from mlx_moe.storage.reading import read_json
 from mlx_moe.storage.records import SweepRun
 from mlx_moe.storage.run_folder import CONFIG, check_new
 from mlx_moe.terminal import describe_crash, prepare_streams
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
-from mlx_moe.training.phases import Options, train
+from mlx_moe.training.phases import Options, open_run, train
 from mlx_moe.training.resume import resume_run
 from mlx_moe.training.stopping import TrainingStopped
 from mlx_moe.validation import validate
@@ -57,7 +58,9 @@ def train_one(out: Path, name: str, backend: str, device: str) -> int:
     folder = out / name
     try:
         spec = read_sweep(out)[name]
-        if (folder / CONFIG).is_file():
+        if (folder / CONFIG).is_file() and not (folder / IDENTITY).is_file():  # what it was begun with is the sweep's
+            run, chosen, options = open_run(folder), choose_backend(backend), Options(device)
+        elif (folder / CONFIG).is_file():
             resumed = resume_run(folder, backend, device, allow_lossy=False, has_phases=True)
             run, chosen, options = resumed.run, resumed.backend, resumed.options
         else:

@@ -46,7 +46,6 @@ from mlx_moe.storage.identity import read_identity
 from mlx_moe.storage.run_folder import CONFIG, check_new
 from mlx_moe.training.backend import LAUNCHERS, choose_backend
 from mlx_moe.training.console import Console
-from mlx_moe.training.phases import with_absolute_paths
 from mlx_moe.training.stopping import TrainingStopped, interruptions
 from mlx_moe.validation import by_path
 
@@ -350,17 +349,23 @@ def _check_run(run: PlannedRun, folder: Path) -> None:
             there = by_path(read_config(folder).model_dump(mode="json"))
         except InputError:
             return  # its own process says so, and its row
-        planned = by_path(with_absolute_paths(run.config).model_dump(mode="json"))
-        own = {"model.vocab_size"}  # which the tokenizer settles
-        own |= {"data.tokenizer"} if run.config.start else set()  # the copy in the run's folder
-        for key in planned.keys() & there.keys() - own:
-            if there[key] != planned[key]:
+        planned = by_path(run.config.model_dump(mode="json"))
+        settled = {"name", "model.vocab_size"}  # by a user; by the tokenizer
+        # Paths are absolute in a run, whose data is known by its hashes.
+        settled |= {key for key in ("data.source", "data.tokenizer") if os.path.isabs(there[key])}
+        for key in dict.fromkeys([*planned, *there]):
+            if key not in settled and there.get(key) != planned.get(key):
                 raise InputError(
-                    f"{folder} holds another run than the sweep's: its {key} is {quoted(there[key])}, and the sweep's "
-                    f"{quoted(planned[key])}; move it away, or name another --out"
+                    f"{folder} holds another run than the sweep's: its {key} is {quoted(there.get(key))}, and the "
+                    f"sweep's {quoted(planned.get(key))}; move it away, or name another --out"
                 )
     elif not (folder / FAILURE).is_file() and folder.is_dir():
-        check_new(folder)
+        try:
+            check_new(folder)
+        except InputError:
+            raise InputError(
+                f"{folder} is not empty, and no run of the sweep; move it away, or name another --out"
+            ) from None
 
 
 def _is_of_a_beginning(entry: Path) -> bool:

@@ -43,6 +43,9 @@ def plot(
 
     logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # where it keeps its fonts is no matter of the user's
 
+    for name in ("MPLCONFIGDIR", "MATPLOTLIBRC"):
+        if os.environ.get(name):
+            os.environ[name] = os.path.abspath(os.environ[name])
     with contextlib.chdir(Path(__file__).parent):  # for matplotlib looks into the working folder for settings
         from mlx_moe.analysis.plots import plot as draw
 

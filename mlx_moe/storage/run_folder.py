@@ -23,7 +23,15 @@ from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.processes import Alone, World
 from mlx_moe.storage import checkpoint, jsonl, locks
-from mlx_moe.storage.atomic import clean_leftovers, culprit, flush, make_folder, new_folder, replacing
+from mlx_moe.storage.atomic import (
+    SYSTEM_FILES,
+    clean_leftovers,
+    culprit,
+    flush,
+    make_folder,
+    new_folder,
+    replacing,
+)
 from mlx_moe.storage.checkpoint import TrainerState
 from mlx_moe.storage.identity import IDENTITY, RunIdentity, is_identity, read_identity
 from mlx_moe.storage.reading import read_mapping
@@ -47,7 +55,8 @@ def resume_command(run: Path, *options: str) -> str:
 def check_new(path: Path) -> None:
     """Raise InputError where a run cannot begin: its folder may be there, but must hold nothing that can be seen."""
     if path.is_dir():
-        if any(not entry.name.startswith(".") and not is_identity(entry) for entry in path.iterdir()):
+        passing = (entry for entry in path.iterdir() if entry.name[0] != "." and entry.name not in SYSTEM_FILES)
+        if not all(map(is_identity, passing)):
             advice = f", or resume it: {resume_command(path)}" if (path / CONFIG).is_file() else ""
             raise InputError(f"{path} is not empty; name another folder{advice}")
     elif os.path.lexists(path):
@@ -119,8 +128,14 @@ class RunFolder:
 
     def identity(self) -> RunIdentity | None:
         """What a run was begun with; None where it was not begun, or before this was kept."""
-        saved = self._told(lambda: found.model_dump(mode="json") if (found := read_identity(self.path)) else None)
+        saved = self._told(self._identity)
         return None if saved is None else validate(RunIdentity, saved)
+
+    def _identity(self) -> dict[str, Any] | None:
+        if not (self.path / CONFIG).is_file():  # another run was killed as it began, and left its own
+            return None
+        found = read_identity(self.path)
+        return None if found is None else found.model_dump(mode="json")
 
     @property
     def is_begun(self) -> bool:

@@ -73,8 +73,8 @@ def train(
             rows = folder.metrics()
             phase, trainer, step = experiment.where_it_stands()
             is_done = phase == last_phase and step >= phase_config(run, phase).steps
-            experiment.introduce(trainer, last_phase, is_done)
             experiment.warn_of_lost_rows(rows, phase, step)
+            experiment.introduce(trainer, last_phase, is_done)
             experiment.warn_of_memory(trainer, range(max(phase, run.first_phase), last_phase + 1))
             folder.tracker = experiment.open_tracker(rows)
         with interruptions() as interruption:
@@ -155,6 +155,7 @@ class Experiment:
         """
         before = self.folder.identity()
         now = self._identity(trainer, last_phase, before)
+        changed = [] if before is None else changed_settings(before, now)
         if before is not None and is_done:
             now = before.model_copy(update={"last_phase": last_phase})
         elif before is not None:
@@ -163,7 +164,7 @@ class Experiment:
         seen = environment(self.backend, trainer)
         self.folder.introduce(self.run, now, self.data, seen, self.options.is_new)
         self.console.facts(facts(self.run, self.folder.path, self.data, self.backend, trainer))
-        if before is not None and (changed := changed_settings(before, now)):
+        if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             self.console.warn(f"{CONFIG} is not as it was when the run began: {'; '.join(changed[:3])}{more}")
         if now.differences:
@@ -173,7 +174,7 @@ class Experiment:
         place: Literal["cpu", "gpu"] = "cpu" if trainer.device == "CPU" else "gpu"
         libraries = {self.backend.name, "numpy"}
         start = None if before is None else before.start_sha256
-        if before is None and self.run.start is not None:
+        if self.options.is_new and self.run.start is not None:
             start = weights_sha256(Path(self.run.start.model))
         return RunIdentity(
             backend=self.backend.name,
@@ -192,12 +193,20 @@ class Experiment:
         )
 
     def warn_of_lost_rows(self, metrics: list[dict[str, Any]], phase: int, step: int) -> None:
-        """Say at the start which log does not lead up to the step that a run stands at."""
-        if step and not any(row["phase"] == phase and row["step"] <= step for row in metrics):
-            self.console.warn(f"{METRICS} has no rows of phase {phase} up to step {step}; its figures begin here")
-        crossed = {row["phase"] for row in self.folder.history() if row["event"] == "boundary"}
-        if lost := [str(number) for number in range(self.run.first_phase + 1, phase + 1) if number not in crossed]:
-            self.console.warn(f"{HISTORY} does not say how phase {' and '.join(lost)} began; it is left out")
+        """Say at the start which rows that lead up to the step that a run stands at are not in its logs."""
+        before = self.folder.identity()
+        every: list[Any] = [self.run.training.log_every]
+        if before is not None:  # it may have been changed since
+            every.append(by_path(before.config).get("training.log_every"))
+        interval = max(steps for steps in every if isinstance(steps, int))
+        logged = [row["step"] for row in metrics if row["phase"] == phase and row["step"] <= step]
+        if step and (min(logged, default=step) > 0 or max(logged) <= step - interval):
+            self.console.warn(f"{METRICS} lacks rows of phase {phase} up to step {step}; what they said is lost")
+        history = [(row["event"], row["phase"]) for row in self.folder.history()]
+        for number in range(start_phase(self.run), phase):
+            for event in (("phase", number), ("boundary", number + 1)):
+                if event not in history and event[1] >= self.run.first_phase:
+                    self.console.warn(f"{HISTORY} lacks the row of {event[0]} {event[1]}; what it said is lost")
 
     def warn_of_memory(self, trainer: Trainer, phases: Iterable[int]) -> None:
         """Say at the start which phases will hardly fit; for several processes there is no estimate."""
@@ -234,7 +243,7 @@ class Experiment:
                 self.run, phase, trainer, self.data, self.folder, step, self.console, self.backend, interruption
             )
         elif step:
-            self.console.line(f"phase {number}: nothing left to train, {step} of {phase.config.steps} steps are done")
+            self.console.line(f"phase {number}: nothing left to train after step {step}")
         reported = [row["phase"] for row in self.folder.history() if row["event"] == "phase"]
         if number not in reported:
             last = max(step, phase.config.steps)
@@ -332,7 +341,7 @@ def begin(
     _check_batch(run, folder.world)
     data = prepare(run.data, progress=console.line)
     folder.check_data(data)
-    run = fit_vocabulary(with_absolute_paths(run), data.tokenizer.vocab_size)
+    run = fit_vocabulary(_with_absolute_paths(run), data.tokenizer.vocab_size)
     check_length(data.train, run.model.context_length, "train")
     check_length(data.validation, run.model.context_length, "validation")
     return Experiment(run, folder, backend, options, console, data)
@@ -347,7 +356,7 @@ def _check_batch(run: RunConfig, world: World) -> None:
         )
 
 
-def with_absolute_paths(run: RunConfig) -> RunConfig:
+def _with_absolute_paths(run: RunConfig) -> RunConfig:
     """So that a run can be resumed from another folder."""
     named = {"source": run.data.source, "tokenizer": run.data.tokenizer}
     paths = {key: Path(name).expanduser() for key, name in named.items() if name not in (*BUILTIN, "char")}

@@ -39,14 +39,14 @@ class PhaseResult:
     seconds: float
 
 
-def phase_result(metrics: list[dict[str, Any]], phase: int) -> PhaseResult:
-    """What a finished phase came to, from the rows of `metrics.jsonl`."""
+def phase_result(metrics: list[dict[str, Any]], phase: int, step: int) -> PhaseResult:
+    """What a phase of so many steps came to, from the rows of `metrics.jsonl`."""
     rows = [row for row in metrics if row["phase"] == phase]
-    begins_at_birth = bool(rows) and rows[0]["step"] == 0
 
     def ends(name: str) -> tuple[float | None, float | None]:
         values = [row[name] for row in rows if row.get(name) is not None]
-        return values[0] if values and begins_at_birth else None, values[-1] if values else None
+        is_whole = bool(values) and rows[0]["step"] == 0
+        return values[0] if is_whole else None, rows[-1].get(name) if rows and rows[-1]["step"] == step else None
 
     losses, validations = ends("cross_entropy"), ends("validation_loss")
     return PhaseResult(
@@ -66,7 +66,7 @@ def report_phase(
     run: RunConfig, phase: Phase, step: int, trainer: Trainer, data: TokenData, folder: RunFolder, console: Console
 ) -> None:
     """Say what a phase of so many steps came to, and write it to `history.jsonl` and `samples.md`."""
-    result = phase_result(folder.metrics(), phase.number)
+    result = phase_result(folder.metrics(), phase.number, step)
     facts = [
         ("loss", _fall(result.first_loss, result.last_loss)),
         ("validation", _fall(result.first_validation_loss, result.last_validation_loss)),

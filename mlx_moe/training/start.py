@@ -11,7 +11,7 @@ from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.presets import load_run
 from mlx_moe.storage.checkpoint import Checkpoint
-from mlx_moe.storage.tensor_files import sha256
+from mlx_moe.storage.tensor_files import open_tensors, sha256
 from mlx_moe.training.boundary import lineage_so_far
 from mlx_moe.validation import by_path
 
@@ -54,9 +54,9 @@ def start_from(
 
 
 def weights_sha256(folder: Path) -> str:
-    """The SHA-256 of all safetensors of a model's folder, in the order of their names."""
+    """The SHA-256 of the files that hold a model's weights, in the order of their names."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted({tensor.file for tensor in open_tensors(folder).values()}):
         digest.update(sha256(file).encode())
     return digest.hexdigest()
 

@@ -295,7 +295,7 @@ def test_what_a_user_put_where_a_run_would_go_stays(name, two_seeds, mlxmoe, tmp
     (out / "seed=1" / name).write_text("mine\n")
     result = mlxmoe("sweep", file, "--out", out, *OPTIONS)
     assert result.code == 2
-    assert "seed=1 is not empty" in result.err
+    assert "seed=1 is not empty, and no run of the sweep; move it away" in result.err
     assert (out / "seed=1" / name).read_text() == "mine\n"
     assert [path.name for path in (out / "seed=1").iterdir()] == [name]
 
@@ -308,6 +308,44 @@ def test_another_run_is_not_taken_for_one_of_the_sweep(two_seeds, mlxmoe, tmp_pa
     assert result.code == 2
     assert "seed=1 holds another run than the sweep's: its seed is 0, and the sweep's 1; move it away" in result.err
     assert (out / "results.csv").read_text() == before
+
+
+def test_a_run_with_experts_is_not_taken_for_a_dense_one(two_seeds, mlxmoe, tmp_path):
+    file, out = two_seeds[0], shutil.copytree(two_seeds[1], tmp_path / "out")
+    shutil.copytree(out / "seed=0", out / "seed=1")
+    config = yaml.safe_load((out / "seed=0" / "config.yaml").read_text())
+    config["seed"], config["model"]["moe"] = 1, {"n_experts": 2, "top_k": 1}
+    (out / "seed=1" / "config.yaml").write_text(yaml.safe_dump(config))
+    result = mlxmoe("sweep", file, "--out", out, *OPTIONS)
+    assert result.code == 2
+    assert "its model.moe.n_experts is 2, and the sweep's None" in result.err
+
+
+def test_a_finished_sweep_needs_its_data_no_more(mlxmoe, tmp_path, monkeypatch):
+    """And stands as it is, from wherever the command is called."""
+    file, out = tmp_path / "s.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(SWEEP | {"axes": {"arm": {"good": {}}}}), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("One day a cat sat on a mat and was glad. " * 400)
+    monkeypatch.chdir(tmp_path)
+    words = ("sweep", file, "--data", "a.txt", "--out", out, *OPTIONS)
+    result = mlxmoe(*words)
+    assert result.code == 0, result.err
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = mlxmoe(*words)
+    assert result.code == 0, result.err
+
+
+def test_a_run_that_does_not_say_what_it_was_begun_with_is_resumed(two_seeds, mlxmoe, tmp_path):
+    file, out = two_seeds[0], shutil.copytree(two_seeds[1], tmp_path / "out")
+    (out / "seed=0" / "history.jsonl").unlink()
+    (out / "seed=0" / "run.json").unlink()
+    (out / "seed=1").mkdir()
+    (out / "seed=1" / "Thumbs.db").write_bytes(b"the system's")
+    result = mlxmoe("sweep", file, "--out", out, *OPTIONS)
+    assert result.code == 0, result.err
+    assert statuses(out) == {"seed=0": "finished", "seed=1": "finished"}
 
 
 def test_a_folder_whose_sweep_names_no_run_is_not_ours(two_seeds, mlxmoe, tmp_path):

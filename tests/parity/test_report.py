@@ -133,10 +133,12 @@ def test_a_page_of_what_differs(mlxmoe, monkeypatch, tmp_path):
         (["--out", "x" * 300], "File name too long"),
         (["--out", "same", "--html", "same"], "--out same and --html same need two files side by side"),
         (["--out", "a", "--html", "a/b"], "need two files side by side"),
+        (["--out", "same", "--html", "link"], "need two files side by side"),
     ],
 )
 def test_bad_arguments(arguments, said, mlxmoe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("same")
     result = mlxmoe("parity", *arguments)
     assert result.code == 2
     assert said in result.err

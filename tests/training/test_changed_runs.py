@@ -66,16 +66,47 @@ def test_without_its_metrics(is_finished, cut, whole, mlxmoe, tmp_path):
         (run / "history.jsonl").write_text("".join(history[:-1]))
     (run / "metrics.jsonl").unlink()
     said = resumed(mlxmoe, run)
-    assert "metrics.jsonl has no rows of phase 2 up to step" in said
+    assert "metrics.jsonl lacks rows of phase 2 up to step" in said
     (phase,) = [row for row in jsonl.read(run / "history.jsonl") if (row["event"], row["phase"]) == ("phase", 2)]
     assert phase["first_loss"] is None
     assert (phase["last_loss"] is None) == is_finished
     assert_same_weights(run, whole)
 
 
+@pytest.mark.parametrize("kept", [(0,), (0, 1), range(1, 6)])
+def test_without_some_of_its_metrics(kept, cut, mlxmoe):
+    rows = [row for row in jsonl.read(cut / "metrics.jsonl") if row["phase"] == 1 or row["step"] in kept]
+    (cut / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "metrics.jsonl lacks rows of phase 2 up to step 5" in resumed(mlxmoe, cut)
+
+
+def test_without_its_last_rows_a_phase_has_no_last_loss(whole, mlxmoe, tmp_path):
+    """And not that of its birth."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    for name, key, kept in (("metrics.jsonl", "step", 0), ("history.jsonl", "phase", 1)):
+        rows = [row for row in jsonl.read(run / name) if row[key] == kept]
+        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = resumed(mlxmoe, run)
+    assert "metrics.jsonl lacks rows of phase 2 up to step 6" in said
+    assert "history.jsonl lacks the row of boundary 2" in said
+    assert jsonl.read(run / "history.jsonl")[-1]["last_validation_loss"] is None
+
+
+def test_a_new_run_is_compared_with_no_earlier_one(whole, mlxmoe, tmp_path):
+    """Of a run that was killed as it began, run.json may be there."""
+    run = tmp_path / "run"
+    run.mkdir()
+    identity = json.loads((whole / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(identity | {"threads": 7, "differences": ["backend torch, was mlx"]}))
+    result = mlxmoe(*BEGIN, *ON_CPU, "--phases", 1, "--steps", 2, "--out", run)
+    assert result.code == 0, result.err
+    assert "not bit for bit" not in result.out
+    assert json.loads((run / "run.json").read_text())["differences"] == []
+
+
 def test_without_its_history(cut, mlxmoe):
     (cut / "history.jsonl").unlink()
-    assert "history.jsonl does not say how phase 2 began" in resumed(mlxmoe, cut)
+    assert "history.jsonl lacks the row of boundary 2; what it said is lost" in resumed(mlxmoe, cut)
 
 
 @pytest.mark.parametrize("name", ["loss_jump", "max_logit_difference", "loss_before"])
@@ -113,7 +144,7 @@ def test_a_phase_that_is_made_longer_is_told_anew(mlxmoe, tmp_path):
 def test_a_phase_that_is_made_shorter_keeps_its_steps(cut, mlxmoe):
     config = (cut / "config.yaml").read_text()
     (cut / "config.yaml").write_text(config.replace("steps: 6\n", "steps: 4\n"))
-    assert "phase 2: nothing left to train, 5 of 4 steps are done" in resumed(mlxmoe, cut)
+    assert "phase 2: nothing left to train after step 5" in resumed(mlxmoe, cut)
     assert jsonl.read(cut / "history.jsonl")[-1]["step"] == 5
 
 
@@ -152,6 +183,7 @@ def test_a_run_that_has_saved_nothing_starts_from_the_same_model(whole, mlxmoe, 
     """Where the model that it starts from has changed, it does not."""
     model, run = tmp_path / "model", tmp_path / "run"
     assert mlxmoe("export", whole / "phases/1-dense", model, "--no-verify").code == 0
+    (model / "original.safetensors").mkdir()  # which is none of the model's files
     words = ("--from", model, "--phases", 1, "--steps", 2, "--data", "stories", "-o", "data.n_documents=60")
     sizes = ("-o", "training.batch_size=4", "-o", "training.eval_sequences=8", "-o", "data.validation_fraction=0.2")
     result = mlxmoe("train", *words, *sizes, *ON_CPU, "--out", run)
