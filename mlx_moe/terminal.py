@@ -22,14 +22,14 @@ LINE_SEPARATORS = {"\u2028", "\u2029"}
 
 
 def printable(text: str) -> str:
-    """The text with control characters written out, so that it cannot move the cursor, colour, or hide anything."""
+    """Write the control characters of a text out, so that it cannot move the cursor, colour, or hide anything."""
     if text.isprintable():
         return text
     return "".join(character if _is_harmless(character) else _written_out(character) for character in text)
 
 
 def plain_markdown(text: str) -> str:
-    """The text for a line of Markdown, such that it shows as it is: no markup, links or mentions, and not too long."""
+    """Return the text for a line of Markdown, where it shows as it is: no markup, links, mentions, and not too long."""
     import html  # slow to load, and hardly ever needed
 
     line = " ".join(printable(text).split())
@@ -114,7 +114,7 @@ class _Unfailing:
 
 
 def describe_crash(error: BaseException) -> tuple[str, int]:
-    """One line for an error that nobody expected, and the exit code.
+    """Return one line for an error that nobody expected, and the exit code.
 
     What the file system refuses is bad input (2), without a traceback. All else ends with 1 and has its traceback in a
     file that the line names.

@@ -63,7 +63,7 @@ def threads() -> int | None:
 
 
 def instructions() -> str | None:
-    """The instructions that products take on the CPU, such as AVX512."""
+    """Name the instructions that products take on the CPU, such as AVX512."""
     return torch.backends.cpu.get_cpu_capability()
 
 

@@ -101,7 +101,7 @@ def write(rows: list[Row], out: Path) -> None:
 
 
 def _flat(row: Row) -> Row:
-    """The row with a column for each axis; an axis that is called as a figure is told from it."""
+    """Return the row with a column for each axis; an axis that is called as a figure is told from it."""
     flat = {key: value for key, value in row.items() if key != "choices"}
     for axis, choice in row["choices"].items():
         flat[f"axis {axis}" if axis in row and axis != "seed" else axis] = choice

@@ -223,7 +223,7 @@ class _Sweep:
             self.running.append(_Started(run, process, time.monotonic(), stream.tell()))
 
     def _threads(self, run: PlannedRun) -> int | None:
-        """As many as the run was begun with; a new one gets its share of the cores."""
+        """Return as many as the run was begun with; a new one gets its share of the cores."""
         with suppress(InputError):  # which the run's own process says
             if (identity := read_identity(self.out / run.name)) is not None:
                 return identity.threads

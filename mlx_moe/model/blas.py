@@ -39,7 +39,7 @@ def set_threads(n: int) -> None:
 
 
 def kernel() -> str | None:
-    """The processor that the loaded OpenBLAS takes this one for, and so the order of its sums; None without one."""
+    """Name the processor that the loaded OpenBLAS takes this one for, which orders its sums; None without one."""
     name = getattr(_openblas(), "openblas_get_corename", None)
     if name is None:
         return None

@@ -59,7 +59,7 @@ def threads() -> int | None:
 
 
 def instructions() -> str | None:
-    """The instructions that products take on the CPU; None where the BLAS does not say."""
+    """Name the instructions that products take on the CPU; None where the BLAS does not say."""
     return blas.kernel()
 
 

@@ -188,7 +188,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_listed(path: Path) -> Checkpoint:
-    """`load` a checkpoint that was just found in its run. Raises Pruned where the run has deleted it since."""
+    """Load (`load`) a checkpoint that was just found in its run. Raises Pruned where the run has deleted it since."""
     hold = Hold(path)  # until it has one of its own
     loaded = load(path)
     del hold

@@ -40,7 +40,7 @@ class PhaseResult:
 
 
 def phase_result(metrics: list[dict[str, Any]], phase: int, step: int) -> PhaseResult:
-    """What a phase of so many steps came to, from the rows of `metrics.jsonl`."""
+    """Sum up what a phase of so many steps came to, from the rows of `metrics.jsonl`."""
     rows = [row for row in metrics if row["phase"] == phase]
 
     def ends(name: str) -> tuple[float | None, float | None]:

@@ -28,7 +28,7 @@ class Resumed:
 
 
 def resume_run(path: Path, backend: str, device: str, allow_lossy: bool, has_phases: bool) -> Resumed:
-    """What goes on in a run's folder. `auto` stands for what the run was begun with; `has_phases`: the user names them.
+    """Read what goes on in a run's folder. `auto` stands for what it was begun with; `has_phases`: the user names them.
 
     The number of threads is as it was, unless the environment says another. Raises InputError where there is no
     run, where its files are damaged, or where what it was begun with is not to be had here.
@@ -51,9 +51,7 @@ def resume_run(path: Path, backend: str, device: str, allow_lossy: bool, has_pha
     same_backend = chosen.name == identity.backend
     has_own_threads = not same_backend or any(name in os.environ for name in THREADS)
     place = identity.device if same_backend and device == "auto" else device
-    n_threads = identity.threads
-    if n_threads is not None and n_threads > max(MOST_THREADS, os.cpu_count() or 1):  # may be refused here
-        n_threads = None
-    threads = None if has_own_threads else n_threads
+    too_many = (identity.threads or 0) > max(MOST_THREADS, os.cpu_count() or 1)  # the system may refuse them
+    threads = None if has_own_threads or too_many else identity.threads
     options = Options(place, allow_lossy or identity.allow_lossy, threads=threads)
     return Resumed(run, chosen, identity.last_phase, options)

@@ -54,7 +54,7 @@ def start_from(
 
 
 def weights_sha256(folder: Path) -> str:
-    """The SHA-256 of the files that hold a model's weights, in the order of their names."""
+    """Hash the files that hold a model's weights, in the order of their names (SHA-256)."""
     digest = hashlib.sha256()
     for file in sorted({tensor.file for tensor in open_tensors(folder).values()}):
         digest.update(sha256(file).encode())

@@ -1,7 +1,7 @@
 """What was changed, or lost, in a run's folder or around it is said when the run is resumed, and harms nothing."""
 
 import json
-import os
+import re
 import shutil
 
 import pytest
@@ -163,20 +163,16 @@ def test_what_a_user_wrote_into_the_config_stays(is_link, cut, mlxmoe, tmp_path)
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("threads", 60_000, "threads {now}, was 60000"),
-        ("instructions", "SSE2", "instructions {now}, was SSE2"),
-        ("versions", {"torch": "1.0"}, "torch {now}, was 1.0"),
+        ("threads", 60_000, r"threads \d+, was 60000"),
+        ("instructions", "SSE2", r"instructions {now}, was SSE2"),
+        ("versions", {"torch": "1.0"}, r"torch {now}, was 1\.0"),
     ],
 )
 def test_what_a_machine_cannot_give_is_said(key, value, said, cut, mlxmoe):
     identity = json.loads((cut / "run.json").read_text())
     (cut / "run.json").write_text(json.dumps(identity | {key: value}))
     now = identity[key]["torch"] if key == "versions" else identity[key]
-    if key == "threads":
-        now = os.cpu_count() if not {"OMP_NUM_THREADS"} & os.environ.keys() else now
-        assert f"was {value}" in resumed(mlxmoe, cut)
-    else:
-        assert f"not bit for bit: {said.format(now=now)}" in resumed(mlxmoe, cut)
+    assert re.search(f"not bit for bit: {said.replace('{now}', re.escape(str(now)))}", resumed(mlxmoe, cut))
 
 
 def test_a_run_that_has_saved_nothing_starts_from_the_same_model(whole, mlxmoe, tmp_path):
