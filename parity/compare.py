@@ -10,35 +10,42 @@ from pathlib import Path
 import numpy as np
 
 from mlx_moe.accounting import count_parameters
-from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig, UpcyclePhaseConfig, VerificationConfig
+from mlx_moe.config import ModelConfig, OptimizerConfig, UpcyclePhaseConfig, VerificationConfig
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import is_model_folder, open_model, with_finite_weights
-from mlx_moe.parameters import Arrays, Weights, initialize, normal
-from mlx_moe.presets import load_architecture, preset_names
+from mlx_moe.parameters import Weights
+from mlx_moe.presets import preset_names
 from mlx_moe.storage import checkpoint
-from mlx_moe.training.backend import Tokens, Trainer, choose_backend
+from mlx_moe.training.backend import Trainer, choose_backend
 from mlx_moe.training.boundary import certify, random_probes
 from mlx_moe.transfer.certificate import Certificate
 from mlx_moe.transfer.experts import experts_of
-from mlx_moe.transfer.growth import grow_config, plan_growth
+from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.plan import Plan, apply
 from mlx_moe.transfer.upcycling import plan_upcycling
 from parity.boundaries import Claim, execution_claim, forced_claim, growth_claims, upcycling_claims
 from parity.decoding import judge_decoding
+from parity.small_models import (
+    EXPERTS,
+    SEQUENCES,
+    SMALL,
+    TOKENS,
+    boundary_tokens,
+    larger_model,
+    probe_model,
+    truth_tokens,
+)
 from parity.steps import judge_step, step_tokens
 from parity.truth import Truth
 from parity.yardstick import CHECKPOINT_SLACK, Verdict, judge
 
 LIMITS = VerificationConfig(probe_sequences=4)  # fp32; those of a boundary
-EXPERTS = MoEConfig(n_experts=4)
 # Ways to upcycle, each on one architecture; all others have EXPERTS.
 UPCYCLED = {
     "hybrid": UpcyclePhaseConfig(n_experts=4, every=2),
     "nano": UpcyclePhaseConfig(n_experts=4, granularity=2),
     "smollm": UpcyclePhaseConfig(n_experts=4, shared=True),
 }
-SEQUENCES, TOKENS = 2, 128  # what the truth is computed on; one sequence for more parameters than SMALL
-SMALL = 2_000_000
 TRUTH_BYTES = 4 << 30  # what it may take
 
 
@@ -149,58 +156,6 @@ def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
             boundary = (before, pair) if before and is_birth else None
             yield _compare(subject, pair, loaded.weights, seed, boundary, CHECKPOINT_SLACK)
             before = pair
-
-
-def small_model(architecture: str, **fields: object) -> ModelConfig:
-    """An architecture preset at a size that any machine runs in milliseconds; dropout off."""
-    heads = {"n_heads": 6, "n_kv_heads": 2} if architecture == "smollm" else {"n_heads": 4}
-    size = {"vocab_size": 256, "context_length": 32, "d_model": 48, "n_layers": 2, "d_ff": 96, "dropout": 0.0}
-    return load_architecture(architecture, **(size | heads | fields))
-
-
-def probe_model(
-    architecture: str, seed: int, moe: MoEConfig | None = None, **fields: object
-) -> tuple[ModelConfig, Arrays]:
-    """A small model on which small faults show, and its weights.
-
-    A wrong θ turns a head by an angle that grows with the position: so there are 128, and queries and keys are large
-    enough for the scores to tell. A wrong ε shows where the variance is small, as that of the embeddings is. The last
-    two experts have routers of zeros, so that they tie; all others differ.
-    """
-    experts = {"moe": moe.model_dump()} if moe else {}
-    config = small_model(architecture, context_length=TOKENS, norm_eps=1e-6, **experts, **fields)
-    weights = rough_weights(config, seed)
-    for name in weights:
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weights[name] *= 4
-        if name.endswith("router.weight"):
-            weights[name][-2:] = 0
-    return config, weights
-
-
-def larger_model(config: ModelConfig) -> ModelConfig:
-    """Half as wide again and a block deeper; twice as wide where only that is exact."""
-    if config.norm_position == "post":
-        return grow_config(config, d_model=2 * config.d_model, n_layers=config.n_layers)
-    return grow_config(config, d_model=config.d_model * 3 // 2, n_layers=config.n_layers + 1)
-
-
-def rough_weights(config: ModelConfig, seed: int) -> Arrays:
-    """Initial weights with noise on every one, so that no norm is trivial and no bias 0."""
-    return {
-        name: array + np.float32(0.05) * normal(f"{name} roughness", seed, array.shape)
-        for name, array in initialize(config, seed).items()
-    }
-
-
-def boundary_tokens(config: ModelConfig, seed: int) -> Tokens:
-    return np.random.default_rng(seed).integers(0, config.vocab_size, (2, TOKENS // 2 + 1)).astype(np.int32)
-
-
-def truth_tokens(config: ModelConfig, seed: int) -> Tokens:
-    sequences = SEQUENCES if count_parameters(config).total <= SMALL else 1
-    shape = (sequences, min(TOKENS, config.context_length))
-    return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
 
 
 def _compare(

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_moe.config import ModelConfig, RopeScaling
 from mlx_moe.parameters import Arrays
-from parity.compare import EXPERTS, probe_model
+from parity.small_models import EXPERTS, probe_model
 
 Tensor = Any  # of PyTorch, which this package does not import
 Edit = Callable[[Arrays], Mapping[str, Any]]

@@ -12,9 +12,10 @@ from mlx_moe.config import OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Trainer, choose_backend
-from parity.compare import Pair, truth_tokens
+from parity.compare import Pair
 from parity.decoding import judge_decoding
 from parity.mutations import MUTATIONS, SIZED, Mutation, Patch, faultless
+from parity.small_models import truth_tokens
 from parity.steps import judge_step, step_tokens
 from parity.truth import Measurement, Truth
 from parity.yardstick import Judged, Verdict, judge

@@ -1,13 +1,12 @@
 import pytest
 import torch
-from small_models import MIXED
+from support.small_models import MIXED, rough_weights, small_model
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mlx_moe.accounting.flops import flops_per_token, mfu
 from mlx_moe.config import ModelConfig, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.transfer.experts import experts_of
-from parity.compare import rough_weights, small_model
 from torch_ref.transformer import Transformer
 
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from small_models import MIXED
+from support.small_models import MIXED, small_model
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.memory import step_memory
@@ -12,7 +12,6 @@ from mlx_moe.config import EngineConfig, MoEConfig, OptimizerConfig
 from mlx_moe.parameters import initialize, table
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.training.backend import choose_backend
-from parity.compare import small_model
 from torch_ref.moe import auxiliary_loss, load
 from torch_ref.transformer import Transformer
 

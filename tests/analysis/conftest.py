@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from short_runs import AfterStep, short_run, start
+from support.short_runs import AfterStep, short_run, start
 
 from mlx_moe.training.stopping import TrainingStopped
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from browser import Browser, find
+from support.browser import Browser, find
 
 from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import write_report

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from small_experiments import train
+from support.small_experiments import train
 
 from mlx_moe.accounting.flops import flops_per_token
 from mlx_moe.analysis.comparison import BUDGETS, ComparedRun, CurvePoint, compare, curve, spent_to_reach

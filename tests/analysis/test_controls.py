@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from small_experiments import SIZE
+from support.small_experiments import SIZE
 
 from mlx_moe.config import ModelConfig, MoEConfig, OptimizerConfig
 from mlx_moe.parameters import initialize

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tokenizers
-from small_experiments import train
+from support.small_experiments import train
 
 from mlx_moe.analysis.evaluation import _stretches as stretches
 from mlx_moe.analysis.evaluation import pinned

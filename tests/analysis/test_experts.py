@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from short_runs import short_run, start
+from support.short_runs import short_run, start
 
 from mlx_moe.analysis.experts import (
     Routes,

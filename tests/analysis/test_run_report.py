@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from short_runs import start
+from support.short_runs import start
 
 from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import MOST_COLUMNS, MOST_ROWS, render

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import yaml
-from small_experiments import SIZE
+from support.small_experiments import SIZE
 
 from mlx_moe.analysis.sweeps import expand, load_sweep
 from mlx_moe.storage import jsonl, locks

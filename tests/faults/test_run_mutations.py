@@ -16,7 +16,7 @@ from itertools import zip_longest
 import pytest
 import yaml
 from matplotlib import rc_context
-from short_runs import short_run, start
+from support.short_runs import short_run, start
 
 from mlx_moe.analysis.comparison import compare, show
 from mlx_moe.analysis.experts import analyse

@@ -1,7 +1,7 @@
 """A model as others publish it, made once."""
 
 import pytest
-from published_models import save, save_tokenizer
+from support.published_models import save, save_tokenizer
 
 
 @pytest.fixture(scope="session")

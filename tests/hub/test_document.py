@@ -5,7 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
-from published_models import save, save_tokenizer
+from support.published_models import save, save_tokenizer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "hugging-face.md"
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
-from published_models import LIMIT, logits, our_logits, random_tokens, save, save_tokenizer
+from support.published_models import LIMIT, logits, our_logits, random_tokens, save, save_tokenizer
+from support.small_models import rough_weights, small_model
 from transformers import AutoTokenizer
 
 import mlx_moe.model.library
@@ -19,7 +20,6 @@ from mlx_moe.hub.formats import FORMATS, choose_format, to_json
 from mlx_moe.hub.models import open_model
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
-from parity.compare import rough_weights, small_model
 from parity.export_check import export_checked
 
 LIBRARIES = (torch_ref.library, mlx_moe.model.library)

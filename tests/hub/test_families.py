@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from published_models import LIMIT, edit_config, logits, random_tokens, save
+from support.published_models import LIMIT, edit_config, logits, random_tokens, save
 
 import mlx_moe.model.library
 import torch_ref.library

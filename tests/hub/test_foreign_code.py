@@ -5,7 +5,7 @@ import json
 import pickle
 
 import pytest
-from published_models import edit_config
+from support.published_models import edit_config
 
 from mlx_moe.errors import InputError
 from mlx_moe.hub.foreign import opened_for_library, read_settings

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from published_models import BUILD, LIMIT, edit_config, logits, our_logits, random_tokens, save, save_tokenizer
 from safetensors.torch import load_file, save_file
+from support.published_models import BUILD, LIMIT, edit_config, logits, our_logits, random_tokens, save, save_tokenizer
 
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import import_model, open_model, read_model

@@ -4,7 +4,7 @@ import json
 
 import huggingface_hub
 import pytest
-from published_models import save, save_tokenizer
+from support.published_models import save, save_tokenizer
 
 from mlx_moe.errors import InputError
 from mlx_moe.hub.names import find_model, model_name

@@ -11,14 +11,14 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-from published_models import random_tokens, save_tokenizer
+from support.published_models import random_tokens, save_tokenizer
+from support.small_models import rough_weights, small_model
 
 import mlx_moe.model.library
 from mlx_moe.config import MoEConfig
 from mlx_moe.hub.export import export
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.checkpoint import TrainerState
-from parity.compare import rough_weights, small_model
 
 EXPERTS = MoEConfig(n_experts=4, top_k=2)
 SECONDS = 120  # for a server to start on a busy machine

@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
-from published_models import edit_config, save, save_tokenizer
 from safetensors.numpy import load_file, save_file
+from support.published_models import edit_config, save, save_tokenizer
 
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model, read_model

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx_lm
 import numpy as np
 import pytest
-from published_models import our_logits
+from support.published_models import our_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlx_moe.model.library

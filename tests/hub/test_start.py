@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 import pytest
-from published_models import edit_config, save, save_tokenizer
 from safetensors.numpy import load_file, save_file
-from short_runs import LENGTHS, STEPS, AfterStep, assert_same_run, start
+from support.published_models import edit_config, save, save_tokenizer
+from support.short_runs import LENGTHS, STEPS, AfterStep, assert_same_run, start
 
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model

@@ -7,8 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from published_models import our_logits, random_tokens, save
 from safetensors.numpy import load_file
+from support.published_models import our_logits, random_tokens, save
+from support.small_models import rough_weights, small_model
 
 from mlx_moe.config import MoEConfig, OptimizerConfig, UpcyclePhaseConfig, VerificationConfig
 from mlx_moe.errors import InputError
@@ -23,7 +24,6 @@ from mlx_moe.training.boundary import certify_streamed, in_another_order, random
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import apply, made_in_blocks
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
-from parity.compare import rough_weights, small_model
 
 EXPERTS = MoEConfig(n_experts=4, top_k=2)
 DENSE = small_model("llama")

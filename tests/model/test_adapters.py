@@ -2,11 +2,19 @@
 
 import numpy as np
 import pytest
-from small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens
+from support.small_models import (
+    BACKENDS,
+    EXPERTS,
+    LIMIT_LOGITS,
+    build,
+    largest_difference,
+    random_tokens,
+    rough_weights,
+    small_model,
+)
 
 from mlx_moe.config import EngineConfig, OptimizerConfig
 from mlx_moe.parameters import Axis, initialize, merged, start_adapters, table
-from parity.compare import rough_weights, small_model
 
 LORA = {"rank": 4, "alpha": 8.0}
 SCALE = 2.0

@@ -4,10 +4,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models import llama, mixtral
-from small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens
+from support.small_models import (
+    BACKENDS,
+    EXPERTS,
+    LIMIT_LOGITS,
+    build,
+    largest_difference,
+    random_tokens,
+    rough_weights,
+    small_model,
+)
 
 from mlx_moe.config import MoEConfig
-from parity.compare import rough_weights, small_model
 
 
 def arguments(config):

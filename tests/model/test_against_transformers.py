@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens
+from support.small_models import (
+    BACKENDS,
+    EXPERTS,
+    LIMIT_LOGITS,
+    build,
+    largest_difference,
+    random_tokens,
+    rough_weights,
+    small_model,
+)
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,7 +28,6 @@ from transformers import (
 
 from mlx_moe.config import MoEConfig
 from mlx_moe.hub.rope_keys import write_rope
-from parity.compare import rough_weights, small_model
 
 
 def llama_config(config):

@@ -8,14 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from small_models import (
+from support.small_models import (
     BACKENDS,
     EXPERTS,
     LIMIT_LOGITS,
     build,
     every_model,
+    larger_model,
     largest_difference,
     random_tokens,
+    rough_weights,
+    small_model,
 )
 
 import mlx_moe.model.moe
@@ -28,7 +31,7 @@ from mlx_moe.presets import preset_names
 from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_upcycling
-from parity.compare import Pair, larger_model, rough_weights, small_model
+from parity.compare import Pair
 
 # Adam divides a gradient by its own size, so one that is all rounding makes a whole step of noise: a larger eps damps
 # it. Gradients are clipped and weights decay by much more than the limits below.

@@ -1,10 +1,9 @@
 """Decoding with a key-value cache against the whole sequence at once."""
 
 import pytest
-from small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens
+from support.small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens, small_model
 
 from mlx_moe.config import COMPONENTS
-from parity.compare import small_model
 
 CHUNKS = {
     "one by one": [1] * 32,

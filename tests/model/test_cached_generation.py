@@ -4,10 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from small_models import BACKENDS, EXPERTS, build, random_tokens
+from support.small_models import BACKENDS, EXPERTS, build, random_tokens, rough_weights, small_model
 
 from mlx_moe.training.generation import choose, generate
-from parity.compare import rough_weights, small_model
 
 MODELS = [
     pytest.param(

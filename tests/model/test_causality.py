@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from small_models import BACKENDS, build, every_model, random_tokens
+from support.small_models import BACKENDS, build, every_model, random_tokens
 
 from mlx_moe.config import COMPONENTS
 

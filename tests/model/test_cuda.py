@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from small_models import random_tokens
+from support.small_models import random_tokens, small_model
 
 from mlx_moe.config import EngineConfig, MoEConfig, OptimizerConfig
 from mlx_moe.parameters import initialize
-from parity.compare import small_model
 from torch_ref.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-from small_models import BACKENDS, EXPERTS, build, random_tokens
+from support.small_models import BACKENDS, EXPERTS, build, random_tokens, small_model
 
 from mlx_moe.config import EngineConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.model.optimizers import update_groups
 from mlx_moe.parameters import shapes
 from mlx_moe.precision import GROWTH_INTERVAL, LossScale, choose_precision
-from parity.compare import small_model
 
 LEARNING_RATE = 1e-3
 MODELS = {"dense": small_model("simple"), "experts": small_model("smollm", moe=EXPERTS)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten
-from small_models import BACKENDS, build, random_tokens
+from support.small_models import BACKENDS, build, random_tokens, rough_weights, small_model
 
 import mlx_moe.model.moe as mlx_moe_layers
 import torch_ref.moe as torch_moe_layers
@@ -16,7 +16,6 @@ from mlx_moe.config import MoEConfig, OptimizerConfig
 from mlx_moe.model.moe import BLOCK, in_blocks, in_rows
 from mlx_moe.model.transformer import Transformer as MLXTransformer
 from mlx_moe.transfer.upcycling import plan_upcycling
-from parity.compare import rough_weights, small_model
 from torch_ref.transformer import Transformer as TorchTransformer
 
 

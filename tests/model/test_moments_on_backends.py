@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from small_models import BACKENDS, EXPERTS, build, random_tokens
+from support.small_models import BACKENDS, EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
 from test_backends_agree import mlx_gradients, torch_gradients
 
 import mlx_moe.model.trainer
@@ -14,7 +14,6 @@ from mlx_moe.presets import preset_names
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import apply, carry_moments
 from mlx_moe.transfer.upcycling import plan_upcycling
-from parity.compare import larger_model, rough_weights, small_model
 
 GRADIENTS = {"mlx": mlx_gradients, "torch": torch_gradients}
 NO_AUXILIARY = EXPERTS.model_copy(update={"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.0})

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
-from small_models import BACKENDS, EXPERTS, build, random_tokens
+from support.small_models import BACKENDS, EXPERTS, build, random_tokens, rough_weights, small_model
 
 import mlx_moe.model.optimizers as on_mlx
 import torch_ref.optimizers as on_torch
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import optimizer_groups, optimizer_table, table
-from parity.compare import rough_weights, small_model
 from torch_ref.distributed import World
 
 MUON = OptimizerConfig(name="muon", weight_decay=1.0)

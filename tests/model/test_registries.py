@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens
+from support.small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens, small_model
 
 import mlx_moe.model.attention
 import mlx_moe.model.layers
@@ -16,7 +16,6 @@ import torch_ref.layers
 from mlx_moe.config import COMPONENTS
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import FFN_INPUTS
-from parity.compare import small_model
 
 REGISTRIES = {
     "normalization": ("layers", "NORMALIZATIONS"),

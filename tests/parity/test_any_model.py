@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from any_models import save
+from support.any_models import save
+from support.small_models import rough_weights, small_model
 from test_against_transformers import llama_config, llama_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,7 +19,6 @@ import mlx_moe.model.library
 import torch_ref.library
 from mlx_moe.errors import InputError
 from parity.any_model import compare_model
-from parity.compare import rough_weights, small_model
 from parity.library_bench import Bench
 from parity.lint import leaves, lint_config, others, repairs, with_value
 from parity.oracle import Oracle

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.small_models import EXPERTS, boundary_tokens, larger_model, probe_model
 
 from mlx_moe.config import UpcyclePhaseConfig
 from mlx_moe.transfer.experts import experts_of
@@ -11,7 +12,7 @@ from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_upcycling
 from parity.boundaries import execution_claim, forced_claim, growth_claims, random_experts, upcycling_claims
-from parity.compare import EXPERTS, Pair, boundary_tokens, larger_model, probe_model
+from parity.compare import Pair
 from parity.oracle import Oracle
 
 FORCED, SUMMED = "any experts compute the dense model", "the experts' first gradients sum to the dense model's"

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from support.small_models import rough_weights, small_model
 
 from mlx_moe.config import MoEConfig
 from mlx_moe.presets import preset_names
-from parity.compare import rough_weights, small_model
 from parity.gradients import loss_and_gradients
 from parity.oracle import Oracle
 

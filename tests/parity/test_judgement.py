@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.small_models import EXPERTS, larger_model, probe_model, rough_weights, truth_tokens
 
 from mlx_moe.config import MoEConfig
 from mlx_moe.errors import InputError
@@ -12,7 +13,7 @@ from mlx_moe.presets import preset_names
 from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.plan import apply
 from parity import self_test
-from parity.compare import EXPERTS, Pair, larger_model, probe_model, rough_weights, truth_tokens
+from parity.compare import Pair
 from parity.oracle import Oracle
 from parity.truth import Error, Expected, Truth
 from parity.yardstick import judge, judge_tensor

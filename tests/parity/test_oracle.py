@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.small_models import probe_model, rough_weights, small_model
 from test_against_transformers import gpt2_weights, llama_config, llama_weights, mixtral_weights
 from transformers import (
     GPT2Config,
@@ -19,7 +20,6 @@ import torch_ref.attention
 import torch_ref.transformer
 from mlx_moe.config import COMPONENTS, MoEConfig
 from mlx_moe.presets import preset_names
-from parity.compare import probe_model, rough_weights, small_model
 from parity.oracle import Oracle, best_experts
 
 LIMIT = 1e-12  # of logits with a standard deviation near 0.4

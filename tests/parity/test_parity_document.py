@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from any_models import save
+from support.any_models import save
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
 

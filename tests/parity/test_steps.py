@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from support.small_models import EXPERTS, probe_model, truth_tokens
 
-from parity.compare import EXPERTS, Pair, probe_model, truth_tokens
+from parity.compare import Pair
 from parity.decoding import judge_decoding
 from parity.steps import judge_step, step_tokens
 from parity.truth import Truth

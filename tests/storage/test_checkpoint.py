@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.small_models import larger_model, rough_weights, small_model
 
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.errors import InputError
@@ -24,7 +25,6 @@ from mlx_moe.storage.checkpoint import TrainerState, complete_in, create, folder
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.transfer.growth import plan_growth
-from parity.compare import larger_model, rough_weights, small_model
 
 CONFIG = small_model("llama", d_model=16, d_ff=32, vocab_size=64, moe={"n_experts": 4})
 WEIGHTS = rough_weights(CONFIG, seed=0)

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from short_runs import AfterStep, assert_same_run, short_run, start
+from support.short_runs import AfterStep, assert_same_run, short_run, start
 
 from mlx_moe.data.tokens import prepare
 from mlx_moe.errors import InputError

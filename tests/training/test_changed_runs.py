@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from short_runs import SIZE
+from support.short_runs import SIZE
 
 from mlx_moe.storage import checkpoint, jsonl
 

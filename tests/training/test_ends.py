@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from short_runs import SIZE, short_run, start
+from support.short_runs import SIZE, short_run, start
 
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training import phases

@@ -4,7 +4,7 @@ import random
 import signal
 
 import pytest
-from short_runs import STEPS, AfterStep, assert_same_run, short_run, start
+from support.short_runs import STEPS, AfterStep, assert_same_run, short_run, start
 
 from mlx_moe.storage import checkpoint
 from mlx_moe.training.phases import open_run

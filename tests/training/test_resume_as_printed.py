@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from short_runs import SIZE
+from support.short_runs import SIZE
 
 from mlx_moe.storage import checkpoint, jsonl
 

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from short_runs import SIZE
+from support.short_runs import SIZE
 
 from mlx_moe.storage import locks
 

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from short_runs import AfterStep, assert_same_run, short_run, start
+from support.short_runs import AfterStep, assert_same_run, short_run, start
 
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training import loop, phases, results

@@ -7,7 +7,7 @@ import sqlite3
 import struct
 
 import pytest
-from short_runs import AfterStep, short_run, start
+from support.short_runs import AfterStep, short_run, start
 
 from mlx_moe.errors import InputError
 from mlx_moe.storage import jsonl

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from short_runs import AfterStep, assert_same_run, short_run, start
+from support.short_runs import AfterStep, assert_same_run, short_run, start
 
 from mlx_moe.analysis.plots import expert_load
 from mlx_moe.analysis.record import read_record

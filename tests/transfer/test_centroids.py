@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from architectures import logit_difference, small, weights
+from support.architectures import logit_difference, small, weights
+from support.small_models import rough_weights, small_model
 
 from mlx_moe.config import OptimizerConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
@@ -11,7 +12,6 @@ from mlx_moe.training.boundary import centroid_routers
 from mlx_moe.transfer.centroids import centroid_rows
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_phase
-from parity.compare import rough_weights, small_model
 from parity.oracle import Oracle
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from architectures import architectures, logit_difference, logits, mixtures, small, tokens, upcyclings, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.architectures import architectures, logit_difference, logits, mixtures, small, tokens, upcyclings, weights
 
 from mlx_moe.config import MoEConfig
 from mlx_moe.errors import InputError

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from architectures import architectures, logits, small, tokens, upcyclings, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.architectures import architectures, logits, small, tokens, upcyclings, weights
 from test_growth import growths
 
 from mlx_moe.config import MoEConfig, UpcyclePhaseConfig

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from architectures import small, weights
+from support.architectures import small, weights
 
 from mlx_moe.config import MoEConfig
 from mlx_moe.transfer.growth import grow_config, plan_growth

@@ -1,7 +1,7 @@
 import numpy as np
-from architectures import architectures, logit_difference, small, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.architectures import architectures, logit_difference, small, weights
 
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.reordering import plan_reordering

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from architectures import architectures, logit_difference, small, upcyclings, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.architectures import architectures, logit_difference, small, upcyclings, weights
+from support.small_models import rough_weights, small_model
 
 from mlx_moe.config import MoEConfig, OptimizerConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
@@ -12,7 +13,6 @@ from mlx_moe.training.boundary import random_probes
 from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
-from parity.compare import rough_weights, small_model
 
 
 @settings(deadline=None, max_examples=100, derandomize=True, database=None)

@@ -6,10 +6,36 @@ import pytest
 from mlx_moe.config import EngineConfig, MoEConfig, OptimizerConfig
 from mlx_moe.presets import preset_names
 from mlx_moe.training.backend import choose_backend
-from parity.compare import rough_weights, small_model
+from parity.small_models import (
+    EXPERTS,
+    TOKENS,
+    boundary_tokens,
+    larger_model,
+    probe_model,
+    rough_weights,
+    small_model,
+    truth_tokens,
+)
+
+__all__ = [
+    "BACKENDS",
+    "EXPERTS",
+    "LIMIT_LOGITS",
+    "MIXED",
+    "TOKENS",
+    "boundary_tokens",
+    "build",
+    "every_model",
+    "larger_model",
+    "largest_difference",
+    "probe_model",
+    "random_tokens",
+    "rough_weights",
+    "small_model",
+    "truth_tokens",
+]
 
 BACKENDS = ("mlx", "torch")
-EXPERTS = MoEConfig(n_experts=4, top_k=2)
 MIXED = MoEConfig(n_experts=6, top_k=4, d_ff=32, shared_d_ff=48, layers=(1,))  # narrow, beside a shared one, in a layer
 LIMIT_LOGITS = 1e-5  # of logits with a standard deviation near 0.4; rounding alone stays under 1e-6
 

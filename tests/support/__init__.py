@@ -1,0 +1,1 @@
+"""Small models, short runs and published formats that several folders of tests share."""
