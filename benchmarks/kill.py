@@ -159,7 +159,7 @@ class Attempt:
         if self.latest is None:
             return 1.0
         phase, step = _position(self.latest)
-        return 1 - (phase - 1 + step / open_run(self.run).phases.dense.steps) / 3
+        return 1 - (phase - 1 + step / open_run(self.run).phases["dense"].steps) / 3
 
     def is_starting(self) -> bool:
         return _modified(self.run / "environment.json") == self.began_at
@@ -190,7 +190,7 @@ class Attempt:
         return "training"
 
     def steps_of_phase(self) -> int:
-        return open_run(self.run).phases.dense.steps
+        return open_run(self.run).phases["dense"].steps
 
     def steps_lost(self) -> int:
         rows, latest = jsonl.read(self.run / "metrics.jsonl"), checkpoint.latest(self.run)

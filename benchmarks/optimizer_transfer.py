@@ -18,9 +18,9 @@ import typer
 from mlx_moe.config import RunConfig
 from mlx_moe.data.tokens import TokenData, batch, fixed_windows, prepare
 from mlx_moe.parameters import Arrays, initialize
+from mlx_moe.phases import get_phase, phase_config
 from mlx_moe.presets import load_run
 from mlx_moe.training.backend import Backend, Trainer, choose_backend
-from mlx_moe.training.boundary import phase_config, plan_boundary
 from mlx_moe.training.loop import evaluate
 from mlx_moe.training.phases import fit_vocabulary
 from mlx_moe.training.schedule import learning_rate
@@ -56,9 +56,10 @@ def main(data: Path, seeds: int = 2, backend: str = "torch") -> None:
 def measure(run: RunConfig, data: TokenData, backend: Backend, results: dict[str, Any]) -> None:
     """One seed: phase 1 once, then phases 2 and 3 in every variant from the same checkpoint, on the same batches."""
     trainer = backend.trainer(run.model, run.optimizer, initialize(run.model, run.seed))
-    train(run, data, trainer, 1, run.phases.dense.warmup_steps)
+    train(run, data, trainer, 1, run.phases["dense"].warmup_steps)
     for phase in (2, 3):
-        plan = plan_boundary(run, phase - 1, trainer.config)
+        after = get_phase(run, phase)
+        plan = after.transfer.plan(trainer.config, after.config, run.seed, None)
         unclipped = run.optimizer.model_copy(update={"max_grad_norm": 1e9})
         resting = [
             backend.trainer(model.config, unclipped, model.weights()) for model in (trainer, trainer.transferred(plan))
@@ -120,7 +121,7 @@ def second_moments(run: RunConfig, data: TokenData, plan: Plan, before: Trainer,
 
 def without_noise(state: Arrays, run: RunConfig) -> Arrays:
     """v / E² in place of v / (K·E)."""
-    factor = np.float32(run.phases.moe.top_k / run.phases.moe.n_experts)
+    factor = np.float32(run.phases["moe"].top_k / run.phases["moe"].n_experts)
     return {
         name: array * factor if name.startswith("v.") and ".experts." in name else array
         for name, array in state.items()

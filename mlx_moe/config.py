@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
 
 from mlx_moe.architecture import COMPONENTS as COMPONENTS
 from mlx_moe.architecture import (
@@ -35,10 +36,12 @@ from mlx_moe.limits import (
     MAX_HEADS,
     MAX_LAYERS,
     MAX_NAME_BYTES,
+    MAX_PHASES,
     MAX_SEED,
     MAX_STEPS,
 )
 from mlx_moe.terminal import printable
+from mlx_moe.validation import tag
 
 
 def _folder_name(name: str) -> str:
@@ -94,7 +97,7 @@ class EngineConfig(Frozen):
 
 
 class PhaseConfig(Frozen):
-    """Phase 1, and what every phase has: its length and its learning rate."""
+    """Training settings of a phase: its length and its learning rate."""
 
     steps: Whole = Field(1000, ge=1, le=MAX_STEPS)
     learning_rate: Positive = 3e-4
@@ -103,9 +106,19 @@ class PhaseConfig(Frozen):
     final_lr_fraction: Fraction = 0.1
 
 
-class UpcyclePhaseConfig(PhaseConfig, ExpertsConfig):
-    """Phase 2: FFNs become experts. What model that makes of a dense one, `transfer.experts.experts_of` says."""
+class TrainPhaseConfig(PhaseConfig):
+    """A phase that trains the model as it is: the first one."""
 
+    transfer: None = None
+
+
+class UpcyclePhaseConfig(PhaseConfig, ExpertsConfig):
+    """A phase that turns the FFNs of a dense model into experts, then trains.
+
+    `transfer.experts.experts_of` derives the model.
+    """
+
+    transfer: Literal["upcycle"] = "upcycle"
     learning_rate: Positive = 1e-4
     every: Whole = Field(1, ge=1, le=MAX_LAYERS)  # layers: those of which (i + 1) is a multiple get experts
     granularity: Whole = Field(1, ge=1, le=MAX_EXPERTS)  # each of n_experts, and of top_k, becomes so many smaller ones
@@ -126,8 +139,12 @@ class UpcyclePhaseConfig(PhaseConfig, ExpertsConfig):
 
 
 class GrowPhaseConfig(PhaseConfig):
-    """Phase 3: wider and deeper at once. What is left out follows from the model (`transfer.growth.usual_size`)."""
+    """A phase that makes the model wider and deeper, then trains.
 
+    `transfer.growth.usual_size` gives the sizes that are left out.
+    """
+
+    transfer: Literal["grow"] = "grow"
     learning_rate: Positive = 8e-5
     d_model: Whole | None = Field(None, ge=2, le=MAX_D_MODEL)
     n_layers: Whole | None = Field(None, ge=1, le=MAX_LAYERS)
@@ -136,10 +153,36 @@ class GrowPhaseConfig(PhaseConfig):
     split: Literal["uneven", "even"] = "uneven"
 
 
-class PhasesConfig(Frozen):
-    dense: PhaseConfig = PhaseConfig()
-    moe: UpcyclePhaseConfig = UpcyclePhaseConfig()
-    large_moe: GrowPhaseConfig = GrowPhaseConfig()
+def _transfer_tag(values: Any) -> str:
+    """Name the kind of a phase, by which pydantic finds its model: the name of its transfer, quoted, or `none`."""
+    transfer = values.get("transfer") if isinstance(values, dict) else getattr(values, "transfer", None)
+    return tag(str(transfer).lower() if transfer is None else str(transfer))
+
+
+AnyPhaseConfig = Annotated[
+    Annotated[TrainPhaseConfig, Tag(tag("none"))]
+    | Annotated[UpcyclePhaseConfig, Tag(tag("upcycle"))]
+    | Annotated[GrowPhaseConfig, Tag(tag("grow"))],
+    Discriminator(
+        _transfer_tag,
+        custom_error_type="transfer",
+        custom_error_message="transfer must be upcycle or grow; leave it out in the first phase",
+    ),
+]
+
+
+def _phase_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", name):
+        raise ValueError("must begin with a letter and have at most 40 letters, digits and underscores")
+    return name
+
+
+# The name of a phase: part of a folder's name and of a key path.
+PhaseName = Annotated[str, AfterValidator(_phase_name)]
+
+
+def _three_phases() -> dict[str, AnyPhaseConfig]:
+    return {"dense": TrainPhaseConfig(), "moe": UpcyclePhaseConfig(), "large_moe": GrowPhaseConfig()}
 
 
 class TrainingConfig(Frozen):
@@ -163,8 +206,8 @@ class VerificationConfig(Frozen):
 
 
 def _in_a_row(phases: tuple[int, ...]) -> tuple[int, ...]:
-    if not phases or phases[0] < 1 or phases[-1] > 3 or phases != tuple(range(phases[0], phases[-1] + 1)):
-        raise ValueError("must be of 1, 2 and 3 one or more in a row, as [2, 3]")
+    if not phases or phases[0] < 1 or phases != tuple(range(phases[0], phases[-1] + 1)):
+        raise ValueError("must be one or more numbers of phases in a row, as [2, 3]")
     return phases
 
 
@@ -172,7 +215,7 @@ class StartConfig(Frozen):
     """The model that a run starts from, where that is one there already (`mlxmoe train --from`)."""
 
     model: Text  # a checkpoint, or a Hugging Face folder
-    phases: Annotated[tuple[Whole, ...], AfterValidator(_in_a_row)]  # of 1, 2 and 3, those to run
+    phases: Annotated[tuple[Whole, ...], Field(max_length=MAX_PHASES), AfterValidator(_in_a_row)]  # those to run
     lineage: tuple[str, ...] = ()  # what the model is, and what became of it so far
 
 
@@ -185,7 +228,9 @@ class RunConfig(Frozen):
     lora: LoRAConfig = LoRAConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
-    phases: PhasesConfig = PhasesConfig()
+    phases: dict[PhaseName, AnyPhaseConfig] = Field(
+        default_factory=_three_phases, min_length=1, max_length=MAX_PHASES
+    )  # in the order in which they are run
     training: TrainingConfig = TrainingConfig()
     verification: VerificationConfig = VerificationConfig()
 
@@ -195,11 +240,12 @@ class RunConfig(Frozen):
 
     @property
     def last_phase(self) -> int:
-        """The last phase where nobody names another."""
-        return self.start.phases[-1] if self.start else 3
+        """The number of the last phase, unless a user names another."""
+        return self.start.phases[-1] if self.start else len(self.phases)
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
+        self._check_phases()
         if self.model.lora is not None:
             raise ValueError("model.lora: set lora.rank and the rest beside model, not in it")
         if self.lora.rank and self.start is None:
@@ -217,6 +263,24 @@ class RunConfig(Frozen):
                 f"take batch_size {-(-batch_size // parts) * parts}"
             )
         return self
+
+    def _check_phases(self) -> None:
+        names = list(self.phases)
+        for name in names[1:]:
+            if self.phases[name].transfer is None:
+                raise ValueError(
+                    f"phases.{name}: only the first phase has no transfer; set phases.{name}.transfer to upcycle or "
+                    f"grow, or drop the phase with phases.{name}=null"
+                )
+        first = self.phases[names[0]].transfer
+        if first is not None and self.start is None:
+            raise ValueError(
+                f"phases.{names[0]}.transfer {first}: the first phase has no model before it; name one with --from, or "
+                "leave the transfer out"
+            )
+        if self.start is not None and self.start.phases[-1] > len(names):
+            last = self.start.phases[-1]
+            raise ValueError(f"start.phases: there is no phase {last}; the run has {len(names)}: {', '.join(names)}")
 
 
 def save(config: BaseModel, path: Path) -> None:

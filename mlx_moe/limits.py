@@ -15,6 +15,7 @@ MAX_EXPERTS = 1 << 14  # Switch-C: 2,048 (Fedus et al. 2021)
 MAX_RANK = 1 << 16
 MAX_PARAMETERS = 10**13  # Switch-C: 1.6 · 10¹²
 
+MAX_PHASES = 32
 MAX_STEPS = 10**10
 MAX_BATCH_SIZE = 1 << 20  # sequences
 MAX_DOCUMENTS = 10**12

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Tag, TypeAdapter, ValidationError
 
 from mlx_moe.errors import MAX_QUOTED, InputError, quoted
 
 Config = TypeVar("Config")
 MAX_FAULTS = 5  # that one message names
+TAG = "\0"  # begins the tag of a union's member; no key does
 
 
 def validate(kind: type[Config], values: dict[str, Any]) -> Config:
@@ -31,6 +32,11 @@ def _adapter(kind: type[Config]) -> TypeAdapter[Config]:
     return TypeAdapter(kind)
 
 
+def tag(name: str) -> str:
+    """Mark the name of a member of a discriminated union, so that messages can leave it out of key paths."""
+    return f"{TAG}{name}"
+
+
 def by_path(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by their `key.path`."""
     flat: dict[str, Any] = {}
@@ -46,7 +52,8 @@ def nearest(name: str, known: Sequence[str], cutoff: float = 0.5) -> str:
 
 
 def _explain(kind: type[Any], fault: Any) -> str:
-    path = ".".join(_shortened(str(part)) for part in fault["loc"])
+    hidden = {part for part in map(str, fault["loc"]) if part.startswith(TAG) or part == "[key]"}
+    path = ".".join(_shortened(str(part)) for part in fault["loc"] if str(part) not in hidden)
     if fault["type"] == "extra_forbidden":
         known = _known_keys(kind, fault["loc"][:-1])
         hint = nearest(str(fault["loc"][-1]), known)
@@ -68,9 +75,24 @@ def _explain(kind: type[Any], fault: Any) -> str:
 def _known_keys(kind: Any, path: Sequence[str | int]) -> list[str]:
     """The keys of the section that a path leads to; none where that is no model."""
     for part in path:
-        annotation = kind.model_fields[part].annotation if part in getattr(kind, "model_fields", {}) else None
-        kind = next((t for t in (annotation, *get_args(annotation)) if hasattr(t, "model_fields")), None)
+        kind = _part_of(kind, part)
+    kind = next((option for option in (kind, *get_args(kind)) if hasattr(option, "model_fields")), None)
     return list(getattr(kind, "model_fields", {}))
+
+
+def _part_of(kind: Any, part: str | int) -> Any:
+    """Return the annotation that a part of a key path leads to, from a model, a mapping or a tagged union."""
+    options = [kind, *get_args(kind)]
+    if str(part).startswith(TAG):
+        return next((option for option in _members(kind) if Tag(str(part)) in get_args(option)[1:]), None)
+    for option in options:
+        if part in getattr(option, "model_fields", {}):
+            return option.model_fields[part].annotation
+    return get_args(kind)[-1] if get_origin(kind) is dict else None
+
+
+def _members(union: Any) -> list[Any]:
+    return [member for option in get_args(union) for member in (option, *get_args(option))]
 
 
 def _shortened(key: str) -> str:

@@ -152,7 +152,7 @@ def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
             if births and is_birth and place == phase:
                 continue
             pair = Pair.build(loaded.config, loaded.weights)
-            subject = f"{checkpoint.PHASE_FOLDERS[loaded.state.phase]} step-{loaded.state.step}"
+            subject = f"{phase.parent.name} step-{loaded.state.step}"
             boundary = (before, pair) if before and is_birth else None
             yield _compare(subject, pair, loaded.weights, seed, boundary, CHECKPOINT_SLACK)
             before = pair

@@ -118,7 +118,7 @@ BAD_INPUT = {
     "malformed override": (["-o", "model.d_model"], ["model.d_model", "key.path=value"]),
     "missing config": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
     "no steps": (["--steps", "0"], ["phases.dense.steps = 0", "greater than or equal to 1"]),
-    "four phases": (["--phases", "4"], ["--phases 4", "1 (dense)"]),
+    "four phases": (["--phases", "4"], ["--phases 4", "no phase 4", "1 dense, 2 moe (upcycle), 3 large_moe (grow)"]),
     "growth that is not exact": (["-o", "model.norm_position=post"], ["post-norm", "n_layers 4"]),
     "shrinking": (["-o", "phases.large_moe.d_model=64"], ["d_model", "128", "64"]),
 }

@@ -6,9 +6,9 @@ from pydantic import ValidationError
 
 from mlx_moe.config import ModelConfig, RunConfig, UpcyclePhaseConfig, save
 from mlx_moe.errors import InputError
+from mlx_moe.phases import phase_model
 from mlx_moe.presets import load_architecture, load_run, preset_names
 from mlx_moe.storage.reading import read_mapping
-from mlx_moe.training.boundary import phase_model
 from mlx_moe.transfer.experts import experts_of
 from mlx_moe.validation import validate
 
@@ -75,10 +75,10 @@ def test_an_architecture_stands_in_the_three_phase_run():
 @pytest.mark.parametrize(("preset", "steps", "log_every"), [("three-phase", 1000, 50), ("test-100", 100, 10)])
 def test_run_defaults(preset, steps, log_every):
     run = load_run(preset)
-    phases = (run.phases.dense, run.phases.moe, run.phases.large_moe)
+    phases = (run.phases["dense"], run.phases["moe"], run.phases["large_moe"])
     assert [phase.steps for phase in phases] == [steps] * 3
     assert [phase.learning_rate for phase in phases] == [3e-4, 1e-4, 8e-5]
-    assert (run.phases.moe.n_experts, run.phases.moe.top_k) == (8, 2)
+    assert (run.phases["moe"].n_experts, run.phases["moe"].top_k) == (8, 2)
     large = phase_model(run, 3)
     assert (large.d_model, large.n_layers, large.n_heads, large.d_ff) == (1352, 11, 13, 5408)
     assert (run.training.batch_size, run.training.log_every) == (8, log_every)
@@ -95,10 +95,10 @@ def test_overrides_win_over_files_and_files_over_presets(ending, written):
     values = {"training": {"batch_size": 3}, "phases": {"dense": {"steps": 7}}}
     file = written(f"run.{ending}", json.dumps(values) if ending == "json" else yaml.safe_dump(values))
     run = load_run("test-100", file, ["phases.dense.steps=9"])
-    assert run.phases.dense.steps == 9  # override
+    assert run.phases["dense"].steps == 9  # override
     assert run.training.batch_size == 3  # file
     assert run.training.log_every == 10  # preset
-    assert run.phases.dense.learning_rate == 3e-4  # beside what was overridden
+    assert run.phases["dense"].learning_rate == 3e-4  # beside what was overridden
 
 
 def test_the_last_override_wins():
@@ -116,7 +116,7 @@ def test_numbers_that_yaml_takes_for_strings(written):
     file = written("run.yaml", "phases: {dense: {learning_rate: 1e-5}}\n")
     assert read_mapping(file)["phases"]["dense"]["learning_rate"] == "1e-5"
     run = load_run("three-phase", file, ["model.norm_eps=1e-6"])
-    assert run.phases.dense.learning_rate == 1e-5
+    assert run.phases["dense"].learning_rate == 1e-5
     assert run.model.norm_eps == 1e-6
 
 
@@ -140,7 +140,7 @@ def test_round_trip(preset, ending, tmp_path):
 
 def test_configs_are_frozen():
     run = load_run("demo")
-    for section, key in [(run, "seed"), (run.model, "d_model"), (run.phases.moe, "n_experts")]:
+    for section, key in [(run, "seed"), (run.model, "d_model"), (run.phases["moe"], "n_experts")]:
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, key, 1)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from mlx_moe.storage.checkpoint import PHASE_FOLDERS
 from mlx_moe.training.console import Console
 
 SUMMARY_COLUMNS = ("phase, step", "busiest", "idlest", "dead", "entropy", "twins", "nearest", "twin neurons")
@@ -41,7 +40,7 @@ def summary(one: dict[str, Any]) -> list[str]:
     pairs = np.triu_indices(n_experts, k=1)
     copied = sum(layer["neurons"] for layer in clones)
     return [
-        f"{PHASE_FOLDERS[one['phase']]} {one['step']}",
+        f"{phase_folder(one)} {one['step']}",
         f"{n_experts * load_LE.max():.2f}",
         f"{n_experts * load_LE.min():.2f}",
         str(sum(len(layer["dead"]) for layer in one["layers"])),
@@ -50,3 +49,9 @@ def summary(one: dict[str, Any]) -> list[str]:
         f"{distance_LEE[:, *pairs].min(initial=np.inf):.3f}",
         f"{sum(layer.get('twin_neurons') or 0 for layer in clones)}/{copied}" if copied else "",
     ]
+
+
+def phase_folder(one: dict[str, Any]) -> str:
+    """Return the name of the phase's folder, such as `2-moe`, from the path of a checkpoint in its run."""
+    _, _, below = one["checkpoint"].partition("phases/")
+    return below.partition("/")[0] or f"phase {one['phase']}"

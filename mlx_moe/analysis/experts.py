@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 
 from mlx_moe.analysis.expert_table import show
 from mlx_moe.analysis.record import EXPERTS, read_config
-from mlx_moe.config import ModelConfig, OptimizerConfig, RunConfig
+from mlx_moe.config import GrowPhaseConfig, ModelConfig, OptimizerConfig, RunConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import TokenData, fixed_windows, prepare
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
+from mlx_moe.phases import get_phase, get_phases, phase_model
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import output_file, signature, writing
 from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.run_folder import RunFolder, resume_command
 from mlx_moe.terminal import echo
 from mlx_moe.training.backend import Backend, Trainer
-from mlx_moe.training.boundary import phase_model
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.growth import Split, layer_sources
 
@@ -77,21 +77,21 @@ def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict
     Per checkpoint and `layer` with experts: `load` (E,), each expert's share of the assignments; `entropy` of the
     router, nats; `together` (E, E), the share of tokens that choose both, on the diagonal either one; `distance`
     (E, E), see `weight_distances`; `dead` experts, which no token chooses; `twins`, pairs nearer than TWIN_DISTANCE;
-    `tokens`, of each expert those with the highest lift; and in phase 3 `clones`, see `clone_figures`.
+    `tokens`, of each expert those with the highest lift; and where experts were grown `clones`, see `clone_figures`.
 
     Raises InputError where the run has no such checkpoint, or its data cannot be had.
     """
     run = read_config(path)
     found = [
         folder
-        for phase, name in checkpoint.PHASE_FOLDERS.items()
-        for folder in checkpoint.complete_in(path / "phases" / name)
-        if phase_model(run, phase).moe
+        for phase in get_phases(run)
+        if phase.model.moe
+        for folder in checkpoint.complete_in(path / "phases" / phase.folder)
     ]
     if not found:
-        raise InputError(
-            f"{path} has no checkpoint with experts; train phase 2: {resume_command(path, '--phases', '2')}"
-        )
+        number = next((phase.number for phase in get_phases(run) if phase.model.moe), None)
+        advice = f"; train phase {number}: {resume_command(path, '--phases', str(number))}" if number else ""
+        raise InputError(f"{path} has no checkpoint with experts{advice}")
     data = prepare(run.data)
     RunFolder(path).check_data(data)
     texts = _texts(data.tokenizer)
@@ -224,6 +224,7 @@ def clone_figures(
 
 
 def _layers(run: RunConfig, loaded: Checkpoint, routes: Routes, texts: list[str]) -> Iterator[dict[str, Any]]:
+    phase = get_phase(run, loaded.state.phase)
     for place, layer in enumerate(loaded.config.expert_layers):
         experts_NK, router_logits_NE = routes.experts_LNK[place], routes.router_logits_LNE[place]
         chosen_NE = chosen(experts_NK, router_logits_NE.shape[1])
@@ -241,9 +242,9 @@ def _layers(run: RunConfig, loaded: Checkpoint, routes: Routes, texts: list[str]
                 [asdict(token) for token in tokens] for tokens in taken_tokens(routes.tokens_N, chosen_NE, texts)
             ],
         }
-        if loaded.state.phase == 3:
-            before, split = phase_model(run, 2), run.phases.large_moe.split
-            figures["clones"] = clone_figures(layer, before, loaded.config, split, loaded.weights, routes)
+        if isinstance(phase.config, GrowPhaseConfig):
+            before = phase_model(run, phase.number - 1)
+            figures["clones"] = clone_figures(layer, before, loaded.config, phase.config.split, loaded.weights, routes)
         yield _plain(figures)
 
 

@@ -15,16 +15,14 @@ from pydantic import BaseModel
 from mlx_moe.accounting import ParameterCount, count_parameters
 from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.errors import InputError, one_line
+from mlx_moe.phases import Phase, get_phase, phase_numbers, start_phase
 from mlx_moe.storage import jsonl, records
 from mlx_moe.storage.identity import read_identity
 from mlx_moe.storage.reading import LARGEST_CONFIG, read_mapping
 from mlx_moe.storage.run_folder import CONFIG, DATA, ENVIRONMENT, HISTORY, METRICS, read_run, resume_command
-from mlx_moe.training.boundary import phase_config, phase_model
-from mlx_moe.training.loop import TITLES
 
 Row = dict[str, Any]
 EXPERTS = "experts.json"
-BOUNDARIES = ("1-2", "2-3")
 LONGEST_LINE = 300  # characters of what is said about a file
 
 
@@ -37,17 +35,26 @@ class PhaseRecord:
     value, and all numbers are finite.
     """
 
-    number: int
-    model: ModelConfig
-    planned_steps: int
+    phase: Phase
     rows: list[Row]
     event: Row | None  # its row of `history.jsonl`; None until it is finished
     diverged: Row | None = None  # the row that says at which `step` it ended, and for what `reason`
 
     @property
+    def number(self) -> int:
+        return self.phase.number
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.phase.model
+
+    @property
+    def planned_steps(self) -> int:
+        return self.phase.config.steps
+
+    @property
     def name(self) -> str:
-        kind = "larger experts" if self.number == 3 else "experts" if self.model.moe else "dense"
-        return f"{self.number}: {kind}"
+        return self.phase.label
 
     @property
     def steps(self) -> int:
@@ -86,7 +93,7 @@ class Record:
     run: RunConfig
     phases: list[PhaseRecord]
     planned_phases: tuple[int, ...]
-    boundaries: dict[str, Row]  # `1-2`, `2-3`: the certificates, passed or not
+    boundaries: dict[str, Row]  # by name, such as `1-2`: the certificates, passed or not
     environment: Row
     data: Row
     experts: Row | None  # what `mlxmoe experts` wrote
@@ -135,7 +142,7 @@ def read_record(path: Path) -> Record:
         run=run,
         phases=phases,
         planned_phases=_planned_phases(path, run, unread),
-        boundaries=_boundaries(path / "boundaries", unread),
+        boundaries=_boundaries(path / "boundaries", run, unread),
         environment=_file(records.Environment, path / ENVIRONMENT, unread),
         data=_file(records.Provenance, path / DATA, unread),
         experts=_file(records.ExpertsRecord, path / EXPERTS, unread, records.LARGEST_EXPERTS) or None,
@@ -195,13 +202,14 @@ def _file(kind: type[BaseModel], file: Path, unread: list[str], at_most: int = L
         return {}
 
 
-def _boundaries(folder: Path, unread: list[str]) -> dict[str, Row]:
-    files = sorted(folder.glob("*.json"))
-    if odd := [file.name for file in files if file.stem not in BOUNDARIES]:
+def _boundaries(folder: Path, run: RunConfig, unread: list[str]) -> dict[str, Row]:
+    known = [f"{number}-{number + 1}" for number in range(start_phase(run), phase_numbers(run)[-1])]
+    files = sorted(folder.glob("*.json"), key=lambda file: (len(file.stem), file.stem))
+    if odd := [file.name for file in files if file.stem not in known]:
         unread.append(
-            f"{folder}: {len(odd)} files were left out; the first: {odd[0]} is not {' or '.join(BOUNDARIES)}.json"
+            f"{folder}: {len(odd)} files were left out; the first: {odd[0]} is not {' or '.join(known) or 'any'}.json"
         )
-    read = {file.stem: _file(records.Certificate, file, unread) for file in files if file.stem in BOUNDARIES}
+    read = {file.stem: _file(records.Certificate, file, unread) for file in files if file.stem in known}
     return {name: certificate for name, certificate in read.items() if certificate}
 
 
@@ -209,7 +217,7 @@ def _phases(run: RunConfig, rows: Sequence[Row], unread: list[str]) -> list[Phas
     """The phases that have rows; those of a phase that the config does not allow are left out."""
     phases: list[PhaseRecord] = []
     n_not_finite = 0
-    for number in TITLES:
+    for number in phase_numbers(run):
         own = []
         for row in rows:
             if row["phase"] == number:
@@ -218,15 +226,15 @@ def _phases(run: RunConfig, rows: Sequence[Row], unread: list[str]) -> list[Phas
         if not own:
             continue
         try:
-            model, planned = phase_model(run, number), phase_config(run, number).steps
+            phase = get_phase(run, number)
         except InputError as error:
             unread.append(_one_line(f"{METRICS}: phase {number} was left out, which {CONFIG} does not allow: {error}"))
             continue
-        tokens_per_step = run.training.batch_size * model.context_length
+        tokens_per_step = run.training.batch_size * phase.model.context_length
         faults = list[str]()
-        if usable := list(_usable(own, model, planned, tokens_per_step, faults)):
+        if usable := list(_usable(own, phase, tokens_per_step, faults)):
             before = phases[-1].rows[-1] if phases else {}
-            phases.append(PhaseRecord(number, model, planned, _in_the_run(usable, before), None))
+            phases.append(PhaseRecord(phase, _in_the_run(usable, before), None))
         if faults:
             unread.append(
                 f"{METRICS}: {len(faults)} of {len(own)} rows of phase {number} were left out; the first: {faults[0]}"
@@ -243,11 +251,10 @@ def _is_figure(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
-def _usable(
-    rows: Iterable[Row], model: ModelConfig, planned_steps: int, tokens_per_step: int, faults: list[str]
-) -> Iterator[Row]:
+def _usable(rows: Iterable[Row], phase: Phase, tokens_per_step: int, faults: list[str]) -> Iterator[Row]:
     """The rows of a phase that fit its model and each other, by rising steps; of two of one step the later."""
     by_step: dict[int, Row] = {}
+    model, planned_steps = phase.model, phase.config.steps
     shape = [model.moe.n_experts if model.moe else 0] * len(model.expert_layers)
     for row in rows:
         step, tokens = row["step"], row.get("tokens", 0)

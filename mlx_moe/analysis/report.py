@@ -12,13 +12,12 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mlx_moe.analysis.comparison import nats_to_bits_per_byte
-from mlx_moe.analysis.expert_table import SUMMARY_COLUMNS, SUMMARY_LEGEND, summary
+from mlx_moe.analysis.expert_table import SUMMARY_COLUMNS, SUMMARY_LEGEND, phase_folder, summary
 from mlx_moe.analysis.record import PhaseRecord, Record, Row, read_record
+from mlx_moe.phases import get_phase, lineage
 from mlx_moe.storage.atomic import output_file, writing
-from mlx_moe.storage.checkpoint import PHASE_FOLDERS
 from mlx_moe.storage.reading import read_text
 from mlx_moe.storage.run_folder import CONFIG
-from mlx_moe.training.boundary import lineage
 from mlx_moe.training.console import millions
 
 REPORT = "report.html"
@@ -58,7 +57,7 @@ def render(record: Record) -> str:
         missing=record.missing,
         unread=record.unread,
         tiles=_tiles(record),
-        boundaries=[_boundary(name, values) for name, values in record.boundaries.items()],
+        boundaries=[_boundary(record, name, values) for name, values in record.boundaries.items()],
         decades=[{"power": power, "at": _at(10.0**power)} for power in range(DECADES[0] + 2, DECADES[1], 2)],
         phase_columns=PHASE_COLUMNS,
         phase_rows=[_phase_row(phase) for phase in record.phases],
@@ -75,15 +74,8 @@ def render(record: Record) -> str:
 
 def _lede(record: Record) -> str:
     last, environment = record.phases[-1].rows[-1], record.environment
-    steps = [f"a dense model of {millions(phase.parameters.total)} parameters" for phase in record.phases[:1]]
-    if record.run.start:
-        steps = [", ".join(lineage(record.run, record.run.first_phase))]
-    for phase in record.phases[bool(record.run.start) :]:
-        if phase.model.moe and phase.number < 3:
-            experts = f"{phase.model.moe.n_experts} experts a layer ({millions(phase.parameters.total)})"
-            steps = [f"a model of {experts}"] if phase.number == 1 else [*steps, f"upcycled to {experts}"]
-        elif phase.number == 3:
-            steps.append(f"grown to {phase.model.d_model} wide and {phase.model.n_layers} deep")
+    steps = [", ".join(lineage(record.run, record.run.first_phase)) or f"a {_size_of(record.phases[0])}"]
+    steps += [_became(phase) for phase in record.phases[1:]]
     made_of = f" of {record.data['source']['description']}" if record.data else ""
     place = f", with {environment['backend']} on {environment['device']}" if environment else ""
     text = (
@@ -93,6 +85,22 @@ def _lede(record: Record) -> str:
     if (diverged := record.phases[-1].diverged) is not None:
         text += f" It diverged at step {diverged['step']:,} of phase {diverged['phase']}: {diverged['reason']}."
     return text[0].upper() + text[1:]
+
+
+def _size_of(phase: PhaseRecord) -> str:
+    size = millions(phase.parameters.total)
+    if phase.model.moe is None:
+        return f"dense model of {size} parameters"
+    return f"model of {phase.model.moe.n_experts} experts a layer ({size})"
+
+
+def _became(phase: PhaseRecord) -> str:
+    transfer, before = phase.phase.transfer, phase.model
+    if transfer is None:
+        return f"trained on as a {_size_of(phase)}"
+    if transfer.gives_experts and before.moe is not None:
+        return f"{transfer.participle} to {before.moe.n_experts} experts a layer ({millions(phase.parameters.total)})"
+    return f"{transfer.participle} to {before.d_model} wide and {before.n_layers} deep"
 
 
 def _tiles(record: Record) -> list[dict[str, str]]:
@@ -117,8 +125,9 @@ def _tile(name: str, value: str, note: str) -> dict[str, str]:
     return {"name": name, "value": value, "note": note}
 
 
-def _boundary(name: str, values: Row) -> Row:
+def _boundary(record: Record, name: str, values: Row) -> Row:
     before, after = name.split("-")
+    transfer = get_phase(record.run, int(after)).transfer
     verdict = "lossless ✓" if values["passed"] else "changed the model ✗"
     limits = values["limit_logit_difference"], values["limit_loss_jump"]
     notes = []
@@ -133,7 +142,7 @@ def _boundary(name: str, values: Row) -> Row:
     if values["allowed_lossy"]:
         notes.append("Training continued, as --allow-lossy asked.")
     return {
-        "title": f"{before} → {after}: {'upcycling' if after == '2' else 'growth'}",
+        "title": f"{before} → {after}: {transfer.noun if transfer else 'none'}",
         "verdict": verdict,
         "passed": values["passed"],
         "loss_before": _loss(values["loss_before"]),
@@ -265,10 +274,10 @@ def _loads(phase: PhaseRecord) -> Row:
 def _shown(checkpoints: list[Row]) -> list[Row]:
     """The first, the middle and the last of each phase."""
     shown = []
-    for phase, name in PHASE_FOLDERS.items():
+    for phase in sorted({one["phase"] for one in checkpoints}):
         own = [one for one in checkpoints if one["phase"] == phase]
-        for i in sorted({0, len(own) // 2, len(own) - 1}) if own else ():
-            shown.append({"name": f"{name} {own[i]['step']}", "layers": own[i]["layers"]})
+        for i in sorted({0, len(own) // 2, len(own) - 1}):
+            shown.append({"name": f"{phase_folder(own[i])} {own[i]['step']}", "layers": own[i]["layers"]})
     return shown
 
 

@@ -35,19 +35,19 @@ from typing import Any, Literal, cast, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlx_moe.accounting.flops import flops_per_token
-from mlx_moe.config import PhasesConfig, RunConfig, Whole
+from mlx_moe.config import RunConfig, Whole
 from mlx_moe.data.tokens import prepare
 from mlx_moe.errors import InputError
+from mlx_moe.limits import MAX_PHASES
+from mlx_moe.phases import phase_config, phase_model
 from mlx_moe.presets import FOLDER, as_overrides, load_run
 from mlx_moe.storage.reading import read_mapping
 from mlx_moe.terminal import printable
-from mlx_moe.training.boundary import phase_config, phase_model
 from mlx_moe.training.phases import fit_vocabulary
 from mlx_moe.validation import nearest, validate
 
 Budget = Literal["tokens", "flops"]
 Variant = dict[str, Any]
-PHASE_KEYS = tuple(PhasesConfig.model_fields)
 MOST_RUNS = 1000  # each takes seconds to start
 LONGEST_NAME = 240  # bytes: 255 is what file systems take, and a log's or a failed run's name is longer
 # What a sweep's folder holds beside its runs. A name that begins with a dot is hidden, or a lock file of ours.
@@ -62,7 +62,7 @@ class SweepConfig(BaseModel):
 
     name: str
     preset: str = "three-phase"
-    n_phases: Whole = Field(1, ge=1, le=3)
+    n_phases: Whole = Field(1, ge=1, le=MAX_PHASES)
     overrides: Variant = {}
     axes: dict[str, Any] = Field(min_length=1)  # of each, a list of values or a mapping of variants
 
@@ -222,10 +222,11 @@ def _plan(
         if "equal" in axes[axis][choice]:
             equal = _read_equal(name, axis, keys.pop("equal"))
     n_phases = keys.pop("n_phases")
-    if type(n_phases) is not int or n_phases not in (1, 2, 3):
-        raise InputError(f"run {name}: n_phases {n_phases!r}; must be 1, 2 or 3")
     with _naming(name):
         config = load_run(sweep.preset, None, [*as_overrides(sweep.overrides), *overrides, *as_overrides(keys)])
+    if type(n_phases) is not int or not 1 <= n_phases <= len(config.phases):
+        known = ", ".join(config.phases)
+        raise InputError(f"run {name}: n_phases {n_phases!r}; must be from 1 to {len(config.phases)} ({known})")
     values = {
         axis: choice if isinstance(sweep.axes[axis], dict) else axes[axis][choice][axis]
         for axis, choice in zip(axes, combination, strict=True)
@@ -278,10 +279,10 @@ def _equalized(
         steps = round(Fraction(goal - spent, per_step))
         if steps < 1:
             raise InputError(f"its first phases take more {kind} than {reference.name} in all; shorten them")
-        key = PHASE_KEYS[run.n_phases - 1]
-        before = getattr(run.config.phases, key)
+        name = list(run.config.phases)[run.n_phases - 1]
+        before = run.config.phases[name]
         phase = validate(type(before), before.model_dump() | {"steps": steps})
-    phases = run.config.phases.model_copy(update={key: phase})
+    phases = run.config.phases | {name: phase}
     return replace(run, config=run.config.model_copy(update={"phases": phases}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -26,8 +27,8 @@ def train(
     phases: Annotated[
         str | None,
         typer.Option(
-            help="1: dense, 2: then experts, 3: then larger experts; with --from only those named, as 2,3.",
-            show_default="3",
+            help="How many phases of the run to train, such as 2; with --from those named, such as 2,3.",
+            show_default="all",
         ),
     ] = None,
     source: Annotated[
@@ -53,7 +54,7 @@ def train(
     """Train: dense, upcycled to experts, grown; both boundaries proven lossless."""
     from mlx_moe.hub.models import open_model
     from mlx_moe.hub.names import find_model
-    from mlx_moe.presets import as_overrides
+    from mlx_moe.presets import as_overrides, load_run
     from mlx_moe.storage.atomic import absolute
     from mlx_moe.storage.run_folder import check_new
     from mlx_moe.training.backend import choose_backend
@@ -67,8 +68,6 @@ def train(
     named = None if phases is None else _phases(phases)
     shortcuts = {"data.source": data, "data.tokenizer": tokenizer, "seed": seed}
     shortcuts |= {"optimizer.transfer": optimizer_transfer}
-    if steps is not None:
-        shortcuts |= {f"phases.{phase}.steps": steps for phase in ("dense", "moe", "large_moe")}
     overrides = as_overrides({key: value for key, value in shortcuts.items() if value is not None})
     if resume is not None:
         given: dict[str, object]
@@ -86,14 +85,14 @@ def train(
         chosen = choose_backend(backend)
         layers = "three-phase" if preset is None else preset, config, [*overrides, *(override or [])]
         if source is None:
-            run = _load_run(*layers)
+            run = load_run(*layers, steps=steps)
         elif named is None:
             raise InputError(
-                f"--from {source}: say what to do with it: --phases 1 trains a dense model on, 2 upcycles it or trains "
-                "a mixture of experts on, 3 grows one, 2,3 does both"
+                f"--from {source}: name the phases to run, such as --phases 2 or --phases 2,3, out of "
+                f"{_listed(load_run(*layers))}"
             )
         else:
-            run = start_from(open_model(find_model(source)), named, *layers)
+            run = start_from(open_model(find_model(source)), named, *layers, steps=steps)
         directory = out or Path("runs") / f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}"
         absolute(directory)
         directory = directory.expanduser()
@@ -140,19 +139,28 @@ def doctor() -> None:
 
 
 def _phases(text: str) -> list[int]:
-    """`3`, or a list such as `2,3`."""
-    phases = [int(number) for number in text.split(",") if number in ("1", "2", "3")]
+    """Read numbers of phases: `3`, or some in a row such as `2,3`."""
+    phases = [int(number) for number in text.split(",") if re.fullmatch(r"[1-9][0-9]?", number)]
     if len(phases) != len(text.split(",")) or phases != list(range(phases[0], phases[-1] + 1)):
-        raise InputError(
-            f"--phases {text}: must be 1 (dense), 2 (then experts) or 3 (then larger experts), or some in a row, as 2,3"
-        )
+        raise InputError(f"--phases {text}: must be the number of a phase, from 1, or some in a row, such as 2,3")
     return phases
+
+
+def _listed(run: RunConfig) -> str:
+    """List the phases of a run: `1 dense, 2 moe (upcycle)`."""
+    transfers = [f" ({config.transfer})" if config.transfer else "" for config in run.phases.values()]
+    names = zip(run.phases, transfers, strict=True)
+    return ", ".join(f"{number} {name}{transfer}" for number, (name, transfer) in enumerate(names, start=1))
 
 
 def _last_phase(named: list[int] | None, run: RunConfig, alternative: str) -> int:
     """One number by itself stands for all phases up to it."""
     if named is None:
         return run.last_phase
+    if named[-1] > len(run.phases):
+        raise InputError(
+            f"--phases {','.join(map(str, named))}: there is no phase {named[-1]}; the run has {_listed(run)}"
+        )
     if named[-1] < run.first_phase or (len(named) > 1 and named[0] != run.first_phase):
         raise InputError(
             f"--phases {','.join(map(str, named))}: the run begins with phase {run.first_phase}; take --phases "

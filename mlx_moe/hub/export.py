@@ -30,6 +30,7 @@ from mlx_moe.storage.reading import read_mapping
 from mlx_moe.storage.tensor_files import SHARD_BYTES, StoredWeights, open_tensors, write_tensors
 from mlx_moe.storage.tokenizer_files import copy_tokenizer
 from mlx_moe.terminal import plain_markdown
+from mlx_moe.transfer.registry import TRANSFERS
 
 
 def export(source: Checkpoint, out: Path, requested: str, shard_bytes: int = SHARD_BYTES) -> str:
@@ -111,7 +112,7 @@ def _card(source: Checkpoint, name: str) -> str:
     active = f", {count.active:,} of them for each token" if config.moe else ""
     made = "imported from Hugging Face's format"
     if state.backend != ORIGIN:
-        begun = {1: "dense", 2: "upcycled to experts", 3: "grown"}[state.phase]
+        begun = _began(source)
         trained = f"trained for {state.step:,} steps, by the {state.backend} backend"
         made = f"by its lineage, then {trained}" if state.lineage else f"{begun}, then {trained}"
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -148,6 +149,14 @@ from mlx_lm import load
 model, tokenizer = load("PATH")
 ```
 """
+
+
+def _began(source: Checkpoint) -> str:
+    """Say what the model was when the training of its phase began."""
+    transfer = TRANSFERS.get(source.state.transfer or "")
+    if transfer is not None:
+        return f"{transfer.participle}{' to experts' if transfer.gives_experts else ''}"
+    return "experts from scratch" if source.config.moe else "dense"
 
 
 def _experts(config: ModelConfig) -> str:

@@ -30,11 +30,17 @@ def load_run(
     preset: str = "three-phase",
     file: Path | None = None,
     overrides: Sequence[str] = (),
+    *,
+    steps: int | None = None,
     settled: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """The merged config of a run: preset < file < overrides (`key.path=value`, the value read as YAML).
+    """Return the merged config of a run: preset < file < overrides (`key.path=value`, the value read as YAML).
 
     All documents of a path are taken: a preset's `data.n_documents` counts for the sources that come with us.
+
+    A file or a preset that names the transfer of a phase lists all phases of the run, in their order; what it leaves
+    open of one comes from the preset below. Otherwise it changes those that are there. `phases.NAME=null` drops a
+    phase, `phases.NAME.transfer=grow` appends one. `steps` are those of every phase that no override names.
 
     `preset` names a run, or an architecture, which then stands in the `three-phase` run. `settled` is what a model to
     start from says, its whole `model` section among it: it takes the place of the preset's.
@@ -48,14 +54,21 @@ def load_run(
     if settled is not None:
         layers[0].pop("model", None)
         layers.insert(1, dict(settled))
-    given = [] if file is None else [read_mapping(absolute(file))]
-    given += [_parse_override(text) for text in overrides]
-    if any(map(_names_a_path, given)):
+    files = [] if file is None else [read_mapping(absolute(file))]
+    parsed = [_parse_override(text) for text in overrides]
+    if any(map(_names_a_path, [*files, *parsed])):
         layers.append({"data": {"n_documents": None}})
-    layers += given
     merged: dict[str, Any] = {}
-    for layer in layers:
+    for layer in [*layers, *files]:
+        if _lists_phases(layer):
+            below = merged.pop("phases", {})
+            layer = layer | {"phases": {name: _merged(below.get(name), own) for name, own in layer["phases"].items()}}
         _merge(merged, layer)
+    for layer in parsed:
+        _merge(merged, layer)
+    if isinstance(merged.get("phases"), dict):
+        merged["phases"] = _known_phases(merged["phases"], layers, files, parsed)
+        _set_steps(merged["phases"], parsed, steps)
     if settled is not None:
         merged["start"] = settled["start"]
     model = merged.setdefault("model", {})
@@ -102,6 +115,49 @@ def _names_a_path(layer: Mapping[str, Any]) -> bool:
     data = layer.get("data")
     source = data.get("source") if isinstance(data, dict) else None
     return isinstance(source, str) and source not in BUILTIN
+
+
+def _lists_phases(layer: Mapping[str, Any]) -> bool:
+    """Return whether a layer lists all phases of a run: it names the transfer of one."""
+    phases = layer.get("phases")
+    return isinstance(phases, dict) and any(isinstance(own, dict) and own.get("transfer") for own in phases.values())
+
+
+def _known_phases(phases: dict[str, Any], *origins: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the phases that were not dropped.
+
+    Raises InputError for one that no layer lists and that has no transfer: its name is misspelt.
+    """
+    listed: dict[str, Any] = {}
+    for layer in (layer for layers in origins for layer in layers if _lists_phases(layer)):
+        listed |= layer["phases"]
+    kept = {name: own for name, own in phases.items() if own is not None}
+    for name, own in phases.items():
+        is_new = isinstance(own, dict) and own.get("transfer")
+        if listed and name not in listed and not is_new:
+            raise InputError(
+                f"no phase {quoted(name)} in the run; {nearest(str(name), list(listed))}its phases: "
+                f"{', '.join(map(str, listed))}; a new one needs its transfer: -o phases.NAME.transfer=grow"
+            )
+    return kept
+
+
+def _set_steps(phases: dict[str, Any], overrides: Sequence[Mapping[str, Any]], steps: int | None) -> None:
+    """Set the steps of every phase that no override names them of."""
+    for name, own in phases.items() if steps is not None else ():
+        named = [layer["phases"].get(name) for layer in overrides if isinstance(layer.get("phases"), dict)]
+        if isinstance(own, dict) and not any(isinstance(values, dict) and "steps" in values for values in named):
+            own["steps"] = steps
+
+
+def _merged(below: Any, own: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(own, dict):
+        return own
+    if below.get("transfer") != own.get("transfer"):  # other settings, of another transfer
+        return own
+    both = dict(below)
+    _merge(both, own)
+    return both
 
 
 def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from pydantic import Field
 from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError, one_line
+from mlx_moe.limits import MAX_PHASES
 from mlx_moe.parameters import Arrays, Weights, merged, shapes
 from mlx_moe.storage import locks
 from mlx_moe.storage.atomic import (
@@ -45,21 +46,28 @@ MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 CONFIG, STATE, MANIFEST = "config.json", "trainer.json", "manifest.json"
 TOKENIZER, RUN_CONFIG = "tokenizer", "config.yaml"
 STEP = re.compile(r"step-(0|[1-9][0-9]{0,11})")
-PHASE_FOLDERS = {1: "1-dense", 2: "2-moe", 3: "3-large-moe"}
+PHASE_FOLDER = re.compile(r"([1-9][0-9]?)-[A-Za-z][A-Za-z0-9-]{0,39}")
 
 Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where in a run a checkpoint stands: `step` optimizer steps into `phase` (1, 2 or 3)."""
+    """Place of a checkpoint in a run: `step` optimizer steps into `phase`, which is counted from 1."""
 
-    phase: Annotated[int, Field(ge=1, le=3)]
+    phase: Annotated[int, Field(ge=1, le=MAX_PHASES)]
     step: Annotated[int, Field(ge=0)]
     backend: str
     validation_loss: float | None = None
     lineage: tuple[str, ...] = ()  # the model that it comes from, and what became of that before this phase
     has_optimizer_state: bool | None = None  # None: written before this was kept
+    phase_name: str | None = None  # None: not of a run
+    transfer: str | None = None  # the one that the phase began with, by its name in the config
+
+    @property
+    def phase_folder(self) -> str:
+        """Name of the folder of the checkpoint's phase, such as `2-moe`."""
+        return phase_folder(self.phase, self.phase_name or "model")
 
 
 class Pruned(InputError):
@@ -106,8 +114,43 @@ class Checkpoint:
         return next((folder / TOKENIZER for folder in (self.path, *runs) if (folder / TOKENIZER).is_dir()), None)
 
 
-def folder(run: Path, phase: int, step: int) -> Path:
-    return run / "phases" / PHASE_FOLDERS[phase] / "checkpoints" / f"step-{step}"
+def phase_folder(number: int, name: str) -> str:
+    """Return the name of a phase's folder, such as `3-large-moe` for phase 3, `large_moe`."""
+    return f"{number}-{name.replace('_', '-')}"
+
+
+def folder(run: Path, phase: str, step: int) -> Path:
+    """Return the place of a checkpoint of a run; `phase` is the name of the phase's folder."""
+    return run / "phases" / phase / "checkpoints" / f"step-{step}"
+
+
+def phase_folders(run: Path) -> list[Path]:
+    """Return the folders of a run's phases, in order, without copies of them: their checkpoints name another folder."""
+    numbered = [
+        (int(found[1]), folder)
+        for folder in (run / "phases").glob("*")
+        if (found := PHASE_FOLDER.fullmatch(folder.name)) and folder.is_dir() and not _is_copy(folder)
+    ]
+    return [folder for _, folder in sorted(numbered)]
+
+
+def _is_copy(phase: Path) -> bool:
+    """Return whether all checkpoints in a phase's folder say that they belong to another one."""
+    states = [state for file in phase.glob(f"checkpoints/step-*/{STATE}") if (state := _read_state(file)) is not None]
+    return bool(states) and not any(_belongs_to(state, phase.name) for state in states)
+
+
+def _belongs_to(state: TrainerState, phase: str) -> bool:
+    if state.phase_name is not None:
+        return state.phase_folder == phase
+    return phase.partition("-")[0] == str(state.phase)
+
+
+def _read_state(file: Path) -> TrainerState | None:
+    try:
+        return _parse(TrainerState, file)
+    except InputError:
+        return None
 
 
 def save(
@@ -212,8 +255,8 @@ def load_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     Clears away what a kill left. Damaged ones that come later are renamed to `step-N.damaged`, with a warning. Raises
     InputError where all are damaged: none is renamed then.
     """
-    for name in PHASE_FOLDERS.values():
-        clean_leftovers(run / "phases" / name / "checkpoints")
+    for phase in phase_folders(run):
+        clean_leftovers(phase / "checkpoints")
     damaged: list[tuple[Path, str]] = []
     for path in reversed(_folders(run)):
         if (damage := _damage(path)) is not None:
@@ -272,15 +315,14 @@ def complete_in(path: Path) -> Iterator[Path]:
 
 
 def _folders(path: Path) -> list[Path]:
-    """The folders that should be checkpoints, in the order of `complete_in`; phases by their names, not any folder."""
-    levels = [*(f"phases/{name}/checkpoints" for name in PHASE_FOLDERS.values()), "checkpoints", "."]
-    found = [
+    """Return the folders that should be checkpoints, in the order of `complete_in`."""
+    levels = [*(phase / "checkpoints" for phase in phase_folders(path)), path / "checkpoints", path]
+    return [
         folder
         for level in levels
-        for folder in (path / level).glob("step-*")
+        for folder in sorted(level.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
         if STEP.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
     ]
-    return sorted(found, key=lambda folder: (folder.parts[:-1], int(folder.name.removeprefix("step-"))))
 
 
 def keep_last(path: Path, keep: int) -> None:
@@ -302,30 +344,21 @@ def keep_last(path: Path, keep: int) -> None:
 
 def _validation_loss(path: Path) -> float:
     """Validation loss in nats per token; infinite where it was not measured or cannot be read."""
-    try:
-        loss = _parse(TrainerState, path / STATE).validation_loss
-    except InputError:
-        return math.inf
-    return math.inf if loss is None else loss
+    state = _read_state(path / STATE)
+    return math.inf if state is None or state.validation_loss is None else state.validation_loss
 
 
 def _misplaced(path: Path) -> str | None:
     """How the phase or step in trainer.json contradicts the folder's place, if it does; a file that cannot be read
     contradicts nothing.
     """
-    try:
-        state = _parse(TrainerState, path / STATE)
-    except InputError:
-        return None
-    phases = {name: phase for phase, name in PHASE_FOLDERS.items()}
+    state = _read_state(path / STATE)
     above, phase, below, name = ("", "", "", "", *path.absolute().parts)[-4:]
-    if (
-        above == "phases"
-        and below == "checkpoints"
-        and (phases.get(phase), name) != (state.phase, f"step-{state.step}")
-    ):
-        return f"is not what its place says: {STATE} names phase {state.phase}, step {state.step}"
-    return None
+    if state is None or above != "phases" or below != "checkpoints":
+        return None
+    if name == f"step-{state.step}" and _belongs_to(state, phase):
+        return None
+    return f"is not what its place says: {STATE} names phase {state.phase}, step {state.step}"
 
 
 def verify(path: Path) -> None:

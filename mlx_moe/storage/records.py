@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from mlx_moe.errors import InputError
+from mlx_moe.limits import MAX_PHASES
 from mlx_moe.storage.reading import LARGEST_CONFIG, read_json
 from mlx_moe.validation import validate
 
@@ -30,7 +31,7 @@ def _missing_unless_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-Phase = Annotated[int, Field(ge=1, le=3)]
+Phase = Annotated[int, Field(ge=1, le=MAX_PHASES)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Figure = Annotated[float, Field(ge=-LARGEST_FIGURE, le=LARGEST_FIGURE)]
 Amount = Annotated[float, Field(ge=0, le=LARGEST_FIGURE)]

@@ -272,7 +272,7 @@ class RunFolder:
         self, config: ModelConfig, state: TrainerState, weights: Weights, optimizer_state: Weights | None, keep: int
     ) -> None:
         """Save a checkpoint, and of its phase keep the last few, the best and the birth."""
-        path = checkpoint.folder(self.path, state.phase, state.step)
+        path = checkpoint.folder(self.path, state.phase_folder, state.step)
         with self._writing():
             for name in (METRICS, HISTORY):  # no checkpoint without the rows that lead to it
                 if (self.path / name).exists():
@@ -283,8 +283,8 @@ class RunFolder:
                 raise InputError(f"{error}; {self._way_out()}") from None
             checkpoint.keep_last(path.parent, keep)
 
-    def best_validation_loss(self, phase: int) -> float:
-        """The lowest of the phase's checkpoints, nats per token; infinite before the first."""
+    def best_validation_loss(self, phase: str) -> float:
+        """Return the lowest of the checkpoints in a phase's folder, nats per token; inf before the first."""
         folder = checkpoint.folder(self.path, phase, 0).parent
         loss: float = self._told(lambda: checkpoint.best_validation_loss(folder))
         return loss

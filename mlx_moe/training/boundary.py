@@ -11,84 +11,25 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_moe.config import ModelConfig, PhaseConfig, RunConfig, UpcyclePhaseConfig, VerificationConfig
+from mlx_moe.config import ModelConfig, UpcyclePhaseConfig, VerificationConfig
 from mlx_moe.errors import InputError
+from mlx_moe.limits import MAX_PHASES
 from mlx_moe.parameters import Weights
+from mlx_moe.phases import became, lineage_so_far
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.training.backend import Backend, Logits, StreamedModel, Tokens, Trainer
 from mlx_moe.transfer.centroids import Routers, centroid_rows
 from mlx_moe.transfer.certificate import Certificate, Replay, max_difference, probe
 from mlx_moe.transfer.experts import experts_of
-from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth, usual_size
+from mlx_moe.transfer.growth import layer_sources
 from mlx_moe.transfer.plan import Plan, made, made_in_blocks
+from mlx_moe.transfer.registry import TRANSFERS
 from mlx_moe.transfer.reordering import plan_reordering
-from mlx_moe.transfer.upcycling import plan_phase
 
 CENTROID_TOKENS = 4096
 TOKENS_PER_CENTROID = 16  # at least
 PROBE_TOKENS = 256  # the logits of all 8,192 tokens that a published model can see would take 1.6 GB
-
-
-def phase_config(run: RunConfig, phase: int) -> PhaseConfig:
-    return (run.phases.dense, run.phases.moe, run.phases.large_moe)[phase - 1]
-
-
-def phase_model(run: RunConfig, phase: int) -> ModelConfig:
-    """The architecture that a run trains in phase 1, 2 or 3.
-
-    Raises InputError where growth to it is not exact, and where a model that starts with experts would be upcycled.
-    """
-    if phase == 1:
-        return run.model
-    if run.model.moe is not None and run.start is None:
-        raise InputError(
-            f"model.moe: the model starts with {run.model.moe.n_experts} experts, so there is nothing to upcycle; "
-            "train it with --phases 1, or leave model.moe out"
-        )
-    experts = run.model.model_copy(update={"moe": run.model.moe or experts_of(run.model, run.phases.moe)})
-    return experts if phase == 2 else _large(run, experts)
-
-
-def trained_model(run: RunConfig, phase: int) -> ModelConfig:
-    """`phase_model`, with the adapters that the run trains it by."""
-    return phase_model(run, phase).model_copy(update={"lora": run.lora if run.lora.rank else None})
-
-
-def lineage(run: RunConfig, phase: int) -> tuple[str, ...]:
-    """What a model in a phase comes from; nothing where the run's weights were drawn anew."""
-    if run.start is None:
-        return ()
-    done = [*run.start.lineage]
-    for earlier in range(start_phase(run), phase):
-        if earlier >= run.first_phase:
-            done.append(f"trained for {phase_config(run, earlier).steps:,} steps")
-        done.append(_became(earlier + 1, phase_model(run, earlier + 1)))
-    return tuple(done)
-
-
-def lineage_so_far(state: TrainerState) -> tuple[str, ...]:
-    """With the training of a checkpoint's own phase."""
-    return (*state.lineage, f"trained for {state.step:,} steps") if state.step else state.lineage
-
-
-def start_phase(run: RunConfig) -> int:
-    """The phase that trains models like the first one: 2 where a run starts from one with experts, else 1.
-
-    A run may leave out to train in it, and transfer the model at once.
-    """
-    return 2 if run.start and run.model.moe else 1
-
-
-def _became(phase: int, model: ModelConfig) -> str:
-    return f"{'upcycled' if phase == 2 else 'grown'} to {model.display_name}"
-
-
-def plan_boundary(run: RunConfig, phase: int, config: ModelConfig, routers: Routers | None = None) -> Plan:
-    """The plan from the model of `phase` to that of the next; with the `routers` of `centroid_routers`, if any."""
-    if phase == 1:
-        return plan_phase(config, run.phases.moe, run.seed, routers)
-    return plan_growth(config, _large(run, config), run.phases.large_moe.split, run.seed)
 
 
 def centroid_tokens(phase: UpcyclePhaseConfig) -> int:
@@ -225,9 +166,9 @@ def transfer_checkpoint(
         if not certificate.passed and not allow_lossy:
             raise ChangedModel(certificate)
 
-    phase = 2 if source.config.moe is None and plan.target_config.moe else 3
-    done = _became(phase, plan.target_config)
-    state = TrainerState(phase, 0, backend.name, lineage=(*lineage_so_far(source.state), done))
+    lineage = (*lineage_so_far(source.state), became(TRANSFERS[plan.kind], plan.target_config))
+    number = min(source.state.phase + 1, MAX_PHASES)
+    state = TrainerState(number, 0, backend.name, lineage=lineage, transfer=plan.kind)
     blocks = made_in_blocks(plan, source.weights)
     checkpoint.fill(folder, plan.target_config, state, blocks, source.tokenizer_folder, check)
     ((certificate, seconds_certified),) = found
@@ -239,15 +180,3 @@ def random_probes(config: ModelConfig, n: int, seed: int = 0) -> Tokens:
     """(n, T + 1) random tokens, for models whose data is not at hand; T is the context, at most PROBE_TOKENS."""
     shape = (n, min(config.context_length, PROBE_TOKENS) + 1)
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
-
-
-def _large(run: RunConfig, config: ModelConfig) -> ModelConfig:
-    phase = run.phases.large_moe
-    d_model, n_layers = usual_size(config)
-    return grow_config(
-        config,
-        d_model=phase.d_model or d_model,
-        n_layers=phase.n_layers or n_layers,
-        n_heads=phase.n_heads,
-        d_ff=phase.d_ff,
-    )

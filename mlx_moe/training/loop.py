@@ -6,38 +6,23 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.accounting.flops import Flops, flops_per_token, mfu
-from mlx_moe.config import PhaseConfig, RunConfig
+from mlx_moe.config import RunConfig
 from mlx_moe.data.tokens import TokenData, batch, fixed_windows
+from mlx_moe.phases import Phase, phase_state
 from mlx_moe.storage.checkpoint import TrainerState
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Backend, StepMetrics, Tokens, Trainer, peak_flops_per_s
-from mlx_moe.training.boundary import lineage
 from mlx_moe.training.console import Console
 from mlx_moe.training.schedule import learning_rate
 from mlx_moe.training.stopping import Interruption, TrainingStopped
 
-DRAWN_WITH = "model.init_std, phases.moe.router_std, phases.moe.noise"
-TITLES = {1: "Phase 1: dense", 2: "Phase 2: mixture of experts", 3: "Phase 3: larger mixture of experts"}
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Phase 1, 2 or 3 of a run; `from_scratch`: its first model has experts already."""
-
-    number: int
-    config: PhaseConfig
-    from_scratch: bool = False
-
-    @property
-    def title(self) -> str:
-        return "Phase 1: mixture of experts from scratch" if self.from_scratch else TITLES[self.number]
+DRAWN_WITH = ("router_std", "noise")  # settings of a phase that what it draws is as large as
 
 
 def train_phase(
@@ -60,7 +45,7 @@ def train_phase(
     """
     training, context_length = run.training, trainer.config.context_length
     validation = fixed_windows(data.validation, training.eval_sequences, context_length)
-    lowest = folder.best_validation_loss(phase.number)
+    lowest = folder.best_validation_loss(phase.folder)
     flops = flops_per_token(trainer.config)
     peak_flops = trainer.world.size * peak_flops_per_s(backend, trainer.precision.name, trainer.device)
     if step == 0:
@@ -109,8 +94,7 @@ def train_phase(
                 console.line(f"{interruption.name}: saving; a second one ends at once")
                 to_save = True
             if to_save:
-                origin = lineage(run, phase.number)
-                state = TrainerState(phase.number, step, backend.name, row.get("validation_loss"), origin)
+                state = phase_state(run, phase, step, backend.name, row.get("validation_loss"))
                 _save(folder, phase, trainer, state, training.keep_checkpoints, stopwatch)
                 if interruption.came(trainer.world):  # one that comes later is seen, and saved for, in the next step
                     raise interruption.stopped(f"after step {step} of phase {phase.number} and saved; {_go_on(folder)}")
@@ -214,11 +198,12 @@ def _go_on(folder: RunFolder) -> str:
 
 def _not_finite(folder: RunFolder, phase: Phase, step: int, what: str) -> TrainingStopped:
     folder.log_event({"event": "diverged", "phase": phase.number, "step": step, "reason": f"the {what}"})
-    remedy = (
-        f"lower the learning rate (phases.*.learning_rate {phase.config.learning_rate:g}) or raise its warmup_steps"
-    )
+    rate = f"phases.{phase.name}.learning_rate {phase.config.learning_rate:g}"
+    remedy = f"lower the learning rate ({rate}) or raise its warmup_steps"
     if step == 0:
-        remedy = f"the weights it begins with are too large: lower what drew them ({DRAWN_WITH})"
+        drawn_with = ["model.init_std"] if phase.is_from_scratch else []
+        drawn_with += [f"phases.{phase.name}.{key}" for key in DRAWN_WITH if hasattr(phase.config, key)]
+        remedy = f"the weights it begins with are too large: lower what drew them ({', '.join(drawn_with)})"
     return TrainingStopped(
         f"the {what} at step {step} of phase {phase.number}; {folder.last_saved()}; {remedy}", exit_code=1
     )

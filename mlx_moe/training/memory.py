@@ -9,9 +9,9 @@ from mlx_moe.accounting.memory import step_memory
 from mlx_moe.address_space import bytes_left
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
+from mlx_moe.phases import trained_model
 from mlx_moe.precision import choose_precision
 from mlx_moe.training.backend import Backend
-from mlx_moe.training.boundary import trained_model
 
 MARGIN = 1.1  # of an estimate that is right within a tenth
 

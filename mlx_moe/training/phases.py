@@ -13,14 +13,15 @@ import numpy as np
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.flops import flops_per_token
-from mlx_moe.config import ModelConfig, RunConfig
+from mlx_moe.config import ModelConfig, RunConfig, UpcyclePhaseConfig
 from mlx_moe.data.sources import BUILTIN
 from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
 from mlx_moe.errors import InputError, is_out_of_memory, one_line
 from mlx_moe.parameters import Weights, initialize, merged, start_adapters, table
+from mlx_moe.phases import Phase, get_phase, get_phases, phase_config, phase_state, start_phase, trained_model
 from mlx_moe.processes import Alone, World
 from mlx_moe.storage import checkpoint
-from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
+from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.environment import environment, library_versions
 from mlx_moe.storage.identity import RunIdentity, changed_settings, differences
 from mlx_moe.storage.run_folder import CONFIG, HISTORY, METRICS, RunFolder, resume_command
@@ -30,16 +31,10 @@ from mlx_moe.training.boundary import (
     centroid_routers,
     centroid_tokens,
     certify,
-    lineage,
-    phase_config,
-    phase_model,
-    plan_boundary,
-    start_phase,
-    trained_model,
 )
 from mlx_moe.training.console import Console, millions
 from mlx_moe.training.introduction import facts
-from mlx_moe.training.loop import Phase, train_phase
+from mlx_moe.training.loop import train_phase
 from mlx_moe.training.memory import check_address_space, needed_bytes
 from mlx_moe.training.results import report_phase, summarize
 from mlx_moe.training.start import check_model, weights_sha256
@@ -53,8 +48,7 @@ from mlx_moe.validation import by_path
 def train(
     run: RunConfig, directory: Path, backend: Backend, last_phase: int, options: Options, console: Console
 ) -> None:
-    """Run the phases from the run's first to `last_phase` in its directory, or go on where its latest whole checkpoint
-    stands.
+    """Train the phases from the run's first to number `last_phase`, from the latest whole checkpoint if there is one.
 
     Raises InputError on what a user can put right, TrainingStopped on an interruption, a loss that is not finite,
     memory that ran out, or a boundary that failed.
@@ -72,7 +66,7 @@ def train(
                 folder.check_new()
             rows = folder.metrics()
             phase, trainer, step = experiment.where_it_stands()
-            is_done = phase == last_phase and step >= phase_config(run, phase).steps
+            is_done = phase == last_phase and phase >= 1 and step >= phase_config(run, phase).steps
             experiment.warn_of_lost_rows(rows, phase, step)
             experiment.introduce(trainer, last_phase, is_done)
             experiment.warn_of_memory(trainer, range(max(phase, run.first_phase), last_phase + 1))
@@ -87,7 +81,7 @@ def train(
                 doing = f"at boundary {phase}-{phase + 1}"
                 trainer = experiment.cross_boundary(phase, trainer)
                 phase, step = phase + 1, 0
-        summarize(folder, console)
+        summarize(experiment.run, folder, console)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -134,12 +128,17 @@ class Experiment:
         if saved.optimizer_state is not None:
             trainer.load_optimizer_state(saved.optimizer_state)
         self.folder.rewind(saved.state.phase, saved.state.step)
-        path = checkpoint.folder(self.folder.path, saved.state.phase, saved.state.step)
+        path = checkpoint.folder(self.folder.path, saved.state.phase_folder, saved.state.step)
         self.console.line(f"resuming from {path.relative_to(self.folder.path)}")
         return saved.state.phase, trainer, saved.state.step
 
     def _check_config(self, saved: ModelConfig, phase: int) -> None:
         """Raise InputError where the config of the run has become that of another model than its checkpoints are of."""
+        if phase > len(self.run.phases):
+            raise InputError(
+                f"cannot resume {self.folder.path}: {CONFIG} has {len(self.run.phases)} phases, and there is a "
+                f"checkpoint of phase {phase}; put {CONFIG} back as it was, or begin another run"
+            )
         asked = by_path(trained_model(self.run, phase).model_dump())
         for key, value in by_path(saved.model_dump()).items():
             if asked.get(key) != value:
@@ -226,8 +225,7 @@ class Experiment:
         return open_tracker(self.run, self.folder.path, rows, self.console.warn)
 
     def train(self, number: int, trainer: Trainer, step: int, interruption: Interruption) -> None:
-        from_scratch = number == 1 and self.run.model.moe is not None
-        phase = Phase(number, phase_config(self.run, number), from_scratch)
+        phase = get_phase(self.run, number)
         if step < phase.config.steps:
             self.folder.drop_result(number)
             self.console.title(phase.title)
@@ -254,10 +252,13 @@ class Experiment:
             )
 
     def cross_boundary(self, phase: int, trainer: Trainer) -> Trainer:
-        """Upcycle after phase 1, grow after phase 2; go on only if nothing changed."""
+        """Transfer the model of a phase to the next one, and raise TrainingStopped if that changed it."""
+        after = get_phase(self.run, phase + 1)
+        assert after.transfer is not None
         plain = self._trainer(*merged(trainer.config, trainer.weights())) if trainer.config.lora else trainer
-        by_centroids = phase == 1 and self.run.phases.moe.router_init == "centroids"
-        plan = plan_boundary(self.run, phase, plain.config, self._centroids(plain) if by_centroids else None)
+        by_centroids = getattr(after.config, "router_init", None) == "centroids"
+        routers = self._centroids(plain, after) if by_centroids else None
+        plan = after.transfer.plan(plain.config, after.config, self.run.seed, routers)
         # What starts the run has no moments yet, and the adapters that have some end here.
         carry = self.run.optimizer.transfer == "carry" and phase >= self.run.first_phase and not self.run.lora.rank
         grown = plain.transferred(plan, carry)
@@ -265,9 +266,8 @@ class Experiment:
         width = min(width, PROBE_TOKENS) if is_published else width
         probes = fixed_windows(self.data.validation, limits.probe_sequences, width)
         certificate = certify(limits, trainer, grown, probes, widened=is_published)
-        verb = "upcycling" if phase == 1 else "growth"
-        self.console.boundary(f"Boundary {phase}-{phase + 1}: {verb}", certificate)
-        if phase == 1 and self.run.phases.moe.router_init == "zero":
+        self.console.boundary(f"Boundary {phase}-{after.number}: {after.transfer.noun}", certificate)
+        if getattr(after.config, "router_init", None) == "zero":
             self.console.warn(ZERO_ROUTER_WARNING)
         if plan.is_lossy:
             self.console.warn(LOSSY_METHOD)
@@ -282,16 +282,17 @@ class Experiment:
             )
         # Before the birth is saved: resuming without it drops this row and crosses again; after it, both are there.
         self.folder.log_event({"event": "boundary", "phase": phase + 1, **record})
-        state = TrainerState(phase + 1, 0, self.backend.name, lineage=lineage(self.run, phase + 1))
+        state = phase_state(self.run, after, 0, self.backend.name)
         grown = self._adapted(grown, phase + 1)
         weights, optimizer_state = grown.stored()
         moments = optimizer_state if carry else None
         self.folder.save(grown.config, state, weights, moments, self.run.training.keep_checkpoints)
         return grown
 
-    def _centroids(self, trainer: Trainer) -> Routers:
-        """Of evenly spaced windows of the training data; from the first process, so that all have the same."""
-        config, phase, world, weights = trainer.config, self.run.phases.moe, trainer.world, trainer.weights()
+    def _centroids(self, trainer: Trainer, after: Phase) -> Routers:
+        """Return routers on evenly spaced windows of the training data, computed by the first process for all."""
+        assert isinstance(after.config, UpcyclePhaseConfig)
+        config, phase, world, weights = trainer.config, after.config, trainer.world, trainer.weights()
         found = b""
         if world.rank == 0:
             n = -(-centroid_tokens(phase) // config.context_length)
@@ -300,7 +301,7 @@ class Experiment:
             routers = centroid_routers(dense, phase, tokens_BT, self.run.seed)
             found = np.array(list(routers.values())).tobytes()
         rows_LED = np.frombuffer(world.from_first(found), np.float32).reshape(-1, phase.n_experts, config.d_model)
-        return dict(zip(phase_model(self.run, 2).expert_layers, rows_LED, strict=True))
+        return dict(zip(after.model.expert_layers, rows_LED, strict=True))
 
     def _adapted(self, trainer: Trainer, phase: int) -> Trainer:
         """The same with fresh adapters, where the run trains by those."""
@@ -336,8 +337,7 @@ def begin(
 ) -> Experiment:
     """Prepare the data and fit the vocabulary to it. Writes nothing, so that bad input leaves nothing behind."""
     check_installed(run.training.tracker)
-    for phase in range(2, last_phase + 1):
-        phase_model(run, phase)  # refuses growth that is not exact, before hours of training
+    get_phases(run, range(run.first_phase, last_phase + 1))  # refuses growth that is not exact before hours of training
     _check_batch(run, folder.world)
     data = prepare(run.data, progress=console.line)
     folder.check_data(data)

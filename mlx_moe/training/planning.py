@@ -12,12 +12,11 @@ from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK,
 from mlx_moe.config import RunConfig
 from mlx_moe.data.tokenizers import Tokenizer, bpe_vocabulary
 from mlx_moe.errors import InputError, quoted
+from mlx_moe.phases import get_phases, trained_model
 from mlx_moe.precision import choose_precision
 from mlx_moe.storage.atomic import absolute
-from mlx_moe.storage.checkpoint import PHASE_FOLDERS
 from mlx_moe.terminal import echo
 from mlx_moe.training.backend import Backend, choose_backend
-from mlx_moe.training.boundary import phase_config, phase_model, trained_model
 from mlx_moe.training.console import Console, millions
 
 THIS = "this machine"
@@ -74,14 +73,14 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
         first = site_of(*machines.choose(machine), run.engine)
     works = [
         Work(
-            name=PHASE_FOLDERS[phase],
-            model=trained_model(run, phase),
+            name=phase.folder,
+            model=trained_model(run, phase.number),
             optimizer=run.optimizer,
             engine=run.engine,
             batch_size=run.training.batch_size,
-            steps=phase_config(run, phase).steps,
+            steps=phase.config.steps,
         )
-        for phase in range(run.first_phase, 4)
+        for phase in get_phases(run)
     ]
     examples = [site_of(*machines.choose(example), run.engine) for example in EXAMPLES]
     sites = [first, *(site for site in examples if site.label != first.label)]
@@ -140,7 +139,7 @@ def vocabulary_warnings(run: RunConfig) -> list[str]:
 def show_parameters(run: RunConfig, as_json: bool) -> None:
     """Print the parameters of every phase."""
     run = with_its_vocabulary(run)
-    models = {PHASE_FOLDERS[phase]: phase_model(run, phase) for phase in range(run.first_phase, 4)}
+    models = {phase.folder: phase.model for phase in get_phases(run)}
     counts = {name: count_parameters(model) for name, model in models.items()}
     warned = vocabulary_warnings(run)
     if as_json:

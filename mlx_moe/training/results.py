@@ -9,12 +9,13 @@ from typing import Any
 from mlx_moe.accounting import count_parameters
 from mlx_moe.config import RunConfig
 from mlx_moe.data.tokens import TokenData, fixed_windows
+from mlx_moe.phases import Phase, get_phase
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Trainer
 from mlx_moe.training.console import Console
 from mlx_moe.training.generation import sample_text
-from mlx_moe.training.loop import TITLES, Phase, load_imbalance
+from mlx_moe.training.loop import load_imbalance
 
 PROMPTS = (
     "Once upon a time, there was a little",
@@ -89,11 +90,11 @@ def report_phase(
     for prompt, continuation in row["samples"].items():
         console.line(f"  {prompt}{continuation}".replace("\n", " "))
     # The row comes last: a phase without one is reported again when the run is resumed.
-    folder.save_samples(_samples_as_markdown([*folder.history(), row]))
+    folder.save_samples(_samples_as_markdown(run, [*folder.history(), row]))
     folder.log_event(row)
 
 
-def summarize(folder: RunFolder, console: Console) -> None:
+def summarize(run: RunConfig, folder: RunFolder, console: Console) -> None:
     """The table of all phases and boundaries so far, and where the best model is."""
     history = folder.history()
     console.title("Summary")
@@ -117,7 +118,7 @@ def summarize(folder: RunFolder, console: Console) -> None:
         ["phase", "parameters", "first loss", "last loss", "drop", "validation", "drop"],
         [
             [
-                checkpoint.PHASE_FOLDERS[row["phase"]],
+                get_phase(run, row["phase"]).folder,
                 f"{row['parameters']['total'] / 1e6:,.2f} M",
                 _figure(row["first_loss"], ".4f"),
                 _figure(row["last_loss"], ".4f"),
@@ -150,9 +151,9 @@ def _figure(value: float | None, form: str) -> str:
     return "—" if value is None else format(value, form)
 
 
-def _samples_as_markdown(history: list[dict[str, Any]]) -> str:
+def _samples_as_markdown(run: RunConfig, history: list[dict[str, Any]]) -> str:
     return "".join(
-        f"## {TITLES[row['phase']]}\n\n"
+        f"## {get_phase(run, row['phase']).title}\n\n"
         + "".join(f"**{prompt}**{continuation}\n\n" for prompt, continuation in row["samples"].items())
         for row in history
         if row["event"] == "phase"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
+from mlx_moe.phases import check_start, lineage_so_far
 from mlx_moe.presets import load_run
 from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.tensor_files import open_tensors, sha256
-from mlx_moe.training.boundary import lineage_so_far
 from mlx_moe.validation import by_path
 
 # How a model is trained, and not what it is. Its balance has no part in what it computes.
@@ -20,7 +20,12 @@ FREE = ("dropout", "context_length", "attention_backend", "moe.load_balance_coef
 
 
 def start_from(
-    source: Checkpoint, phases: Sequence[int], preset: str, file: Path | None = None, overrides: Sequence[str] = ()
+    source: Checkpoint,
+    phases: Sequence[int],
+    preset: str,
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    steps: int | None = None,
 ) -> RunConfig:
     """The config of a run of these phases from a model: its architecture and tokenizer, all else as in `load_run`.
 
@@ -28,13 +33,6 @@ def start_from(
     """
     if source.tokenizer_folder is None:
         raise InputError(f"{source.path} has no tokenizer, so no text fits it; put its tokenizer.json beside it")
-    if source.config.moe is not None and phases[0] == 1:
-        raise InputError(
-            f"--phases 1 trains a dense model, and {source.path} has {source.config.moe.n_experts} experts; "
-            "--phases 2 trains it on as it is, --phases 3 grows it"
-        )
-    if source.config.moe is None and phases[0] == 3:
-        raise InputError(f"--phases 3 grows experts, and {source.path} is dense; --phases 2,3 upcycles it first")
     tokenizer = str(source.tokenizer_folder.resolve())
     origin = source.state.lineage or (source.config.display_name,)
     lineage = lineage_so_far(replace(source.state, lineage=origin))
@@ -44,12 +42,13 @@ def start_from(
         "model": source.config.model_dump(mode="json"),
         "data": {"tokenizer": tokenizer},
     }
-    run = load_run(preset, file, overrides, settled)
+    run = load_run(preset, file, overrides, steps=steps, settled=settled)
     if run.data.tokenizer != tokenizer:
         raise InputError(
             f"tokenizer {run.data.tokenizer}: {source.path} knows only the tokens of its own; leave it out"
         )
     check_model(run, source)
+    check_start(run, str(source.path))
     return run
 
 

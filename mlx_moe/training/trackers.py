@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,8 +84,8 @@ def open_tracker(
     except Exception as error:
         warn(_gave_up(name, error))
         return None
-    steps = [phase.steps + 1 for phase in (run.phases.dense, run.phases.moe)]  # + 1: a phase has a row at its step 0
-    first_steps = {1: 0, 2: steps[0], 3: sum(steps)}
+    steps = [phase.steps + 1 for phase in run.phases.values()]  # + 1: a phase has a row at its step 0
+    first_steps = dict(enumerate(accumulate(steps, initial=0), start=1))
     return Tracker(name, service, first_steps, max(((row["phase"], row["step"]) for row in rows), default=(0, 0)), warn)
 
 

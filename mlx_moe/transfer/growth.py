@@ -105,7 +105,7 @@ def plan_growth(config: ModelConfig, target: ModelConfig, split: Split = "uneven
     _check_size(config, {name: getattr(target, name) for name in GROWN})
     _check_kept(config, target)
     growth = _Growth(config, target, {parameter.name: parameter.shape for parameter in table(config)}, split, seed)
-    return Plan(config, target, tuple(growth.tensor(parameter) for parameter in table(target)))
+    return Plan(config, target, tuple(growth.tensor(parameter) for parameter in table(target)), "grow")
 
 
 def residual_scale(d_model: int, d_model_target: int) -> float:

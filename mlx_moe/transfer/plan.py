@@ -122,6 +122,7 @@ class Plan:
     source_config: ModelConfig
     target_config: ModelConfig
     tensors: tuple[TensorPlan, ...]
+    kind: str = ""  # of transfer, by its name in the registry
 
     @property
     def is_lossy(self) -> bool:

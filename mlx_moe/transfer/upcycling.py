@@ -82,7 +82,7 @@ def plan_upcycling(
             replace(tensor, draw=_draw(parameter, target.expert_d_ff, noise, drop, seed)) if tensor.new_axis else tensor
             for parameter, tensor in zip(table(target), tensors, strict=True)
         ]
-    return Plan(config, target, tuple(tensors))
+    return Plan(config, target, tuple(tensors), "upcycle")
 
 
 def plan_phase(config: ModelConfig, phase: UpcyclePhaseConfig, seed: int, routers: Routers | None = None) -> Plan:

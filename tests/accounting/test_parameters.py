@@ -7,8 +7,8 @@ from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.parameters import counted_table, non_embedding_parameters, parameters_by_part
 from mlx_moe.config import LoRAConfig, MoEConfig
 from mlx_moe.parameters import initialize, table
+from mlx_moe.phases import phase_model
 from mlx_moe.presets import load_architecture, load_run, preset_names
-from mlx_moe.training.boundary import phase_model
 
 
 def test_the_three_phases_to_the_digit():

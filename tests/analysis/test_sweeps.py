@@ -4,8 +4,8 @@ import yaml
 from mlx_moe.analysis.sweeps import budget, expand, load_sweep, sweep_names
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
+from mlx_moe.phases import phase_config
 from mlx_moe.presets import preset_names
-from mlx_moe.training.boundary import phase_config
 
 SWEEP = {
     "name": "s",
@@ -57,7 +57,7 @@ def test_equal_budgets_are_equal_to_a_step(kind, tmp_path, monkeypatch):
         reference, run = (planned[f"d_model={width},{arm},seed=0"] for arm in ("first", kind))
         reference = reference if kind == "tokens" else with_vocabulary_of(reference, run)
         assert abs(spent(reference, kind) - spent(run, kind)) <= budget(run, kind)[-1]
-    assert planned["d_model=32,tokens,seed=0"].config.phases.dense.steps == 100
+    assert planned["d_model=32,tokens,seed=0"].config.phases["dense"].steps == 100
 
 
 def with_vocabulary_of(reference, run):

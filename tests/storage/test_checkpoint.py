@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.short_runs import checkpoint_folder as folder
 from support.small_models import larger_model, rough_weights, small_model
 
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import initialize, normal, table
 from mlx_moe.storage import atomic, checkpoint
-from mlx_moe.storage.checkpoint import TrainerState, complete_in, create, folder, keep_last, load, resolve, save
+from mlx_moe.storage.checkpoint import TrainerState, complete_in, create, keep_last, load, resolve, save
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.transfer.growth import plan_growth
@@ -305,7 +306,7 @@ def test_a_manifest_that_leaves_a_file_out(saved, name):
         ("trainer.json", "[]", "holds a list"),
         ("trainer.json", "{}", "step"),
         ("trainer.json", '{"phase": 1, "step": 2}', "backend"),
-        ("trainer.json", '{"phase": 9, "step": 2, "backend": "mlx"}', "phase = 9"),
+        ("trainer.json", '{"phase": 99, "step": 2, "backend": "mlx"}', "phase = 99"),
         ("trainer.json", '{"phase": 1, "step": "two", "backend": "mlx"}', "step = 'two'"),
         ("trainer.json", '{"phase": 1, "step": -1, "backend": "mlx"}', "step = -1"),
         ("config.json", "not json", "not valid JSON"),
@@ -470,7 +471,15 @@ def test_a_checkpoint_under_another_name_is_not_the_latest(run):
     assert "is not what its place says: trainer.json names phase 2, step 9" in refusal(load, folder(run, 3, 9))
     warnings = []
     assert checkpoint.load_latest(run, warnings.append).path == folder(run, 2, 10)
-    assert len(warnings) == 2
+    assert len(warnings) == 1  # phase 3 has nothing of its own, so it is a copy
+
+
+def test_a_copied_checkpoint_does_not_hide_a_phase(run):
+    save(folder(run, 3, 1), CONFIG, replace(STATE, phase=3, step=1), WEIGHTS, OPTIMIZER)
+    shutil.copytree(folder(run, 2, 9), folder(run, 3, 9))
+    warnings = []
+    assert checkpoint.load_latest(run, warnings.append).path == folder(run, 3, 1)
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize("change", ["altered", "gone", "gone from the manifest only"])
@@ -606,10 +615,10 @@ def test_a_damaged_manifest_of_an_earlier_checkpoint_stops_no_saving(tmp_path):
     run = RunFolder(tmp_path)
     (tmp_path / "config.yaml").touch()
     for step in (1, 2, 3):
-        run.save(CONFIG, TrainerState(2, step, "torch", 1.0), WEIGHTS, None, keep=9)
+        run.save(CONFIG, TrainerState(2, step, "torch", 1.0, phase_name="moe"), WEIGHTS, None, keep=9)
     (folder(tmp_path, 2, 2) / "manifest.json").write_text("{")
     for step in (4, 5):
-        run.save(CONFIG, TrainerState(2, step, "torch", 1.0), WEIGHTS, None, keep=1)
+        run.save(CONFIG, TrainerState(2, step, "torch", 1.0, phase_name="moe"), WEIGHTS, None, keep=1)
     assert checkpoint.latest(tmp_path) == folder(tmp_path, 2, 5)
     assert folder(tmp_path, 2, 2).is_dir()  # what in it is ours is not to be known
 

@@ -16,6 +16,7 @@ SIZE = [
     *("training.batch_size=4", "training.log_every=1", "training.eval_every=3", "training.checkpoint_every=5"),
     *("training.eval_sequences=8",),
 ]
+PHASES = {1: "1-dense", 2: "2-moe", 3: "3-large-moe"}
 STEPS = {1: 12, 2: 10, 3: 8}
 LENGTHS = [f"phases.{name}.steps={STEPS[phase]}" for phase, name in enumerate(("dense", "moe", "large_moe"), start=1)]
 TIMING = {"tokens_per_s", "step_ms", "peak_memory_bytes", "mfu", "seconds"}
@@ -46,13 +47,20 @@ class AfterStep(Console):
         yield advance
 
 
-def assert_same_run(one, other, weights_of=(1, 2, 3)):
-    """Rows, samples and weights agree to the last bit; only times may differ."""
+def checkpoint_folder(run, phase, step):
+    """Return the place of a checkpoint of a run with the usual three phases."""
+    return checkpoint.folder(run, PHASES[phase], step)
+
+
+def assert_same_run(one, other):
+    """Compare rows, samples, and weights at the end of each phase, to the last bit; only times may differ."""
     for name in ("metrics.jsonl", "history.jsonl"):
         assert _untimed(jsonl.read(one / name)) == _untimed(jsonl.read(other / name))
     assert (one / "samples.md").read_text() == (other / "samples.md").read_text()
-    for phase in weights_of:
-        first, second = (checkpoint.load(checkpoint.folder(run, phase, STEPS[phase])) for run in (one, other))
+    phases = [folder.name for folder in checkpoint.phase_folders(one)]
+    assert phases == [folder.name for folder in checkpoint.phase_folders(other)]
+    for phase in phases:
+        first, second = (checkpoint.load(run / "phases" / phase) for run in (one, other))
         assert first.state == second.state
         for arrays in ("weights", "optimizer_state"):
             for name, array in getattr(first, arrays).items():

@@ -12,18 +12,18 @@ from mlx_moe.config import (
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
-    PhaseConfig,
-    PhasesConfig,
     RunConfig,
     TrainingConfig,
+    TrainPhaseConfig,
 )
 from mlx_moe.data.tokens import prepare
 from mlx_moe.parameters import initialize
+from mlx_moe.phases import get_phase
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Backend, choose_backend
 from mlx_moe.training.console import Console
-from mlx_moe.training.loop import Phase, evaluate, load_imbalance, train_phase
+from mlx_moe.training.loop import evaluate, load_imbalance, train_phase
 from mlx_moe.training.results import phase_result
 from mlx_moe.training.stopping import TrainingStopped, interruptions
 
@@ -48,10 +48,10 @@ def make_run(data):
     def make(steps, *, moe=None, dropout=0.0, learning_rate=1e-2, **training):
         size = {"context_length": CONTEXT, "d_model": 16, "n_layers": 1, "n_heads": 2}
         model = ModelConfig(vocab_size=data.tokenizer.vocab_size, dropout=dropout, moe=moe, **size)
-        phase = PhaseConfig(steps=steps, learning_rate=learning_rate)
+        phase = TrainPhaseConfig(steps=steps, learning_rate=learning_rate)
         often = {"log_every": 5, "eval_every": 10, "eval_sequences": 12, "checkpoint_every": 1000}
         every = TrainingConfig(**({"batch_size": BATCH} | often | training))
-        return RunConfig(model=model, phases=PhasesConfig(dense=phase), training=every)
+        return RunConfig(model=model, phases={"dense": phase}, training=every)
 
     return make
 
@@ -66,7 +66,7 @@ def train(data, backend):
     def train(run, directory, trainer=None, step=0):
         directory.mkdir(exist_ok=True)
         trainer = trainer or build(backend, run)
-        phase, console = Phase(1, run.phases.dense), Console(quiet=True)
+        phase, console = get_phase(run, 1), Console(quiet=True)
         with interruptions() as interruption:
             train_phase(
                 run, phase, trainer, data, RunFolder(directory), step, console, Backend(backend, ""), interruption

@@ -6,11 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+from support.short_runs import checkpoint_folder
 
 from mlx_moe.config import RunConfig
+from mlx_moe.phases import get_phase
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.storage.reading import read_mapping
-from mlx_moe.training.boundary import plan_boundary
 from mlx_moe.transfer.plan import carry_moments
 from mlx_moe.validation import validate
 
@@ -82,7 +83,7 @@ def test_the_saved_config_is_the_run(finished):
     directory, _ = finished
     run = validate(RunConfig, read_mapping(directory / "config.yaml"))
     assert run.model.vocab_size == 400
-    assert run.phases.moe.steps == STEPS
+    assert run.phases["moe"].steps == STEPS
 
 
 def test_expert_load_is_in_the_metrics(finished):
@@ -125,15 +126,20 @@ def test_a_phase_is_born_with_the_moments_of_the_one_before(finished):
     directory, _ = finished
     run = validate(RunConfig, read_mapping(directory / "config.yaml"))
     for phase in (1, 2):
-        before = checkpoint.load(checkpoint.folder(directory, phase, STEPS))
-        born = checkpoint.load(checkpoint.folder(directory, phase + 1, 0))
+        before = checkpoint.load(checkpoint_folder(directory, phase, STEPS))
+        born = checkpoint.load(checkpoint_folder(directory, phase + 1, 0))
         expected = carry_moments(
-            plan_boundary(run, phase, before.config), before.optimizer_state, born.optimizer_state.keys()
+            plan_of(run, phase + 1, before.config), before.optimizer_state, born.optimizer_state.keys()
         )
         assert born.optimizer_state.keys() == expected.keys()
         assert born.optimizer_state["step"] == phase * STEPS
         for name, array in born.optimizer_state.items():
             np.testing.assert_array_equal(array, expected[name])
+
+
+def plan_of(run, number, config):
+    phase = get_phase(run, number)
+    return phase.transfer.plan(config, phase.config, run.seed, None)
 
 
 def test_resuming_at_a_birth_changes_nothing(finished, mlxmoe, tmp_path):
@@ -142,7 +148,7 @@ def test_resuming_at_a_birth_changes_nothing(finished, mlxmoe, tmp_path):
     pieces = tmp_path / "run"
     shutil.copytree(whole, pieces)
     for step in (24, STEPS):
-        shutil.rmtree(checkpoint.folder(pieces, 3, step))
+        shutil.rmtree(checkpoint_folder(pieces, 3, step))
     result = mlxmoe("train", "--resume", pieces, "--backend", backend)
     assert "resuming from phases/3-large-moe/checkpoints/step-0" in result.out
     expected, actual = checkpoint.load(whole), checkpoint.load(pieces)
@@ -154,8 +160,8 @@ def test_moments_are_reset_on_request(mlxmoe, tmp_path):
     directory = tmp_path / "run"
     arguments = [*TINY, "--optimizer-transfer", "reset", "--backend", "torch", "--phases", 2]
     assert mlxmoe("train", *arguments, "--out", directory).code == 0
-    assert checkpoint.load(checkpoint.folder(directory, 2, 0)).optimizer_state is None
-    assert checkpoint.load(checkpoint.folder(directory, 2, STEPS)).optimizer_state["step"] == STEPS
+    assert checkpoint.load(checkpoint_folder(directory, 2, 0)).optimizer_state is None
+    assert checkpoint.load(checkpoint_folder(directory, 2, STEPS)).optimizer_state["step"] == STEPS
     result = mlxmoe("train", *TINY, "--optimizer-transfer", "keep", "--out", tmp_path / "other")
     assert result.code == 2
     assert "optimizer.transfer" in result.err

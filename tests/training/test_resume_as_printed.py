@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.short_runs import SIZE
+from support.short_runs import PHASES, SIZE
 
 from mlx_moe.storage import checkpoint, jsonl
 
@@ -96,7 +96,7 @@ def test_as_printed_it_is_the_same_run_bit_for_bit(backend, phases, threads, mor
     assert result.returncode == 0, result.stderr
     assert "not bit for bit" not in result.stdout
     assert f"backend    {backend}" in result.stdout
-    assert not (pieces / "phases" / checkpoint.PHASE_FOLDERS[last + 1]).exists()
+    assert not (pieces / "phases" / PHASES[last + 1]).exists()
     assert_equal(whole, pieces)
 
 

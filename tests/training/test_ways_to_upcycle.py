@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from support.short_runs import AfterStep, assert_same_run, short_run, start
+from support.short_runs import AfterStep, assert_same_run, checkpoint_folder, short_run, start
 
 from mlx_moe.analysis.plots import expert_load
 from mlx_moe.analysis.record import read_record
@@ -48,7 +48,7 @@ def test_the_load_of_every_layer_with_experts_is_logged(finished):
 def test_parts_of_a_copy_part_ways(finished):
     directory, _ = finished
     trained = checkpoint.load(checkpoint.latest(directory / "phases" / "2-moe" / "checkpoints"))
-    born = checkpoint.load(checkpoint.folder(directory, 2, 0))
+    born = checkpoint.load(checkpoint_folder(directory, 2, 0))
     for weights, same in ((born.weights, True), (trained.weights, False)):
         rows = weights["layers.3.mlp.router.weight"]
         assert np.array_equal(rows[0], rows[1]) is same
