@@ -86,7 +86,7 @@ def measure(name: str, backend: Backend, device: Device) -> int:
     """The peak of a few steps, in bytes, in this process."""
     run = run_config(CASES[name])
     trainer = choose_backend(backend).trainer(
-        run.model, run.optimizer, initialize(run.model, 0), device, engine=run.engine
+        run.model, initialize(run.model, 0), run.optimizer, device, engine=run.engine
     )
     shape = (run.training.batch_size, run.model.context_length + 1)
     tokens_BT1 = np.random.default_rng(0).integers(0, run.model.vocab_size, shape).astype(np.int32)

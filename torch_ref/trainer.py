@@ -21,7 +21,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows, required
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 from torch_ref import place_compiler_cache
 from torch_ref.distributed import connect, distribute, gathered, whole
@@ -40,8 +40,8 @@ class Trainer:
     def __init__(
         self,
         config: ModelConfig,
-        optimizer: OptimizerConfig,
         weights: Weights | dict[str, Tensor],
+        optimizer: OptimizerConfig | None = None,
         device: str = "auto",
         engine: EngineConfig = EngineConfig(),
     ):
@@ -73,9 +73,10 @@ class Trainer:
 
     @cached_property
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """Built when first asked for: the first of a process loads PyTorch's compiler, which inference need not."""
+        """Built on first use: the first of a process loads PyTorch's compiler."""
         named = self._model.named_parameters()
-        return build_optimizers(named, self.config, self._optimizer_config, self.world, self._engine.strategy)
+        config = required(self._optimizer_config)
+        return build_optimizers(named, self.config, config, self.world, self._engine.strategy)
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         if not self._model.training:  # walking through all modules takes a small model longer than its norms
@@ -138,7 +139,7 @@ class Trainer:
             for parameter in self._parameters:
                 assert parameter.grad is not None
                 parameter.grad.div_(self._loss_scale.scale)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._optimizer_config.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, required(self._optimizer_config).max_grad_norm)
         if self._loss_scale:
             overflowed = not math.isfinite(float(whole(grad_norm)))
             self._loss_scale.update(overflowed)
@@ -214,20 +215,20 @@ class Trainer:
 
     def _state_tensors(self) -> dict[str, Tensor]:
         named = self._model.named_parameters()
-        return state_tensors(self._optimizers, named, self.config, self._optimizer_config, self.world)
+        return state_tensors(self._optimizers, named, self.config, required(self._optimizer_config), self.world)
 
     def load_optimizer_state(self, state: Arrays) -> None:
         if self._loss_scale:
             self._loss_scale.load(state)
         named, moments = self._model.named_parameters(), without_loss_scale(state)
-        load_optimizer_state(self._optimizers, named, self.config, self._optimizer_config, moments)
+        load_optimizer_state(self._optimizers, named, self.config, required(self._optimizer_config), moments)
 
     def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
         source = {name: gathered(tensor) for name, tensor in self._model.state_dict().items()}
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        trainer = Trainer(plan.target_config, self._optimizer_config, weights, self._torch_device.type, self._engine)
+        trainer = Trainer(plan.target_config, weights, self._optimizer_config, self._torch_device.type, self._engine)
         if carry:
-            kept = optimizer_table(plan.target_config, self._optimizer_config)
+            kept = optimizer_table(plan.target_config, required(self._optimizer_config))
             trainer.load_optimizer_state(carry_moments(plan, self.optimizer_state(), kept.keys()))
         return trainer
 

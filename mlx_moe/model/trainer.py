@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ from mlx_moe.model.transformer import Decoder, Transformer
 from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows, required
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
@@ -34,8 +36,8 @@ class Trainer:
     def __init__(
         self,
         config: ModelConfig,
-        optimizer: OptimizerConfig,
         weights: Weights | dict[str, mx.array],
+        optimizer: OptimizerConfig | None = None,
         device: str = "auto",
         engine: EngineConfig = EngineConfig(),
     ):
@@ -54,12 +56,20 @@ class Trainer:
         mx.eval(self._model.parameters())
         if config.lora:
             self._freeze()
-        self._optimizer = build_optimizer(config, optimizer)
-        self._optimizer.init(self._model.trainable_parameters())
-        self._step = self._compile_step()
         self._loss = mx.compile(self._loss_of, inputs=[self._model.state])
         self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
         self._in_flight: mx.array | None = None
+
+    @cached_property
+    def _optimizer(self) -> optim.MultiOptimizer:
+        optimizer = build_optimizer(self.config, required(self._optimizer_config))
+        optimizer.init(self._model.trainable_parameters())
+        return optimizer
+
+    @cached_property
+    def _step(self) -> CompiledStep:
+        config, dtype = required(self._optimizer_config), DTYPES[self.precision.name]
+        return compile_step(self._model, self._optimizer, self.config, config, self.world, dtype)
 
     def _freeze(self) -> None:
         """All that is not trained: no gradients, no moments."""
@@ -179,24 +189,21 @@ class Trainer:
     def load_optimizer_state(self, state: Arrays) -> None:
         if self._loss_scale:
             self._loss_scale.load(state)
-        load_optimizer_state(self._optimizer, self.config, self._optimizer_config, without_loss_scale(state))
-        self._step = self._compile_step()  # the old one is bound to the old state
+        config = required(self._optimizer_config)
+        load_optimizer_state(self._optimizer, self.config, config, without_loss_scale(state))
+        self.__dict__.pop("_step", None)  # it is bound to the old state
 
     def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
         source = dict(tree_flatten(self._model.parameters()))
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        trainer = Trainer(plan.target_config, self._optimizer_config, weights, self.device, self._engine)
+        trainer = Trainer(plan.target_config, weights, self._optimizer_config, self.device, self._engine)
         if carry:
-            kept = optimizer_table(plan.target_config, self._optimizer_config)
+            kept = optimizer_table(plan.target_config, required(self._optimizer_config))
             trainer.load_optimizer_state(carry_moments(plan, self.optimizer_state(), kept.keys()))
         return trainer
 
     def peak_memory_bytes(self) -> int:
         return mx.get_peak_memory()
-
-    def _compile_step(self) -> CompiledStep:
-        dtype = DTYPES[self.precision.name]
-        return compile_step(self._model, self._optimizer, self.config, self._optimizer_config, self.world, dtype)
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:

@@ -75,8 +75,17 @@ def own_rows(world: World, tokens_BT1: Tokens) -> Tokens:
     return tokens_BT1 if rest else tokens_BT1[world.rank * share : (world.rank + 1) * share]
 
 
+def required(optimizer: OptimizerConfig | None) -> OptimizerConfig:
+    """Return the optimizer's config. Raises InputError if the trainer was built without one."""
+    if optimizer is None:
+        raise InputError("this trainer has no optimizer; to train, build it with Trainer(config, weights, optimizer)")
+    return optimizer
+
+
 class Trainer(Protocol):
-    """A model and its optimizer, on one device or shared out over the devices of several processes.
+    """A model, and its optimizer if it has one, on one device or sharded over the devices of several processes.
+
+    Without an optimizer it serves for inference: what needs one raises InputError.
 
     Every process calls the same methods in the same order, with the same global batches, and gets the same results.
     """
@@ -146,8 +155,8 @@ class TrainerFactory(Protocol):
     def __call__(
         self,
         config: ModelConfig,
-        optimizer: OptimizerConfig,
         weights: Weights,
+        optimizer: OptimizerConfig | None = None,
         device: str = "auto",
         engine: EngineConfig = EngineConfig(),
     ) -> Trainer: ...

@@ -34,7 +34,7 @@ def diagnose() -> int:
             console.line(f"{name:6} missing: pip install {name}")
             continue
         try:
-            trainer = Backend(name, "").trainer(tiny, OptimizerConfig(), initialize(tiny, 0))
+            trainer = Backend(name, "").trainer(tiny, initialize(tiny, 0), OptimizerConfig())
             works += 1
             console.line(f"{name:6} works, on {trainer.device}")
         except (ImportError, OSError, RuntimeError) as error:

@@ -323,7 +323,7 @@ class Experiment:
         return source.weights
 
     def _trainer(self, model: ModelConfig, weights: Weights) -> Trainer:
-        return self.backend.trainer(model, self.run.optimizer, weights, self.options.device, self.run.engine)
+        return self.backend.trainer(model, weights, self.run.optimizer, self.options.device, self.run.engine)
 
 
 def open_run(directory: Path, world: World = Alone()) -> RunConfig:
