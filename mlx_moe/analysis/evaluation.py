@@ -230,7 +230,7 @@ def _evaluation(
         text_sha256=subset.sha256,
         context_length=loaded.config.context_length,
         backend=backend.name,
-        device=trainer.device,
+        device=trainer.device.label,
     )
 
 

@@ -5,6 +5,7 @@ import pytest
 from support.small_models import BACKENDS, EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
 
 from mlx_moe.config import EngineConfig, OptimizerConfig
+from mlx_moe.device import CPU, CUDA, METAL
 from mlx_moe.errors import InputError
 from mlx_moe.model.optimizers import update_groups
 from mlx_moe.parameters import shapes
@@ -164,12 +165,12 @@ def test_the_loss_scale_grows_and_falls():
 @pytest.mark.parametrize(
     ("requested", "device", "has_bf16", "name"),
     [
-        ("auto", "CPU", True, "fp32"),
-        ("auto", "Metal", True, "fp32"),
-        ("auto", "CUDA", True, "bf16"),
-        ("auto", "CUDA", False, "fp16"),
-        ("fp32", "CUDA", True, "fp32"),
-        ("bf16", "CPU", True, "bf16"),
+        ("auto", CPU, True, "fp32"),
+        ("auto", METAL, True, "fp32"),
+        ("auto", CUDA, True, "bf16"),
+        ("auto", CUDA, False, "fp16"),
+        ("fp32", CUDA, True, "fp32"),
+        ("bf16", CPU, True, "bf16"),
     ],
 )
 def test_which_precision_and_why(requested, device, has_bf16, name):
