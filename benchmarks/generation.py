@@ -41,13 +41,12 @@ def main() -> None:
 
 
 def ours(backend: str, folder: Path, prompt: list[int], n: int) -> Callable[[], Any]:
-    from mlx_moe.config import OptimizerConfig
     from mlx_moe.hub.models import open_model
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.generation import generate
 
     loaded = open_model(folder)
-    trainer = choose_backend(backend).trainer(loaded.config, OptimizerConfig(), loaded.weights, "cpu")
+    trainer = choose_backend(backend).trainer(loaded.config, loaded.weights, device="cpu")
     return lambda: list(generate(trainer, prompt, n))
 
 

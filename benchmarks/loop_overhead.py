@@ -62,7 +62,7 @@ def measure(backend: Backend, n_steps: int, folder: Path) -> None:
     run = load_run("demo", None, ["data.n_documents=2000"])
     data = prepare(run.data, cache=folder / "cache")
     model = run.model.model_copy(update={"vocab_size": data.tokenizer.vocab_size})
-    trainer: Any = backend.trainer(model, run.optimizer, initialize(model, run.seed), "cpu")
+    trainer: Any = backend.trainer(model, initialize(model, run.seed), run.optimizer, "cpu")
     tokens = loop.batch(data.train, seed=1, phase=1, step=0, batch_size=16, context_length=model.context_length)
     for _ in range(2):  # what is made once
         trainer.step(tokens, 1e-4, 0)()

@@ -21,9 +21,9 @@ from mlx_lm.models.switch_layers import SwitchMLP  # isort: skip
 from interleaved import medians, show  # isort: skip
 
 from mlx_moe.config import ModelConfig, MoEConfig
+from mlx_moe.model.device import keep_freed_buffers
 from mlx_moe.model.layers import FFN
 from mlx_moe.model.moe import MoE, choose_experts, gate
-from mlx_moe.model.trainer import choose_device
 
 
 class MlxLm(nn.Module):
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
     options = parser.parse_args()
-    choose_device("auto")  # as when training, where freed buffers are kept for the next arrays
+    keep_freed_buffers()  # as when training, where freed buffers are kept for the next arrays
     moe = MoEConfig(n_experts=options.experts, top_k=options.top_k)
     config = ModelConfig(vocab_size=16, d_model=options.d_model, n_heads=1, d_ff=options.d_ff)
     x = mx.random.normal((1, options.tokens, options.d_model))

@@ -64,7 +64,7 @@ def step_of(kind: str, options: argparse.Namespace) -> Callable[[], Any]:
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
     if kind in ("mlx-lm", "stock"):
         return mlx_lm_step(config, tokens, fast_blas=kind == "mlx-lm")
-    trainer = choose_backend(kind.partition("-")[0]).trainer(config, OptimizerConfig(), initialize(config, 0), "cpu")
+    trainer = choose_backend(kind.partition("-")[0]).trainer(config, initialize(config, 0), OptimizerConfig(), "cpu")
     return lambda: trainer.step(tokens, 1e-4, 0)()
 
 

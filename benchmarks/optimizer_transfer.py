@@ -55,14 +55,14 @@ def main(data: Path, seeds: int = 2, backend: str = "torch") -> None:
 
 def measure(run: RunConfig, data: TokenData, backend: Backend, results: dict[str, Any]) -> None:
     """One seed: phase 1 once, then phases 2 and 3 in every variant from the same checkpoint, on the same batches."""
-    trainer = backend.trainer(run.model, run.optimizer, initialize(run.model, run.seed))
+    trainer = backend.trainer(run.model, initialize(run.model, run.seed), run.optimizer)
     train(run, data, trainer, 1, run.phases["dense"].warmup_steps)
     for phase in (2, 3):
         after = get_phase(run, phase)
         plan = after.transfer.plan(trainer.config, after.config, run.seed, None)
         unclipped = run.optimizer.model_copy(update={"max_grad_norm": 1e9})
         resting = [
-            backend.trainer(model.config, unclipped, model.weights()) for model in (trainer, trainer.transferred(plan))
+            backend.trainer(model.config, model.weights(), unclipped) for model in (trainer, trainer.transferred(plan))
         ]
         results["second_moments"].append(
             {"seed": run.seed, "phase": phase, **second_moments(run, data, plan, *resting)}

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_moe.accounting.memory import Backend, Device, step_memory
+from mlx_moe.accounting.memory import Backend, step_memory
 from mlx_moe.config import RunConfig
+from mlx_moe.device import DeviceKind
 from mlx_moe.parameters import initialize
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
@@ -82,11 +83,11 @@ def run_config(case: Case) -> RunConfig:
     return validate(RunConfig, {"model": case.model, "engine": engine, "optimizer": case.optimizer, "training": batch})
 
 
-def measure(name: str, backend: Backend, device: Device) -> int:
+def measure(name: str, backend: Backend, device: DeviceKind) -> int:
     """The peak of a few steps, in bytes, in this process."""
     run = run_config(CASES[name])
     trainer = choose_backend(backend).trainer(
-        run.model, run.optimizer, initialize(run.model, 0), device, engine=run.engine
+        run.model, initialize(run.model, 0), run.optimizer, device, engine=run.engine
     )
     shape = (run.training.batch_size, run.model.context_length + 1)
     tokens_BT1 = np.random.default_rng(0).integers(0, run.model.vocab_size, shape).astype(np.int32)
@@ -95,7 +96,7 @@ def measure(name: str, backend: Backend, device: Device) -> int:
     return trainer.peak_memory_bytes()
 
 
-def compare(name: str, backend: Backend, device: Device) -> dict[str, Any]:
+def compare(name: str, backend: Backend, device: DeviceKind) -> dict[str, Any]:
     run = run_config(CASES[name])
     estimate = step_memory(run.model, run.optimizer, run.engine, run.training.batch_size, backend, device)
     command = [sys.executable, __file__, "--measure", name, "--backend", backend, "--device", device]

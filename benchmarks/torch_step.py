@@ -132,7 +132,7 @@ def experts(rounds: int) -> None:
 
 def trainer(config: ModelConfig, weights: Arrays | None = None) -> Trainer:
     optimizer = OptimizerConfig(betas=(0.9, 0.99))
-    return Trainer(config, optimizer, weights or initialize(config, 0), "cpu", EngineConfig(precision="fp32"))
+    return Trainer(config, weights or initialize(config, 0), optimizer, "cpu", EngineConfig(precision="fp32"))
 
 
 def step(trainer: Trainer, tokens_BT1: np.ndarray) -> Callable[[], float]:

@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from mlx_moe.device import CUDA, Device
 from mlx_moe.parameters import Arrays
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
@@ -33,14 +34,14 @@ class Precision:
     reason: str
 
 
-def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device: str, has_bf16: bool) -> Precision:
-    """What `engine.precision` means on a device (`CUDA`, `Metal`, `CPU`)."""
+def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device: Device, has_bf16: bool) -> Precision:
+    """Return the precision that `engine.precision` means on a device."""
     if requested != "auto":
         return Precision(requested, f"{requested} as asked for")
-    if device == "CPU":
+    if device.kind == "cpu":
         return Precision("fp32", "fp32: a CPU takes longer for half precision")
-    if device != "CUDA":
-        return Precision("fp32", f"fp32 on {device}; engine.precision=bf16 takes less memory")
+    if device != CUDA:
+        return Precision("fp32", f"fp32 on {device.label}; engine.precision=bf16 takes less memory")
     if has_bf16:
         return Precision("bf16", "bf16: this GPU multiplies it many times faster than fp32")
     return Precision("fp16", "fp16 with loss scaling: this GPU has no bf16")

@@ -93,7 +93,7 @@ class Pair:
     def build(config: ModelConfig, weights: Weights) -> Pair:
         """Raises InputError where a backend is not installed. On CPU both compute in full float32."""
         trainers = [
-            choose_backend(name).trainer(config, OptimizerConfig(), weights, "cpu") for name in ("mlx", "torch")
+            choose_backend(name).trainer(config, weights, OptimizerConfig(), "cpu") for name in ("mlx", "torch")
         ]
         return Pair(*trainers)
 

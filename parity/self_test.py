@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_moe.config import OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Trainer, choose_backend
@@ -53,7 +52,7 @@ class Laboratory:
         config = truth.config.model_copy(update=dict(mutation.fields))
         edited = dict(weights) | dict(mutation.weights(weights)) if mutation.weights else weights
         with _patched(mutation.patch):
-            trainer = choose_backend("torch").trainer(config, OptimizerConfig(), edited, "cpu")
+            trainer = choose_backend("torch").trainer(config, edited, device="cpu")
             verdict = judge(truth, mlx, truth.measure(trainer))
             more: list[Judged] = []
             if mutation.shows_in == "cache":

@@ -127,7 +127,7 @@ class StepTruth:
     def measure(self, backend: BackendName, precision: PrecisionName) -> dict[str, Error]:
         """A backend's errors, under the names of `expected`; in half precision it takes the truth's routes."""
         engine = EngineConfig(precision=precision)
-        trainer = choose_backend(backend).trainer(self._config, OPTIMIZER, self._weights, "cpu", engine)
+        trainer = choose_backend(backend).trainer(self._config, self._weights, OPTIMIZER, "cpu", engine)
         state: Arrays = {"step": np.array(STEPS_BEFORE, np.float32)}
         for name, square in self._squares.items():
             state |= {f"m.{name}": np.zeros_like(square), f"v.{name}": square}

@@ -74,7 +74,7 @@ from mlx_moe.parameters import initialize
 from mlx_moe.training.backend import choose_backend
 assert choose_backend().name == {name!r}
 config = ModelConfig(vocab_size=16, context_length=8, d_model=16, n_layers=1, n_heads=2, moe=MoEConfig(n_experts=4))
-trainer = choose_backend({name!r}).trainer(config, OptimizerConfig(), initialize(config, 0), "cpu")
+trainer = choose_backend({name!r}).trainer(config, initialize(config, 0), OptimizerConfig(), "cpu")
 print(trainer.step(np.zeros((2, 9), np.int32), 1e-3, 0)().loss)
 try:
     choose_backend({blocked!r})
@@ -123,7 +123,7 @@ def test_inference_loads_no_compiler():
         "from mlx_moe.parameters import initialize; from mlx_moe.presets import load_architecture;"
         "from torch_ref.trainer import Trainer;"
         "config = load_architecture('llama', n_layers=1, d_model=32, n_heads=2, vocab_size=32, context_length=8);"
-        "model = Trainer(config, OptimizerConfig(), initialize(config, 0), 'cpu');"
+        "model = Trainer(config, initialize(config, 0), OptimizerConfig(), 'cpu');"
         "model.logits(np.zeros((1, 4), np.int32)); model.loss(np.zeros((1, 5), np.int32)); model.decoder();"
         "print('torch._dynamo' in sys.modules); model.optimizer_state(); print('torch._dynamo' in sys.modules)"
     )

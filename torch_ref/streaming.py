@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.device import Device
 from mlx_moe.parameters import Weights
 from mlx_moe.training.backend import Logits, RoutedLogits, Tokens
+from torch_ref.device import choose_device, torch_device
 from torch_ref.layers import Norm
 from torch_ref.moe import Routing
-from torch_ref.trainer import choose_device
 from torch_ref.transformer import Block
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -26,10 +27,10 @@ Module = TypeVar("Module", bound=nn.Module)
 class StreamedModel:
     """`mlx_moe.training.backend.StreamedModel` on PyTorch; on the CPU, weights that lie in a file are not copied."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, device: str = "auto"):
+    def __init__(self, config: ModelConfig, weights: Weights, device: str | Device = "auto"):
         self.config = config
         self._weights = weights
-        self._device = choose_device(device)
+        self._device = torch_device(choose_device(device))
 
     def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
         normed_BTD, _ = self._below_the_head(tokens_BT, None)

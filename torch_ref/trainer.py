@@ -17,21 +17,19 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
-from mlx_moe.errors import InputError
+from mlx_moe.device import Device
 from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows, required
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 from torch_ref import place_compiler_cache
+from torch_ref.device import DTYPES, choose_device, has_bf16, torch_device
 from torch_ref.distributed import connect, distribute, gathered, whole
 from torch_ref.loss import cross_entropy
 from torch_ref.moe import Routing, auxiliary_loss, entropy, load
 from torch_ref.optimizers import build_optimizers, load_optimizer_state, state_tensors
 from torch_ref.transformer import Decoder, Transformer
-
-DEVICES = {"cuda": "CUDA", "mps": "Metal (MPS)"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -40,16 +38,16 @@ class Trainer:
     def __init__(
         self,
         config: ModelConfig,
-        optimizer: OptimizerConfig,
         weights: Weights | dict[str, Tensor],
-        device: str = "auto",
+        optimizer: OptimizerConfig | None = None,
+        device: str | Device = "auto",
         engine: EngineConfig = EngineConfig(),
     ):
         self.config = config
         self.world = connect()
-        self._torch_device = choose_device(device)
-        self.device = DEVICES.get(self._torch_device.type, "CPU")
-        self.precision = choose_precision(engine.precision, self.device, _has_bf16(self._torch_device))
+        self.device = choose_device(device)
+        self._torch_device = torch_device(self.device)
+        self.precision = choose_precision(engine.precision, self.device, has_bf16(self.device))
         self._dtype = DTYPES[self.precision.name]
         self._loss_scale = LossScale() if self.precision.name == "fp16" else None
         self._optimizer_config, self._engine = optimizer, engine
@@ -73,9 +71,10 @@ class Trainer:
 
     @cached_property
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """Built when first asked for: the first of a process loads PyTorch's compiler, which inference need not."""
+        """Built on first use: the first of a process loads PyTorch's compiler."""
         named = self._model.named_parameters()
-        return build_optimizers(named, self.config, self._optimizer_config, self.world, self._engine.strategy)
+        config = required(self._optimizer_config)
+        return build_optimizers(named, self.config, config, self.world, self._engine.strategy)
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         if not self._model.training:  # walking through all modules takes a small model longer than its norms
@@ -138,7 +137,7 @@ class Trainer:
             for parameter in self._parameters:
                 assert parameter.grad is not None
                 parameter.grad.div_(self._loss_scale.scale)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._optimizer_config.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, required(self._optimizer_config).max_grad_norm)
         if self._loss_scale:
             overflowed = not math.isfinite(float(whole(grad_norm)))
             self._loss_scale.update(overflowed)
@@ -214,20 +213,20 @@ class Trainer:
 
     def _state_tensors(self) -> dict[str, Tensor]:
         named = self._model.named_parameters()
-        return state_tensors(self._optimizers, named, self.config, self._optimizer_config, self.world)
+        return state_tensors(self._optimizers, named, self.config, required(self._optimizer_config), self.world)
 
     def load_optimizer_state(self, state: Arrays) -> None:
         if self._loss_scale:
             self._loss_scale.load(state)
         named, moments = self._model.named_parameters(), without_loss_scale(state)
-        load_optimizer_state(self._optimizers, named, self.config, self._optimizer_config, moments)
+        load_optimizer_state(self._optimizers, named, self.config, required(self._optimizer_config), moments)
 
     def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
         source = {name: gathered(tensor) for name, tensor in self._model.state_dict().items()}
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        trainer = Trainer(plan.target_config, self._optimizer_config, weights, self._torch_device.type, self._engine)
+        trainer = Trainer(plan.target_config, weights, self._optimizer_config, self.device, self._engine)
         if carry:
-            kept = optimizer_table(plan.target_config, self._optimizer_config)
+            kept = optimizer_table(plan.target_config, required(self._optimizer_config))
             trainer.load_optimizer_state(carry_moments(plan, self.optimizer_state(), kept.keys()))
         return trainer
 
@@ -270,23 +269,3 @@ def _as_asked_for(tensors: dict[str, Tensor]) -> Weights:
 
 def _loads(routings: list[Routing]) -> Tensor:
     return torch.stack([load(routing) for routing in routings])
-
-
-def _has_bf16(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def choose_device(requested: str) -> torch.device:
-    """CUDA where there is one, else the CPU; Apple's MPS on request."""
-    if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
-    if requested not in ("cpu", "gpu", "cuda", "mps"):
-        raise InputError(f"--device {requested!r}: torch knows auto, cpu, gpu, cuda and mps")
-    if requested == "gpu" and gpu is None:
-        raise InputError("--device gpu: torch finds neither CUDA nor MPS; take --device cpu")
-    if requested == "cuda" and gpu != "cuda":
-        raise InputError("--device cuda: torch finds no CUDA device; take --device cpu")
-    if requested == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: torch finds no MPS device; take --device cpu")
-    return torch.device(gpu if requested == "gpu" and gpu else requested)

@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple
 
 from mlx_moe.accounting.parameters import counted_table, layer_of
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
+from mlx_moe.device import DeviceKind
 from mlx_moe.parameters import FFN_INPUTS, Parameter
 
 FLOAT = 4
 Backend = Literal["mlx", "torch"]
-Device = Literal["cpu", "gpu"]
 
 MLX_BLOCK = 64  # rows of one product of experts on CPU
 MLX_QUERIES = 64  # of one block of attention on CPU
@@ -90,7 +90,7 @@ def step_memory(
     engine: EngineConfig,
     batch_size: int,
     backend: Backend,
-    device: Device,
+    device: DeviceKind,
 ) -> StepMemory:
     """Bytes that training steps take at most, on one device; `engine.precision` "auto" counts as fp32."""
     is_half = engine.precision in ("bf16", "fp16")
@@ -195,7 +195,7 @@ def _total(rows: Iterable[tuple[Parameter, int, int]]) -> int:
 class _Block:
     """Bytes that one block keeps for the backward pass (`kept`), and that come on top while it runs (`working`)."""
 
-    def __init__(self, config: ModelConfig, has_experts: bool, N: int, half: int, backend: Backend, device: Device):
+    def __init__(self, config: ModelConfig, has_experts: bool, N: int, half: int, backend: Backend, device: DeviceKind):
         T, D, H = config.context_length, config.d_model, config.n_heads
         Q, G = H * config.head_dim, config.n_kv_heads * config.head_dim
         moe = config.moe if has_experts else None
@@ -246,7 +246,7 @@ class _Block:
         self.kept = residual + products + norms + attention + neurons + experts + dropout
 
 
-def _mlx_updates(sizes: _Sizes, device: Device) -> int:
+def _mlx_updates(sizes: _Sizes, device: DeviceKind) -> int:
     """Bytes of new weights and moments that are there before the old ones are freed."""
     total = sizes.trained
     if FLOAT * total > MLX_UPDATED_AT_ONCE:

@@ -9,9 +9,10 @@ from typing import Any
 
 from mlx_moe.accounting.flops import Flops, flops_per_token
 from mlx_moe.accounting.machines import Machine
-from mlx_moe.accounting.memory import Backend, Device, StepMemory, step_memory
+from mlx_moe.accounting.memory import Backend, StepMemory, step_memory
 from mlx_moe.accounting.parameters import ParameterCount, count_parameters
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
+from mlx_moe.device import CUDA, METAL, DeviceKind
 from mlx_moe.precision import PrecisionName, choose_precision
 
 LARGEST_BATCH = 4096
@@ -53,7 +54,7 @@ class Site:
 
     label: str
     backend: Backend
-    device: Device
+    device: DeviceKind
     precision: PrecisionName
     usable_bytes: int
     flops_per_s: float
@@ -76,12 +77,12 @@ class Fit:
 
 def site_of(machine: Machine, memory_gb: int, engine: EngineConfig) -> Site:
     """A machine from the table: MLX on Apple's, PyTorch on NVIDIA's; "auto" precision as the trainers choose it."""
-    device = "Metal" if machine.vendor == "apple" else "CUDA"
+    device = METAL if machine.vendor == "apple" else CUDA
     precision = choose_precision(engine.precision, device, has_bf16=machine.bf16 is not None).name
     return Site(
         label=f"{machine.name.removeprefix('NVIDIA ').removeprefix('Apple ')} {memory_gb}GB",
         backend="mlx" if machine.vendor == "apple" else "torch",
-        device="gpu",
+        device=device.kind,
         precision=precision,
         usable_bytes=machine.usable_bytes(memory_gb),
         flops_per_s=PRODUCTS_OF_PEAK * machine.flops_per_s(precision),

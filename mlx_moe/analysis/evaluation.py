@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.analysis.record import read_config
-from mlx_moe.config import DataConfig, OptimizerConfig
+from mlx_moe.config import DataConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import held_out
 from mlx_moe.errors import InputError
@@ -117,7 +117,7 @@ def evaluate(path: Path, backend: Backend, options: EvaluationOptions, console: 
         tokenizer = tokenizer_of(loaded)
         if subset is None:
             subset = pinned(_data_config(loaded, options), options.max_bytes)
-        trainer = backend.trainer(loaded.config, OptimizerConfig(), loaded.weights, options.device)
+        trainer = backend.trainer(loaded.config, loaded.weights, device=options.device)
         name = str(folder.relative_to(path)) if is_run else str(folder)
         evaluation = _evaluation(name, loaded, trainer, tokenizer, subset, backend)
         evaluations.append(evaluation)
@@ -230,7 +230,7 @@ def _evaluation(
         text_sha256=subset.sha256,
         context_length=loaded.config.context_length,
         backend=backend.name,
-        device=trainer.device,
+        device=trainer.device.label,
     )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mlx_moe.analysis.expert_table import show
 from mlx_moe.analysis.record import EXPERTS, read_config
-from mlx_moe.config import GrowPhaseConfig, ModelConfig, OptimizerConfig, RunConfig
+from mlx_moe.config import GrowPhaseConfig, ModelConfig, RunConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import TokenData, fixed_windows, prepare
 from mlx_moe.errors import InputError
@@ -102,7 +102,7 @@ def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict
         except checkpoint.Pruned as error:
             echo(f"warning: {error}; it was left out", err=True)
             continue
-        trainer = backend.trainer(loaded.config, OptimizerConfig(), loaded.weights, device)
+        trainer = backend.trainer(loaded.config, loaded.weights, device=device)
         routes = routes_of(trainer, data, n_sequences, run.training.batch_size)
         checkpoints.append(
             {

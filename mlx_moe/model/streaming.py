@@ -13,9 +13,10 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.device import Device
+from mlx_moe.model.device import choose_device, keep_freed_buffers, on_its_device
 from mlx_moe.model.layers import Norm
 from mlx_moe.model.moe import Routing
-from mlx_moe.model.trainer import choose_device
 from mlx_moe.model.transformer import Block
 from mlx_moe.parameters import Weights
 from mlx_moe.training.backend import Logits, RoutedLogits, Tokens
@@ -28,19 +29,22 @@ Module = TypeVar("Module", bound=nn.Module)
 class StreamedModel:
     """`mlx_moe.training.backend.StreamedModel` on MLX; of weights that lie in a file, one layer is copied at a time."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, device: str = "auto"):
+    def __init__(self, config: ModelConfig, weights: Weights, device: str | Device = "auto"):
         self.config = config
         self._weights = weights
-        choose_device(device)
+        self.device = choose_device(device)
+        keep_freed_buffers()
 
+    @on_its_device
     def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
         normed_BTD, _ = self._below_the_head(tokens_BT, None)
-        head_VD = self._head()
-        return (_logits(normed_TD, head_VD) for normed_TD in normed_BTD)
+        head_VD, sequences = self._head(), list(normed_BTD)
+        return (self._logits(normed_TD, head_VD) for normed_TD in sequences)
 
+    @on_its_device
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
-        logits_BTV = _logits(normed_BTD, self._head())
+        logits_BTV = self._logits(normed_BTD, self._head())
         router_logits_LNE = [np.array(routing.logits_NE) for routing in routings]
         chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
         return RoutedLogits(logits_BTV, np.array(router_logits_LNE), np.array(chosen_LNK))
@@ -48,13 +52,20 @@ class StreamedModel:
     def ffn_inputs(self, tokens_BT: Tokens, layers: Collection[int]) -> Iterator[NDArray[np.float32]]:
         x_BTD = self._embedded(tokens_BT)
         for layer in range(max(layers) + 1):
-            block = self._block(layer)
-            x_BTD = block.attend(x_BTD)
+            x_BTD, read_ND = self._through(layer, x_BTD)
             if layer in layers:
-                yield np.array(block.ffn_input(x_BTD).flatten(0, 1))
-            x_BTD, _ = block.feed_forward(x_BTD)
-            mx.eval(x_BTD)
-            mx.clear_cache()  # lets go of the layer
+                yield read_ND
+
+    @on_its_device
+    def _through(self, layer: int, x_BTD: mx.array) -> tuple[mx.array, NDArray[np.float32]]:
+        """Return the residual stream after a layer, and the inputs (N, D) of its FFN."""
+        block = self._block(layer)
+        x_BTD = block.attend(x_BTD)
+        read_ND = np.array(block.ffn_input(x_BTD).flatten(0, 1))
+        x_BTD, _ = block.feed_forward(x_BTD)
+        mx.eval(x_BTD)
+        mx.clear_cache()  # frees the layer
+        return x_BTD, read_ND
 
     def _embedded(self, tokens_BT: Tokens) -> mx.array:
         embedded_BTD = self._weights["embed_tokens.weight"][tokens_BT]
@@ -92,12 +103,12 @@ class StreamedModel:
     def _tensor(self, name: str) -> mx.array:
         return mx.array(self._weights[name])
 
-
-def _logits(normed: mx.array, head_VD: NDArray[np.float32]) -> Logits:
-    """(…, V), a part of the head at a time, which is often the largest tensor."""
-    logits = np.empty((*normed.shape[:-1], len(head_VD)), np.float32)
-    for start in range(0, len(head_VD), HEAD_ROWS):
-        part = slice(start, start + HEAD_ROWS)
-        logits[..., part] = np.array(normed @ mx.array(head_VD[part]).T)
-        mx.clear_cache()
-    return logits
+    @on_its_device
+    def _logits(self, normed: mx.array, head_VD: NDArray[np.float32]) -> Logits:
+        """Return (…, V), computed by a part of the head at a time: it is often the largest tensor."""
+        logits = np.empty((*normed.shape[:-1], len(head_VD)), np.float32)
+        for start in range(0, len(head_VD), HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            logits[..., part] = np.array(normed @ mx.array(head_VD[part]).T)
+            mx.clear_cache()
+        return logits

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
+from mlx_moe.device import Device
 from mlx_moe.errors import InputError
+from mlx_moe.model.device import DTYPES, choose_device, keep_freed_buffers, on_its_device, running_on
 from mlx_moe.model.distributed import connect
 from mlx_moe.model.loss import cross_entropy
 from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, state_tensors
@@ -21,11 +25,8 @@ from mlx_moe.model.transformer import Decoder, Transformer
 from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows, required
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
-
-DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
-CACHE_LIMIT_BYTES = 2 << 30  # freed buffers that the allocator may keep
 
 
 class Trainer:
@@ -34,9 +35,9 @@ class Trainer:
     def __init__(
         self,
         config: ModelConfig,
-        optimizer: OptimizerConfig,
         weights: Weights | dict[str, mx.array],
-        device: str = "auto",
+        optimizer: OptimizerConfig | None = None,
+        device: str | Device = "auto",
         engine: EngineConfig = EngineConfig(),
     ):
         if engine.strategy != "ddp":
@@ -44,32 +45,47 @@ class Trainer:
         self.config = config
         self.world = connect()
         self.device = choose_device(device)
+        keep_freed_buffers()
         self.precision = choose_precision(engine.precision, self.device, has_bf16=True)
         self._loss_scale = LossScale() if self.precision.name == "fp16" else None
         self._optimizer_config, self._engine = optimizer, engine
-        self._model = Transformer(config)
-        # A transfer leaves arrays with their axes in another order, and products round by how these lie in memory.
-        self._model.load_weights([(name, mx.contiguous(mx.array(array))) for name, array in weights.items()])
-        self._model.activation_checkpointing = engine.activation_checkpointing
-        mx.eval(self._model.parameters())
-        if config.lora:
-            self._freeze()
-        self._optimizer = build_optimizer(config, optimizer)
-        self._optimizer.init(self._model.trainable_parameters())
-        self._step = self._compile_step()
+        with running_on(self.device):
+            self._model = self._build(weights)
         self._loss = mx.compile(self._loss_of, inputs=[self._model.state])
         self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
         self._in_flight: mx.array | None = None
 
-    def _freeze(self) -> None:
-        """All that is not trained: no gradients, no moments."""
-        self._model.freeze()
-        modules = dict(self._model.named_modules())
+    @cached_property
+    def _optimizer(self) -> optim.MultiOptimizer:
+        optimizer = build_optimizer(self.config, required(self._optimizer_config))
+        optimizer.init(self._model.trainable_parameters())
+        return optimizer
+
+    @cached_property
+    def _step(self) -> CompiledStep:
+        config, dtype = required(self._optimizer_config), DTYPES[self.precision.name]
+        return compile_step(self._model, self._optimizer, self.config, config, self.world, dtype)
+
+    def _build(self, weights: Weights | dict[str, mx.array]) -> Transformer:
+        model = Transformer(self.config)
+        # A transfer leaves arrays with their axes in another order, and products round by how these lie in memory.
+        model.load_weights([(name, mx.contiguous(mx.array(array))) for name, array in weights.items()])
+        model.activation_checkpointing = self._engine.activation_checkpointing
+        mx.eval(model.parameters())
+        if self.config.lora:
+            self._freeze(model)
+        return model
+
+    def _freeze(self, model: Transformer) -> None:
+        """Take gradients and moments from all parameters that are not trained."""
+        model.freeze()
+        modules = dict(model.named_modules())
         for parameter in table(self.config):
             if parameter.is_trained:
                 module, _, name = parameter.name.rpartition(".")
                 modules[module].unfreeze(recurse=False, keys=name)
 
+    @on_its_device
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         self._model.train()
         self._optimizer.learning_rate = learning_rate
@@ -87,7 +103,8 @@ class Trainer:
         self._in_flight = losses
 
         def fetch() -> StepMetrics:
-            loss, tokens_loss, *entropy_L = np.array(self.world.mean(losses)).tolist()
+            with running_on(self.device):
+                loss, tokens_loss, *entropy_L = np.array(self.world.mean(losses)).tolist()
             if self.config.moe is None:
                 return StepMetrics(loss, tokens_loss, _float(grad_norm))
             entropies = np.array(entropy_L, np.float32)
@@ -126,6 +143,7 @@ class Trainer:
         if self.config.dropout:
             mx.random.seed(seed)
 
+    @on_its_device
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
         tokens = mx.array(own_rows(self.world, tokens_BT1))
@@ -135,10 +153,12 @@ class Trainer:
         x_BTD, _ = self._model(tokens_BT1[:, :-1], hidden_only=True)
         return cross_entropy(x_BTD, self._model.head, tokens_BT1[:, 1:])
 
+    @on_its_device
     def logits(self, tokens_BT: Tokens) -> Logits:
         self._model.eval()
         return np.array(self._logits(mx.array(tokens_BT)).astype(mx.float32))
 
+    @on_its_device
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         self._model.eval()
         forced = {}
@@ -149,11 +169,13 @@ class Trainer:
         chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
         return RoutedLogits(np.array(logits_BTV.astype(mx.float32)), np.array(router_logits_LNE), np.array(chosen_LNK))
 
+    @on_its_device
     def module_output(self, name: str, *inputs: NDArray[Any]) -> NDArray[np.float32]:
         self._model.eval()
         output = dict(self._model.named_modules())[name](*(mx.array(array) for array in inputs))
         return np.array(output[0] if isinstance(output, tuple) else output)
 
+    @on_its_device
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()
         _, routings = self._model(mx.array(tokens_BT), hidden_only=True)
@@ -161,42 +183,44 @@ class Trainer:
 
     def decoder(self) -> Decoder:
         self._model.eval()
-        return Decoder(self._model)
+        return Decoder(self._model, self.device)
 
+    @on_its_device
     def weights(self) -> Arrays:
         return {name: np.array(array) for name, array in tree_flatten(self._model.parameters())}
 
+    @on_its_device
     def optimizer_state(self) -> Arrays:
         state = {name: np.array(array) for name, array in state_tensors(self._optimizer).items()}
         return state | (self._loss_scale.arrays() if self._loss_scale else {})
 
+    @on_its_device
     def stored(self) -> tuple[Weights, Weights]:
         if self._loss_scale:
             return self.weights(), self.optimizer_state()
         weights, state = dict(tree_flatten(self._model.parameters())), state_tensors(self._optimizer)
         return _as_asked_for(weights), _as_asked_for(state)
 
+    @on_its_device
     def load_optimizer_state(self, state: Arrays) -> None:
         if self._loss_scale:
             self._loss_scale.load(state)
-        load_optimizer_state(self._optimizer, self.config, self._optimizer_config, without_loss_scale(state))
-        self._step = self._compile_step()  # the old one is bound to the old state
+        config = required(self._optimizer_config)
+        load_optimizer_state(self._optimizer, self.config, config, without_loss_scale(state))
+        self.__dict__.pop("_step", None)  # it is bound to the old state
 
+    @on_its_device
     def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
         source = dict(tree_flatten(self._model.parameters()))
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
-        trainer = Trainer(plan.target_config, self._optimizer_config, weights, self.device, self._engine)
+        trainer = Trainer(plan.target_config, weights, self._optimizer_config, self.device, self._engine)
         if carry:
-            kept = optimizer_table(plan.target_config, self._optimizer_config)
+            kept = optimizer_table(plan.target_config, required(self._optimizer_config))
             trainer.load_optimizer_state(carry_moments(plan, self.optimizer_state(), kept.keys()))
         return trainer
 
     def peak_memory_bytes(self) -> int:
         return mx.get_peak_memory()
-
-    def _compile_step(self) -> CompiledStep:
-        dtype = DTYPES[self.precision.name]
-        return compile_step(self._model, self._optimizer, self.config, self._optimizer_config, self.world, dtype)
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
@@ -224,16 +248,3 @@ def _as_asked_for(arrays: dict[str, mx.array]) -> Weights:
 
 def _float(scalar: mx.array) -> float:
     return float(np.array(scalar))
-
-
-def choose_device(requested: str) -> str:
-    """`Metal`, `CUDA` or `CPU`; sets MLX's default device and bounds its allocator's cache."""
-    gpu = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else None
-    if requested not in ("auto", "cpu", "gpu", "Metal", "CUDA", "CPU"):
-        raise InputError(f"--device {requested!r}: mlx knows auto, cpu and gpu")
-    if requested == "gpu" and gpu is None:
-        raise InputError("--device gpu: mlx finds neither Metal nor CUDA; take --device cpu")
-    use_gpu = gpu is not None and requested.lower() != "cpu"
-    mx.set_default_device(mx.gpu if use_gpu else mx.cpu)
-    mx.set_cache_limit(CACHE_LIMIT_BYTES)
-    return gpu if use_gpu and gpu else "CPU"

@@ -12,7 +12,9 @@ from mlx.nn.utils import checkpoint
 from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.device import Device
 from mlx_moe.model.attention import Attention, KVCache
+from mlx_moe.model.device import on_its_device
 from mlx_moe.model.elementwise import widened
 from mlx_moe.model.layers import FFN, Linear, Norm, dropout
 from mlx_moe.model.moe import MoE, Routing
@@ -142,7 +144,8 @@ class Transformer(nn.Module):
 class Decoder:
     """`mlx_moe.training.backend.Decoder` on MLX."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, device: Device):
+        self.device = device
         self._model = model
         self._cache = [KVCache() for _ in model.layers]
 
@@ -150,6 +153,7 @@ class Decoder:
     def length(self) -> int:
         return self._cache[0].length
 
+    @on_its_device
     def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
         logits_BTV, _ = self._model(mx.array(tokens_BT), self._cache)
         return np.array(logits_BTV[:, -1].astype(mx.float32))

@@ -35,7 +35,7 @@ def environment(backend: Backend, trainer: Trainer) -> dict[str, Any]:
         "libraries": library_versions(),
         "backend": backend.name,
         "backend_reason": backend.reason,
-        "device": trainer.device,
+        "device": trainer.device.label,
         "precision": trainer.precision.name,
         "processes": trainer.world.size,
     }

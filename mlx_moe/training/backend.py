@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mlx_moe.accounting import machines
 from mlx_moe.address_space import bytes_left
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
+from mlx_moe.device import Device
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import Precision, PrecisionName
@@ -75,14 +76,23 @@ def own_rows(world: World, tokens_BT1: Tokens) -> Tokens:
     return tokens_BT1 if rest else tokens_BT1[world.rank * share : (world.rank + 1) * share]
 
 
+def required(optimizer: OptimizerConfig | None) -> OptimizerConfig:
+    """Return the optimizer's config. Raises InputError if the trainer was built without one."""
+    if optimizer is None:
+        raise InputError("this trainer has no optimizer; to train, build it with Trainer(config, weights, optimizer)")
+    return optimizer
+
+
 class Trainer(Protocol):
-    """A model and its optimizer, on one device or shared out over the devices of several processes.
+    """A model, and its optimizer if it has one, on one device or sharded over the devices of several processes.
+
+    Without an optimizer it serves for inference: what needs one raises InputError.
 
     Every process calls the same methods in the same order, with the same global batches, and gets the same results.
     """
 
     config: ModelConfig
-    device: str
+    device: Device
     precision: Precision
 
     @property
@@ -146,11 +156,36 @@ class TrainerFactory(Protocol):
     def __call__(
         self,
         config: ModelConfig,
-        optimizer: OptimizerConfig,
         weights: Weights,
-        device: str = "auto",
+        optimizer: OptimizerConfig | None = None,
+        device: str | Device = "auto",
         engine: EngineConfig = EngineConfig(),
     ) -> Trainer: ...
+
+
+class DeviceModule(Protocol):
+    """A backend's module `device`. Devices are asked for by name (`auto`, `cpu`, `gpu`) or by a Device."""
+
+    def choose_device(self, requested: str | Device) -> Device:
+        """Return the device asked for. Raises InputError for one that the backend or this machine lacks."""
+
+    def measure_flops_per_s(self, precision: PrecisionName, device: str | Device = "auto") -> float:
+        """Return the operations per second of a large matrix product, measured in half a second."""
+
+    def device_name(self, device: str | Device = "auto") -> str:
+        """Return the system's name for the device."""
+
+    def usable_bytes(self, device: str | Device = "auto") -> int:
+        """Return the memory that training can take on the device."""
+
+    def threads(self) -> int | None:
+        """Return the number of threads of a product on the CPU; None if it is not known."""
+
+    def instructions(self) -> str | None:
+        """Name the instructions of products on the CPU; None if they are not known."""
+
+    def set_threads(self, n: int) -> None:
+        """Set the number of threads of a product on the CPU, where the backend can."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +200,16 @@ class Backend:
         factory: TrainerFactory = self._module("trainer").Trainer
         return factory
 
-    def streamed(self, config: ModelConfig, weights: Weights, device: str = "auto") -> StreamedModel:
+    def streamed(self, config: ModelConfig, weights: Weights, device: str | Device = "auto") -> StreamedModel:
         module = self._module("streaming")
         model: StreamedModel = module.StreamedModel(config, weights, device)
         return model
 
     @property
-    def speed(self) -> Any:
-        """The backend's module that names the device and measures it."""
-        return self._module("speed")
+    def device(self) -> DeviceModule:
+        """The backend's module `device`."""
+        module: DeviceModule = self._module("device")
+        return module
 
     def connect(self) -> World:
         """Meet the other processes of `torchrun` or `mlx.launch`; alone without them."""
@@ -230,14 +266,12 @@ def choose_backend(requested: str = "auto") -> Backend:
 
 
 @cache
-def peak_flops_per_s(backend: Backend, precision: PrecisionName, device: str) -> float:
+def peak_flops_per_s(backend: Backend, precision: PrecisionName, device: Device) -> float:
     """The device's peak, where its name is known; else what large matrix products reach in half a second."""
-    place = "cpu" if device == "CPU" else "gpu"
-    machine = None if place == "cpu" else machines.lookup(backend.speed.device_name(place))
+    machine = None if device.kind == "cpu" else machines.lookup(backend.device.device_name(device))
     if machine is not None:
         return machine.flops_per_s(precision)
-    measured: float = backend.speed.measure_flops_per_s(precision, place)
-    return measured
+    return backend.device.measure_flops_per_s(precision, device)
 
 
 def is_installed(name: BackendName) -> bool:

@@ -34,9 +34,9 @@ def diagnose() -> int:
             console.line(f"{name:6} missing: pip install {name}")
             continue
         try:
-            trainer = Backend(name, "").trainer(tiny, OptimizerConfig(), initialize(tiny, 0))
+            trainer = Backend(name, "").trainer(tiny, initialize(tiny, 0), OptimizerConfig())
             works += 1
-            console.line(f"{name:6} works, on {trainer.device}")
+            console.line(f"{name:6} works, on {trainer.device.label}")
         except (ImportError, OSError, RuntimeError) as error:
             console.line(f"{name:6} is installed and fails: {one_line(error, limit=None)}")
     if is_installed("mlx"):

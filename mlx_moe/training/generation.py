@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_moe.config import OptimizerConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.errors import InputError, quoted
 from mlx_moe.storage.checkpoint import Checkpoint
@@ -95,7 +94,7 @@ def continue_text(
     ids = tokenizer.encode(prompt)
     if not ids:
         raise InputError(f"--prompt {quoted(prompt)} gives no token; give it some that the tokenizer knows")
-    trainer = backend.trainer(loaded.config, OptimizerConfig(), loaded.weights, device)
+    trainer = backend.trainer(loaded.config, loaded.weights, device=device)
     yield prompt
     shown, written = tokenizer.decode(ids), list(ids)
     for token in generate(trainer, ids, max_new_tokens, stop=tokenizer.eot_id, **sampling):

@@ -18,7 +18,7 @@ def facts(run: RunConfig, folder: Path, data: TokenData, backend: Backend, train
     return [
         ("run", f"{run.name}, seed {run.seed}, in {folder}"),
         *([("start", f"{', '.join(run.start.lineage)}, from {run.start.model}")] if run.start else []),
-        ("backend", f"{backend.reason}; device {trainer.device}{processes}"),
+        ("backend", f"{backend.reason}; device {trainer.device.label}{processes}"),
         ("hardware", _hardware(backend, trainer)),
         ("precision", trainer.precision.reason),
         ("optimizer", _optimizer(run.optimizer)),
@@ -29,11 +29,11 @@ def facts(run: RunConfig, folder: Path, data: TokenData, backend: Backend, train
 
 
 def _hardware(backend: Backend, trainer: Trainer) -> str:
-    place = "cpu" if trainer.device == "CPU" else "gpu"
-    speed, peak = backend.speed, peak_flops_per_s(backend, trainer.precision.name, trainer.device)
-    cores = f", {os.cpu_count()} cores" if place == "cpu" else ""
-    memory = f"{speed.usable_bytes(place) / 1e9:.1f} GB usable"
-    return f"{speed.device_name(place)}{cores}, {memory}, {peak / 1e12:.3g} TFLOP/s at best in {trainer.precision.name}"
+    device, peak = trainer.device, peak_flops_per_s(backend, trainer.precision.name, trainer.device)
+    cores = f", {os.cpu_count()} cores" if device.kind == "cpu" else ""
+    memory = f"{backend.device.usable_bytes(device) / 1e9:.1f} GB usable"
+    name = backend.device.device_name(device)
+    return f"{name}{cores}, {memory}, {peak / 1e12:.3g} TFLOP/s at best in {trainer.precision.name}"
 
 
 def _optimizer(optimizer: OptimizerConfig) -> str:

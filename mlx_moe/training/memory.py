@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from mlx_moe.accounting.memory import step_memory
 from mlx_moe.address_space import bytes_left
@@ -18,12 +17,11 @@ MARGIN = 1.1  # of an estimate that is right within a tenth
 
 def needed_bytes(run: RunConfig, phase: int, backend: Backend, device: str) -> int:
     """The peak of a phase's step on a device (`auto`, `cpu`, `gpu`), estimated."""
-    kind = backend.speed.device_kind(device)
-    place: Literal["cpu", "gpu"] = "cpu" if kind == "CPU" else "gpu"
-    precision = choose_precision(run.engine.precision, kind, has_bf16=True).name
+    chosen = backend.device.choose_device(device)
+    precision = choose_precision(run.engine.precision, chosen, has_bf16=True).name
     engine = run.engine.model_copy(update={"precision": precision})
     work = trained_model(run, phase), run.optimizer, engine, run.training.batch_size
-    return step_memory(*work, backend.name, place).peak
+    return step_memory(*work, backend.name, chosen.kind).peak
 
 
 def check_address_space(run: RunConfig, phases: Iterable[int], backend: Backend, device: str) -> None:

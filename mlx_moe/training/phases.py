@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def train(
         with stopping_at_once():
             experiment = begin(run, folder, backend, last_phase, options, console)
             if options.threads is not None:
-                backend.speed.set_threads(options.threads)
+                backend.device.set_threads(options.threads)
             phases = range(run.first_phase, last_phase + 1)
             check_address_space(experiment.run, phases, backend, options.device)
             folder.hold()
@@ -170,18 +170,18 @@ class Experiment:
             self.console.line(f"not bit for bit: {'; '.join(now.differences)}")
 
     def _identity(self, trainer: Trainer, last_phase: int, before: RunIdentity | None) -> RunIdentity:
-        place: Literal["cpu", "gpu"] = "cpu" if trainer.device == "CPU" else "gpu"
+        on_cpu = trainer.device.kind == "cpu"
         libraries = {self.backend.name, "numpy"}
         start = None if before is None else before.start_sha256
         if self.options.is_new and self.run.start is not None:
             start = weights_sha256(Path(self.run.start.model))
         return RunIdentity(
             backend=self.backend.name,
-            device=place,
-            device_label=trainer.device,
+            device=trainer.device.kind,
+            device_label=trainer.device.label,
             precision=trainer.precision.name,
-            threads=self.backend.speed.threads() if place == "cpu" else None,
-            instructions=self.backend.speed.instructions() if place == "cpu" else None,
+            threads=self.backend.device.threads() if on_cpu else None,
+            instructions=self.backend.device.instructions() if on_cpu else None,
             processes=trainer.world.size,
             machine=platform.machine(),
             versions={name: version for name, version in library_versions().items() if name in libraries and version},
@@ -209,7 +209,7 @@ class Experiment:
 
     def warn_of_memory(self, trainer: Trainer, phases: Iterable[int]) -> None:
         """Say at the start which phases will hardly fit; for several processes there is no estimate."""
-        usable = self.backend.speed.usable_bytes("cpu" if trainer.device == "CPU" else "gpu")
+        usable = self.backend.device.usable_bytes(trainer.device)
         for phase in phases if trainer.world.size == 1 else ():
             needed = needed_bytes(self.run, phase, self.backend, self.options.device)
             if needed > usable:
@@ -324,7 +324,7 @@ class Experiment:
         return source.weights
 
     def _trainer(self, model: ModelConfig, weights: Weights) -> Trainer:
-        return self.backend.trainer(model, self.run.optimizer, weights, self.options.device, self.run.engine)
+        return self.backend.trainer(model, weights, self.run.optimizer, self.options.device, self.run.engine)
 
 
 def open_run(directory: Path, world: World = Alone()) -> RunConfig:

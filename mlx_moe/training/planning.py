@@ -89,18 +89,18 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
 
 def this_machine(run: RunConfig, backend: Backend) -> Site:
     """This machine, its rate for matrix products measured in half a second."""
-    speed = backend.speed
-    place: str = speed.device_kind()
-    precision = choose_precision(run.engine.precision, place, has_bf16=True).name
-    known = machines.lookup(speed.device_name())
+    device = backend.device.choose_device("auto")
+    name = backend.device.device_name(device)
+    precision = choose_precision(run.engine.precision, device, has_bf16=True).name
+    known = machines.lookup(name)
     return Site(
-        label=f"{THIS}: {speed.device_name()}",
+        label=f"{THIS}: {name}",
         backend=backend.name,
-        device="cpu" if place == "CPU" else "gpu",
+        device=device.kind,
         precision=precision,
-        usable_bytes=speed.usable_bytes(),
-        flops_per_s=speed.measure_flops_per_s(precision),
-        bytes_per_s=known.bandwidth * 1e9 if known and place != "CPU" else None,
+        usable_bytes=backend.device.usable_bytes(device),
+        flops_per_s=backend.device.measure_flops_per_s(precision, device),
+        bytes_per_s=known.bandwidth * 1e9 if known and device.kind == "gpu" else None,
     )
 
 

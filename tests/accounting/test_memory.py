@@ -51,7 +51,7 @@ def test_dropout_keeps_its_masks():
 def test_mlx_takes_what_is_counted(moe):
     size = {"d_model": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 2048, "context_length": 128}
     config = load_architecture("simple", moe=moe, **size)
-    trainer = choose_backend("mlx").trainer(config, OptimizerConfig(), initialize(config, 0), "cpu", engine=FP32)
+    trainer = choose_backend("mlx").trainer(config, initialize(config, 0), OptimizerConfig(), "cpu", engine=FP32)
     others = mx.get_active_memory() - 4 * count_parameters(config).total
     tokens_BT1 = np.random.default_rng(0).integers(0, 2048, (8, 129)).astype(np.int32)
     trainer.step(tokens_BT1, 1e-4, 0)()

@@ -96,7 +96,7 @@ def test_bad_input_is_one_line(mlxmoe, arguments, said):
     assert len(result.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("module", ["mlx_moe.model.speed", "torch_ref.speed"])
+@pytest.mark.parametrize("module", ["mlx_moe.model.device", "torch_ref.device"])
 def test_speed_of_this_machine(module, monkeypatch):
     speed = importlib.import_module(module)
     monkeypatch.setattr(speed, "SECONDS", 0.01)

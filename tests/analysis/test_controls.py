@@ -15,7 +15,7 @@ ONE = MoEConfig(n_experts=1, top_k=1, load_balance_coefficient=0, z_loss_coeffic
 
 def test_a_mixture_of_one_expert_trains_like_the_dense_model():
     config = ModelConfig(vocab_size=64, context_length=16, d_model=32, n_layers=2, n_heads=2)
-    dense = choose_backend("torch").trainer(config, OptimizerConfig(), initialize(config, 0), "cpu")
+    dense = choose_backend("torch").trainer(config, initialize(config, 0), OptimizerConfig(), "cpu")
     tokens = np.random.default_rng(0).integers(0, 64, (8, 4, 17)).astype(np.int32)
     for step in range(2):
         dense.step(tokens[step], 1e-2, 0)()

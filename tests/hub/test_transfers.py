@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from support.published_models import our_logits, random_tokens, save
 from support.small_models import rough_weights, small_model
 
-from mlx_moe.config import MoEConfig, OptimizerConfig, UpcyclePhaseConfig, VerificationConfig
+from mlx_moe.config import MoEConfig, UpcyclePhaseConfig, VerificationConfig
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
 from mlx_moe.parameters import initialize, shapes, table
@@ -90,7 +90,7 @@ def test_a_layer_at_a_time_is_the_same_model(name, moe, backend):
     config = small_model(name, moe=moe)
     weights, tokens = rough_weights(config, 0), random_probes(config, 2)[:, :-1]
     streamed = backend.streamed(config, weights, "cpu")
-    whole = backend.trainer(config, OptimizerConfig(), weights, "cpu")
+    whole = backend.trainer(config, weights, device="cpu")
     logits = whole.logits(tokens)
     np.testing.assert_allclose(np.stack(list(streamed.each_logits(tokens))), logits, atol=2e-6)
     free, expected = streamed.routed_logits(tokens), whole.routed_logits(tokens)

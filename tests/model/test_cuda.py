@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_a_step_does_not_wait_for_the_gpu(moe):
     """Until its metrics are fetched: so the host prepares the next one meanwhile."""
     config = small_model("llama", moe=moe)
-    trainer = Trainer(config, OptimizerConfig(), initialize(config, 0), "cuda", EngineConfig(precision="bf16"))
+    trainer = Trainer(config, initialize(config, 0), OptimizerConfig(), "cuda", EngineConfig(precision="bf16"))
     tokens_BT1 = random_tokens(config, 4, config.context_length + 1)
     trainer.step(tokens_BT1, 1e-3, 0)()  # makes the optimizer's state
     torch.cuda.set_sync_debug_mode("error")

@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
-from support.small_models import BACKENDS, EXPERTS, build, random_tokens, small_model
+from support.small_models import BACKENDS, EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
 
 from mlx_moe.config import EngineConfig, OptimizerConfig
+from mlx_moe.device import CPU, CUDA, METAL
 from mlx_moe.errors import InputError
 from mlx_moe.model.optimizers import update_groups
 from mlx_moe.parameters import shapes
 from mlx_moe.precision import GROWTH_INTERVAL, LossScale, choose_precision
+from mlx_moe.training.backend import choose_backend
+from mlx_moe.transfer.growth import plan_growth
 
 LEARNING_RATE = 1e-3
 MODELS = {"dense": small_model("simple"), "experts": small_model("smollm", moe=EXPERTS)}
@@ -162,12 +165,12 @@ def test_the_loss_scale_grows_and_falls():
 @pytest.mark.parametrize(
     ("requested", "device", "has_bf16", "name"),
     [
-        ("auto", "CPU", True, "fp32"),
-        ("auto", "Metal", True, "fp32"),
-        ("auto", "CUDA", True, "bf16"),
-        ("auto", "CUDA", False, "fp16"),
-        ("fp32", "CUDA", True, "fp32"),
-        ("bf16", "CPU", True, "bf16"),
+        ("auto", CPU, True, "fp32"),
+        ("auto", METAL, True, "fp32"),
+        ("auto", CUDA, True, "bf16"),
+        ("auto", CUDA, False, "fp16"),
+        ("fp32", CUDA, True, "fp32"),
+        ("bf16", CPU, True, "bf16"),
     ],
 )
 def test_which_precision_and_why(requested, device, has_bf16, name):
@@ -180,3 +183,18 @@ def test_which_precision_and_why(requested, device, has_bf16, name):
 def test_mlx_knows_no_sharding(strategy):
     with pytest.raises(InputError, match=f"engine.strategy '{strategy}': mlx knows ddp only"):
         build("mlx", MODELS["dense"], engine=EngineConfig(strategy=strategy))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_needs_no_optimizer(backend):
+    config = MODELS["experts"]
+    weights, tokens = rough_weights(config, seed=0), random_tokens(config, 2, config.context_length + 1)
+    trainer = choose_backend(backend).trainer(config, weights, device="cpu")
+    expected = build(backend, config, weights)
+    assert trainer.loss(tokens) == expected.loss(tokens)
+    assert np.array_equal(trainer.logits(tokens[:, :-1]), expected.logits(tokens[:, :-1]))
+    plan = plan_growth(config, larger_model(config), seed=1)
+    for model in (trainer, trainer.transferred(plan)):
+        for call in (lambda model=model: model.step(tokens, 1e-3, 0), model.optimizer_state, model.stored):
+            with pytest.raises(InputError, match="this trainer has no optimizer"):
+                call()

@@ -28,7 +28,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mlx_moe.config import OptimizerConfig
 from mlx_moe.training.backend import choose_backend
 
 LIMIT = 1e-5  # of float32 logits, which spread by about 1
@@ -108,7 +107,7 @@ def logits(model, tokens_BT):
 
 
 def our_logits(backend, loaded, tokens_BT):
-    return choose_backend(backend).trainer(loaded.config, OptimizerConfig(), loaded.weights, "cpu").logits(tokens_BT)
+    return choose_backend(backend).trainer(loaded.config, loaded.weights, device="cpu").logits(tokens_BT)
 
 
 def random_tokens(n_rows=2):

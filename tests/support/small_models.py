@@ -53,7 +53,7 @@ def build(backend, config, weights=None, optimizer=None, engine=None):
     """A trainer on the CPU; the same rough weights for the same config, unless given."""
     weights = rough_weights(config, seed=0) if weights is None else weights
     factory = choose_backend(backend).trainer
-    return factory(config, optimizer or OptimizerConfig(), weights, "cpu", engine or EngineConfig())
+    return factory(config, weights, optimizer or OptimizerConfig(), "cpu", engine or EngineConfig())
 
 
 def random_tokens(config, n_rows=2, n_columns=None, seed=0):

@@ -14,7 +14,7 @@ PROBES = random_probes(CONFIG, 4)
 
 
 def trainer(backend, weights, config=CONFIG):
-    return Backend(backend, "").trainer(config, OptimizerConfig(), weights, "cpu")
+    return Backend(backend, "").trainer(config, weights, OptimizerConfig(), "cpu")
 
 
 def tied_weights():

@@ -58,7 +58,7 @@ def make_run(data):
 
 def build(backend, run, weights=None):
     weights = initialize(run.model, 0) if weights is None else weights
-    return choose_backend(backend).trainer(run.model, OptimizerConfig(), weights, "cpu")
+    return choose_backend(backend).trainer(run.model, weights, OptimizerConfig(), "cpu")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from support.architectures import logit_difference, small, weights
 from support.small_models import rough_weights, small_model
 
-from mlx_moe.config import OptimizerConfig, UpcyclePhaseConfig
+from mlx_moe.config import UpcyclePhaseConfig
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.boundary import centroid_routers
@@ -70,7 +70,7 @@ def test_any_centroids_are_exact(how):
         np.testing.assert_array_equal(written, rows_ED.repeat(phase.granularity, axis=0))
     assert logit_difference(config, arrays, plan.target_config, upcycled) < 2e-5
     for backend in ("mlx", "torch"):
-        trainer = choose_backend(backend).trainer(config, OptimizerConfig(), arrays, "cpu")
+        trainer = choose_backend(backend).trainer(config, arrays, device="cpu")
         for name, array in trainer.transferred(plan).weights().items():
             np.testing.assert_array_equal(array, upcycled[name])
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from support.architectures import architectures, logit_difference, small, upcyclings, weights
 from support.small_models import rough_weights, small_model
 
-from mlx_moe.config import MoEConfig, OptimizerConfig, UpcyclePhaseConfig
+from mlx_moe.config import MoEConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import table
 from mlx_moe.training.backend import choose_backend
@@ -75,7 +75,7 @@ def test_a_backend_chooses_whole_copies(backend, router_init):
     arrays = rough_weights(config, 0)
     for granularity, n_experts in ((2, 3), (4, 5), (8, 8)):
         phase = UpcyclePhaseConfig(n_experts=n_experts, granularity=granularity, router_init=router_init)
-        dense = choose_backend(backend).trainer(config, OptimizerConfig(), arrays, "cpu")
+        dense = choose_backend(backend).trainer(config, arrays, device="cpu")
         upcycled = dense.transferred(plan_phase(config, phase, seed=0))
         chosen_LNK = upcycled.routed_logits(random_probes(config, 4)).experts_LNK
         copies_LNKG = np.sort(chosen_LNK, axis=-1).reshape(*chosen_LNK.shape[:2], -1, granularity)
@@ -173,6 +173,6 @@ def test_both_backends_make_the_same(how):
     plan = plan_phase(config, UpcyclePhaseConfig(n_experts=3, **how), seed=0)
     expected = apply(plan, arrays)
     for backend in ("mlx", "torch"):
-        trainer = choose_backend(backend).trainer(config, OptimizerConfig(), arrays, "cpu")
+        trainer = choose_backend(backend).trainer(config, arrays, device="cpu")
         for name, array in trainer.transferred(plan).weights().items():
             np.testing.assert_array_equal(array, expected[name])
