@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_moe.storage import checkpoint, jsonl
-from mlx_moe.training.phases import open_run
+from mlx_moe.training.run import open_run
 
 ROOT = Path(__file__).parents[1]
 TIMING = {"tokens_per_s", "step_ms", "peak_memory_bytes", "mfu", "seconds"}

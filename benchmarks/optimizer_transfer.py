@@ -22,7 +22,7 @@ from mlx_moe.phases import get_phase, phase_config
 from mlx_moe.presets import load_run
 from mlx_moe.training.backend import Backend, Trainer, choose_backend
 from mlx_moe.training.loop import evaluate
-from mlx_moe.training.phases import fit_vocabulary
+from mlx_moe.training.run import fit_vocabulary
 from mlx_moe.training.schedule import learning_rate
 from mlx_moe.transfer.plan import Plan, carry_moments
 

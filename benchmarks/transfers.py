@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_moe.hub.models import open_model, probe_tokens
+from mlx_moe.convert.probes import checkpoint_probes
+from mlx_moe.hub.models import open_model
 from mlx_moe.parameters import initialize, shapes
 from mlx_moe.presets import load_run
 from mlx_moe.storage import checkpoint
@@ -133,7 +134,7 @@ def compare_with_mergekit(model: Path, ours: Path, scratch: Path, mergekit: Path
     found = watch([mergekit, recipe, theirs, *flags])
     del found["output"]
     subprocess.run([MLXMOE, "export", ours, exported, "--no-verify"], check=True, stdout=subprocess.DEVNULL)
-    tokens_BT = probe_tokens(open_model(model), 4)[:, :-1]
+    tokens_BT = checkpoint_probes(open_model(model), 4)[:, :-1]
     dense_BTV = torch_ref.library.logits(model, tokens_BT)
     for name, folder in (("mlxmoe", exported), ("mergekit", theirs)):
         found[name] = float(np.abs(torch_ref.library.logits(folder, tokens_BT) - dense_BTV).max())

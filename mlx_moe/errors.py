@@ -11,7 +11,11 @@ MAX_QUOTED = 80  # characters of a value that a message quotes
 LINE_ENDS = {ord(end): repr(end)[1:-1] for end in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 
 
-class InputError(ValueError):
+class Error(Exception):
+    """Whatever mlxmoe raises on purpose: bad input, a run that stopped, a transfer that changed the model."""
+
+
+class InputError(Error, ValueError):
     """Bad input: one line for each fault, which names the value, the limit and what to do; exit code 2.
 
     Line ends within a line, as in a file's name, are written out.

@@ -11,13 +11,14 @@ import numpy as np
 
 from mlx_moe.accounting import count_parameters
 from mlx_moe.config import ModelConfig, OptimizerConfig, UpcyclePhaseConfig, VerificationConfig
+from mlx_moe.convert.probes import random_probes
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import is_model_folder, open_model, with_finite_weights
 from mlx_moe.parameters import Weights
 from mlx_moe.presets import preset_names
 from mlx_moe.storage import checkpoint
 from mlx_moe.training.backend import Trainer, choose_backend
-from mlx_moe.training.boundary import certify, random_probes
+from mlx_moe.training.certify import certify
 from mlx_moe.transfer.certificate import Certificate
 from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.growth import plan_growth

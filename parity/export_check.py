@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_moe.convert.probes import checkpoint_probes
 from mlx_moe.errors import InputError, one_line
 from mlx_moe.hub.export import fill
-from mlx_moe.hub.models import open_model, probe_tokens
+from mlx_moe.hub.models import open_model
 from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.training.backend import choose_backend, is_installed
-from mlx_moe.training.boundary import in_another_order, rounding_floor
+from mlx_moe.training.certify import in_another_order, rounding_floor
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.certificate import MARGIN, max_difference
 
@@ -49,7 +50,7 @@ def _checker(source: Checkpoint, found: dict[str, tuple[float, float]]) -> Calla
     """Puts each library's largest difference of a logit, and the limit, into `found`."""
 
     def check(folder: Path) -> None:
-        tokens_BT = probe_tokens(source, SEQUENCES)[:, :-1]
+        tokens_BT = checkpoint_probes(source, SEQUENCES)[:, :-1]
         backend = choose_backend()
         ours = backend.streamed(source.config, source.weights, "cpu")
         for library, (framework, module) in LIBRARIES.items():

@@ -76,6 +76,10 @@ class Trainer:
         config = required(self._optimizer_config)
         return build_optimizers(named, self.config, config, self.world, self._engine.strategy)
 
+    @property
+    def module(self) -> Transformer:
+        return self._model
+
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         if not self._model.training:  # walking through all modules takes a small model longer than its norms
             self._model.train()

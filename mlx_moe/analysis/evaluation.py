@@ -32,8 +32,8 @@ from mlx_moe.terminal import echo
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.console import Console
 from mlx_moe.training.generation import sample_text, tokenizer_of
-from mlx_moe.training.phases import open_run
 from mlx_moe.training.results import PROMPTS
+from mlx_moe.training.run import open_run
 from mlx_moe.validation import validate
 
 RESULTS, GENERATIONS = "evaluation_results.csv", "generations.md"
@@ -188,6 +188,16 @@ def score(trainer: Trainer, tokenizer: Tokenizer, subset: Subset) -> tuple[float
     return nats, np.array(ids[1:], np.int32)
 
 
+def summary(nats: float, n_tokens: int, subset: Subset) -> dict[str, float]:
+    """Return loss (nats per token), perplexity, bits per byte of UTF-8, and the tokens that they are over."""
+    return {
+        "loss": nats / n_tokens,
+        "perplexity": math.exp(min(nats / n_tokens, 700)),
+        "bits_per_byte": nats / subset.bytes / math.log(2),
+        "tokens": n_tokens,
+    }
+
+
 def as_csv(evaluations: Sequence[Evaluation]) -> str:
     table = io.StringIO()
     writer = csv.DictWriter(table, list(Evaluation.__dataclass_fields__), lineterminator="\n")
@@ -212,7 +222,7 @@ def _evaluation(
 ) -> Evaluation:
     nats, tokens_N = score(trainer, tokenizer, subset)
     tokens = len(tokens_N)
-    count = count_parameters(loaded.config)
+    count, figures = count_parameters(loaded.config), summary(nats, tokens, subset)
     return Evaluation(
         checkpoint=name,
         phase=loaded.state.phase,
@@ -220,9 +230,9 @@ def _evaluation(
         architecture=loaded.config.display_name,
         parameters_total=count.total,
         parameters_active=count.active,
-        loss=nats / tokens,
-        perplexity=math.exp(min(nats / tokens, 700)),
-        bits_per_byte=nats / subset.bytes / math.log(2),
+        loss=figures["loss"],
+        perplexity=figures["perplexity"],
+        bits_per_byte=figures["bits_per_byte"],
         tokens=tokens,
         unknown_tokens=0 if tokenizer.unknown_id is None else int((tokens_N == tokenizer.unknown_id).sum()),
         text_documents=len(subset.documents),

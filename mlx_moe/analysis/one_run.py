@@ -22,8 +22,9 @@ from mlx_moe.storage.run_folder import CONFIG, check_new
 from mlx_moe.terminal import describe_crash, prepare_streams
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
-from mlx_moe.training.phases import Options, open_run, train
+from mlx_moe.training.request import Options
 from mlx_moe.training.resume import resume_run
+from mlx_moe.training.run import open_run, train_phases
 from mlx_moe.training.stopping import TrainingStopped
 from mlx_moe.validation import validate
 
@@ -61,13 +62,14 @@ def train_one(out: Path, name: str, backend: str, device: str) -> int:
         if (folder / CONFIG).is_file() and not (folder / IDENTITY).is_file():  # what it was begun with is the sweep's
             run, chosen, options = open_run(folder), choose_backend(backend), Options(device)
         elif (folder / CONFIG).is_file():
-            resumed = resume_run(folder, backend, device, allow_lossy=False, has_phases=True)
-            run, chosen, options = resumed.run, resumed.backend, resumed.options
+            found = resume_run(folder, backend, device, has_phases=True)
+            run, chosen = found.run, found.backend
+            options = Options(found.device, found.allow_lossy, threads=found.threads)
         else:
             check_new(folder)
             run, chosen = validate(RunConfig, spec.config), choose_backend(backend)
             options = Options(device, is_new=True)
-        train(run, folder, chosen, spec.n_phases, options, Console())
+        train_phases(run, folder, chosen, spec.n_phases, options, Console())
     except TrainingStopped as stopped:
         print(stopped)
         return stopped.exit_code

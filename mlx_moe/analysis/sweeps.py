@@ -43,7 +43,7 @@ from mlx_moe.phases import phase_config, phase_model
 from mlx_moe.presets import FOLDER, as_overrides, load_run
 from mlx_moe.storage.reading import read_mapping
 from mlx_moe.terminal import printable
-from mlx_moe.training.phases import fit_vocabulary
+from mlx_moe.training.run import fit_vocabulary
 from mlx_moe.validation import nearest, validate
 
 Budget = Literal["tokens", "flops"]

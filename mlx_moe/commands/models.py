@@ -46,7 +46,7 @@ def upcycle(
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts that computes the same, unless noise or drop is asked for."""
     from mlx_moe.config import UpcyclePhaseConfig
-    from mlx_moe.hub.models import Request, upcycle_model
+    from mlx_moe.convert.transfers import Request, upcycle_model
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING
     from mlx_moe.validation import validate
@@ -81,7 +81,7 @@ def grow(
 ) -> None:
     """Make a checkpoint wider and deeper; it computes the same."""
     from mlx_moe.config import GrowPhaseConfig
-    from mlx_moe.hub.models import Request, transfer_model
+    from mlx_moe.convert.transfers import Request, transfer_model
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.transfer.growth import grow_config, plan_growth
     from mlx_moe.validation import validate
@@ -135,7 +135,7 @@ def import_(
     ] = False,
 ) -> None:
     """Turn a Hugging Face model (Llama, Mistral, Qwen, GPT-2, Mixtral and others) into a checkpoint."""
-    from mlx_moe.hub.models import import_model
+    from mlx_moe.convert.importing import import_model
 
     import_model(model, out, allow_nonfinite)
 

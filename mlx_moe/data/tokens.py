@@ -46,7 +46,15 @@ DOCUMENTS_PER_BATCH, CHARACTERS_PER_BATCH = 1000, 1_000_000
 
 
 @dataclass(frozen=True)
-class TokenData:
+class TokenSplits:
+    """Tokens to train on and tokens held out, in memory or on the disk."""
+
+    train: Tokens | TokenFile
+    validation: Tokens | TokenFile
+
+
+@dataclass(frozen=True)
+class TokenData(TokenSplits):
     """Tokens of both splits, read-only and on the disk, with an end of text after every document.
 
     `provenance` says what they were made from: `source`, `tokenizer`, and per split `documents`, `tokens`, `bytes` of

@@ -80,6 +80,14 @@ def load_run(
     return validate(RunConfig, merged)
 
 
+def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a config's values with overrides (`key.path=value`) laid over them. Raises InputError."""
+    merged: dict[str, Any] = json.loads(json.dumps(values))
+    for text in overrides:
+        _merge(merged, _parse_override(text))
+    return merged
+
+
 def load_architecture(name: str, **overrides: Any) -> ModelConfig:
     """An architecture preset, with fields replaced."""
     return validate(ModelConfig, _read_preset("architectures", name) | overrides)

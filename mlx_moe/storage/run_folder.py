@@ -307,6 +307,11 @@ class RunFolder:
         return f"the last checkpoint is {saved.relative_to(self.path)}" if saved else "there is no checkpoint yet"
 
     @property
+    def resume_advice(self) -> str:
+        """How to resume, for the line that says why a run stopped."""
+        return f"resume with: {self.resume_command}"
+
+    @property
     def resume_command(self) -> str:
         """Return what a user types to resume the run."""
         if self.world.size == 1:

@@ -98,6 +98,10 @@ class Trainer(Protocol):
     @property
     def world(self) -> World: ...
 
+    @property
+    def module(self) -> Any:
+        """The `mlx.nn.Module` or `torch.nn.Module` that computes."""
+
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         """One step on a batch (B, T + 1). The metrics are fetched, and the device waited for, on calling the result."""
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,52 +14,54 @@ from numpy.typing import NDArray
 
 from mlx_moe.accounting.flops import Flops, flops_per_token, mfu
 from mlx_moe.config import RunConfig
-from mlx_moe.data.tokens import TokenData, batch, fixed_windows
+from mlx_moe.data.tokens import TokenSplits, batch, fixed_windows
 from mlx_moe.phases import Phase, phase_state
 from mlx_moe.storage.checkpoint import TrainerState
-from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Backend, StepMetrics, Tokens, Trainer, peak_flops_per_s
 from mlx_moe.training.console import Console
+from mlx_moe.training.run_log import RunLog
 from mlx_moe.training.schedule import learning_rate
 from mlx_moe.training.stopping import Interruption, TrainingStopped
 
 DRAWN_WITH = ("router_std", "noise")  # settings of a phase that what it draws is as large as
 
 
-def train_phase(
-    run: RunConfig,
-    phase: Phase,
-    trainer: Trainer,
-    data: TokenData,
-    folder: RunFolder,
-    step: int,
-    console: Console,
-    backend: Backend,
-    interruption: Interruption,
-) -> None:
-    """Train from `step` to the phase's end.
+@dataclass(frozen=True)
+class Session:
+    """What all phases of a training have in common."""
 
-    Every `log_every` steps a row goes to `metrics.jsonl`, every `eval_every` the validation loss with it; a checkpoint
-    is saved every `checkpoint_every` steps, after the last, and where the validation loss is the lowest so far. The
-    device is waited for only then. An interruption finishes the step and saves. Raises TrainingStopped on it, and on a
-    loss that is not finite; what is not finite is never saved. Raises InputError where the disk takes no more.
+    run: RunConfig
+    data: TokenSplits
+    backend: Backend
+    log: RunLog
+    console: Console
+    interruption: Interruption
+
+
+def train_phase(session: Session, phase: Phase, trainer: Trainer, step: int) -> None:
+    """Train a phase from `step` to its end.
+
+    Every `log_every` steps a row goes to the log, every `eval_every` the validation loss with it; a checkpoint is saved
+    every `checkpoint_every` steps, after the last, and where the validation loss is the lowest so far. The device is
+    waited for only then. An interruption finishes the step and saves. Raises TrainingStopped on it, and on a loss that
+    is not finite; weights that are not finite are never saved. Raises InputError where the disk is full.
     """
+    run, data, log, interruption = session.run, session.data, session.log, session.interruption
     training, context_length = run.training, trainer.config.context_length
     validation = fixed_windows(data.validation, training.eval_sequences, context_length)
-    lowest = folder.best_validation_loss(phase.folder)
-    flops = flops_per_token(trainer.config)
-    peak_flops = trainer.world.size * peak_flops_per_s(backend, trainer.precision.name, trainer.device)
+    lowest = log.best_validation_loss(phase.folder)
+    rates = _Rates.of(session.backend, trainer)
     if step == 0:
-        folder.rewind_metrics(phase.number)  # what an earlier try wrote before its first checkpoint
-        loss = _validation_loss(folder, phase, step, trainer, validation, training.batch_size)
-        folder.log_step({"phase": phase.number, "step": 0, "validation_loss": loss})
+        log.rewind_metrics(phase.number)  # an earlier try may have written some before its first checkpoint
+        loss = _validation_loss(log, phase, step, trainer, validation, training.batch_size)
+        log.log_step({"phase": phase.number, "step": 0, "validation_loss": loss})
     if interruption.came(trainer.world):
-        raise interruption.stopped(f"before step {step + 1} of phase {phase.number}; {_go_on(folder)}")
+        raise interruption.stopped(f"before step {step + 1} of phase {phase.number}; {log.resume_advice}")
     stopwatch = _Stopwatch(step)
-    with console.progress(phase.title, phase.config.steps, step) as advance:
+    with session.console.progress(phase.title, phase.config.steps, step) as advance:
         while step < phase.config.steps:
             rate = learning_rate(phase.config, step)
-            tokens = batch(
+            tokens_BT1 = batch(
                 data.train,
                 seed=run.seed,
                 phase=phase.number,
@@ -66,7 +69,7 @@ def train_phase(
                 batch_size=training.batch_size,
                 context_length=context_length,
             )
-            pending = trainer.step(tokens, rate, _dropout_seed(run.seed, phase.number, step))
+            fetch_metrics = trainer.step(tokens_BT1, rate, _dropout_seed(run.seed, phase.number, step))
             step += 1
             is_last = step == phase.config.steps
             to_log = step == 1 or step % training.log_every == 0 or is_last
@@ -74,30 +77,32 @@ def train_phase(
             to_save = step % training.checkpoint_every == 0 or is_last
             row: dict[str, Any] = {}
             if to_log or to_evaluate:
-                metrics = pending()
+                metrics = fetch_metrics()
                 seconds = stopwatch.seconds_per_step(step)
                 if not math.isfinite(metrics.loss):
-                    raise _not_finite(folder, phase, step, f"loss became {metrics.loss}")
-                memory = trainer.peak_memory_bytes()
-                row = _row(phase, step, metrics, rate, tokens.shape, seconds, memory, flops, peak_flops)
+                    raise _not_finite(log, phase, step, f"loss became {metrics.loss}")
+                row = {"phase": phase.number, "step": step, **_metrics(metrics, rate)}
+                row |= rates.row(step, tokens_BT1.shape, seconds) | {"peak_memory_bytes": trainer.peak_memory_bytes()}
+                row |= _routing(metrics)
             if to_evaluate:
                 with stopwatch.stopped():
-                    loss = _validation_loss(folder, phase, step, trainer, validation, training.batch_size)
+                    loss = _validation_loss(log, phase, step, trainer, validation, training.batch_size)
                 row["validation_loss"] = loss
                 to_save = to_save or loss < lowest
                 lowest = min(loss, lowest)
             if row:
-                folder.log_step(row)
-                console.step(row, phase.config.steps)
+                log.log_step(row)
+                session.console.step(row, phase.config.steps)
             advance(step, row)
             if interruption.came(trainer.world):
-                console.line(f"{interruption.name}: saving; a second one ends at once")
+                session.console.line(f"{interruption.name}: saving; a second one ends at once")
                 to_save = True
             if to_save:
-                state = phase_state(run, phase, step, backend.name, row.get("validation_loss"))
-                _save(folder, phase, trainer, state, training.keep_checkpoints, stopwatch)
+                state = phase_state(run, phase, step, session.backend.name, row.get("validation_loss"))
+                _save(log, phase, trainer, state, training.keep_checkpoints, stopwatch)
                 if interruption.came(trainer.world):  # one that comes later is seen, and saved for, in the next step
-                    raise interruption.stopped(f"after step {step} of phase {phase.number} and saved; {_go_on(folder)}")
+                    where = f"after step {step} of phase {phase.number} and saved"
+                    raise interruption.stopped(f"{where}; {log.resume_advice}")
 
 
 def evaluate(trainer: Trainer, windows_NT1: Tokens, batch_size: int) -> float:
@@ -113,33 +118,41 @@ def load_imbalance(expert_load_LE: NDArray[np.float32]) -> float:
     return float((expert_load_LE.max(axis=1) * expert_load_LE.shape[1]).max())
 
 
-def _row(
-    phase: Phase,
-    step: int,
-    metrics: StepMetrics,
-    rate: float,
-    batch_shape: tuple[int, ...],
-    seconds_per_step: float,
-    peak_memory_bytes: int,
-    flops: Flops,
-    peak_flops: float,
-) -> dict[str, Any]:
-    tokens_per_step = batch_shape[0] * (batch_shape[1] - 1)
-    tokens_per_s = tokens_per_step / seconds_per_step
-    row = {
-        "phase": phase.number,
-        "step": step,
+@dataclass(frozen=True)
+class _Rates:
+    """What a step of a trainer computes, and what its devices could at best."""
+
+    flops: Flops
+    peak_flops_per_s: float
+
+    @staticmethod
+    def of(backend: Backend, trainer: Trainer) -> _Rates:
+        peak = trainer.world.size * peak_flops_per_s(backend, trainer.precision.name, trainer.device)
+        return _Rates(flops_per_token(trainer.config), peak)
+
+    def row(self, step: int, batch_shape: tuple[int, ...], seconds_per_step: float) -> dict[str, Any]:
+        tokens_per_step = batch_shape[0] * (batch_shape[1] - 1)
+        tokens_per_s = tokens_per_step / seconds_per_step
+        return {
+            "tokens": step * tokens_per_step,
+            "tokens_per_s": round(tokens_per_s),
+            "step_ms": round(seconds_per_step * 1e3, 2),
+            "mfu": float(f"{mfu(self.flops, tokens_per_s, self.peak_flops_per_s):.4g}"),
+        }
+
+
+def _metrics(metrics: StepMetrics, rate: float) -> dict[str, Any]:
+    return {
         "loss": metrics.loss,
         "cross_entropy": metrics.cross_entropy,
         "auxiliary_loss": metrics.loss - metrics.cross_entropy,
         "learning_rate": rate,
         "grad_norm": metrics.grad_norm if math.isfinite(metrics.grad_norm) else None,  # a step that fp16 left out
-        "tokens": step * tokens_per_step,
-        "tokens_per_s": round(tokens_per_s),
-        "step_ms": round(seconds_per_step * 1e3, 2),
-        "mfu": float(f"{mfu(flops, tokens_per_s, peak_flops):.4g}"),
-        "peak_memory_bytes": peak_memory_bytes,
     }
+
+
+def _routing(metrics: StepMetrics) -> dict[str, Any]:
+    row: dict[str, Any] = {}
     if metrics.expert_load_LE is not None:
         row["expert_load"] = np.round(metrics.expert_load_LE, 5).tolist()
         row["load_imbalance"] = round(load_imbalance(metrics.expert_load_LE), 3)
@@ -149,23 +162,21 @@ def _row(
 
 
 def _validation_loss(
-    folder: RunFolder, phase: Phase, step: int, trainer: Trainer, windows_NT1: Tokens, batch_size: int
+    log: RunLog, phase: Phase, step: int, trainer: Trainer, windows_NT1: Tokens, batch_size: int
 ) -> float:
     loss = evaluate(trainer, windows_NT1, batch_size)
     if not math.isfinite(loss):
-        raise _not_finite(folder, phase, step, f"validation loss became {loss}")
+        raise _not_finite(log, phase, step, f"validation loss became {loss}")
     return loss
 
 
-def _save(
-    folder: RunFolder, phase: Phase, trainer: Trainer, state: TrainerState, keep: int, stopwatch: _Stopwatch
-) -> None:
+def _save(log: RunLog, phase: Phase, trainer: Trainer, state: TrainerState, keep: int, stopwatch: _Stopwatch) -> None:
     weights, optimizer_state = trainer.stored()
     with stopwatch.stopped():
         for name, arrays in {"weights": weights, "optimizer's moments": optimizer_state}.items():
             if not all(np.isfinite(array).all() for array in arrays.values()):
-                raise _not_finite(folder, phase, state.step, f"{name} are no longer finite")
-        folder.save(trainer.config, state, weights, optimizer_state, keep)
+                raise _not_finite(log, phase, state.step, f"{name} are no longer finite")
+        log.save(trainer.config, state, weights, optimizer_state, keep)
 
 
 class _Stopwatch:
@@ -192,12 +203,8 @@ def _dropout_seed(seed: int, phase: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, phase, step]).generate_state(1)[0])
 
 
-def _go_on(folder: RunFolder) -> str:
-    return f"resume with: {folder.resume_command}"
-
-
-def _not_finite(folder: RunFolder, phase: Phase, step: int, what: str) -> TrainingStopped:
-    folder.log_event({"event": "diverged", "phase": phase.number, "step": step, "reason": f"the {what}"})
+def _not_finite(log: RunLog, phase: Phase, step: int, what: str) -> TrainingStopped:
+    log.log_event({"event": "diverged", "phase": phase.number, "step": step, "reason": f"the {what}"})
     rate = f"phases.{phase.name}.learning_rate {phase.config.learning_rate:g}"
     remedy = f"lower the learning rate ({rate}) or raise its warmup_steps"
     if step == 0:
@@ -205,5 +212,5 @@ def _not_finite(folder: RunFolder, phase: Phase, step: int, what: str) -> Traini
         drawn_with += [f"phases.{phase.name}.{key}" for key in DRAWN_WITH if hasattr(phase.config, key)]
         remedy = f"the weights it begins with are too large: lower what drew them ({', '.join(drawn_with)})"
     return TrainingStopped(
-        f"the {what} at step {step} of phase {phase.number}; {folder.last_saved()}; {remedy}", exit_code=1
+        f"the {what} at step {step} of phase {phase.number}; {log.last_saved()}; {remedy}", exit_code=1
     )

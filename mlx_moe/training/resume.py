@@ -12,7 +12,6 @@ from mlx_moe.storage.identity import IDENTITY, read_identity
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.terminal import THREADS
 from mlx_moe.training.backend import Backend, choose_backend, launcher
-from mlx_moe.training.phases import Options
 
 MOST_THREADS = 256  # that a run gets back on a machine of fewer cores
 
@@ -24,10 +23,12 @@ class Resumed:
     run: RunConfig
     backend: Backend
     last_phase: int
-    options: Options
+    device: str = "auto"
+    allow_lossy: bool = False
+    threads: int | None = None  # of products on the CPU
 
 
-def resume_run(path: Path, backend: str, device: str, allow_lossy: bool, has_phases: bool) -> Resumed:
+def resume_run(path: Path, backend: str, device: str, has_phases: bool) -> Resumed:
     """Read what goes on in a run's folder. `auto` stands for what it was begun with; `has_phases`: the user names them.
 
     The number of threads is as it was, unless the environment says another. Raises InputError where there is no
@@ -47,11 +48,10 @@ def resume_run(path: Path, backend: str, device: str, allow_lossy: bool, has_pha
                 f"cannot resume {path}: {IDENTITY} is missing, and with it what the run was begun with; put back a "
                 "copy, or say it: --backend torch --phases 2"
             )
-        return Resumed(run, chosen, run.last_phase, Options(device, allow_lossy))
+        return Resumed(run, chosen, run.last_phase, device)
     same_backend = chosen.name == identity.backend
     has_own_threads = not same_backend or any(name in os.environ for name in THREADS)
     place = identity.device if same_backend and device == "auto" else device
     too_many = (identity.threads or 0) > max(MOST_THREADS, os.cpu_count() or 1)  # the system may refuse them
     threads = None if has_own_threads or too_many else identity.threads
-    options = Options(place, allow_lossy or identity.allow_lossy, threads=threads)
-    return Resumed(run, chosen, identity.last_phase, options)
+    return Resumed(run, chosen, identity.last_phase, place, identity.allow_lossy, threads)

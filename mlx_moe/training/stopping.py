@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from mlx_moe.errors import Error
 from mlx_moe.processes import World
 
 # What they do by default. A shell starts its background jobs with SIGINT ignored, but who sends one means it; SIGHUP is
@@ -20,7 +21,7 @@ SIGNALS: dict[signal.Signals, Callable[[int, FrameType | None], Any] | signal.Ha
 }
 
 
-class TrainingStopped(Exception):
+class TrainingStopped(Error):
     """The run ended before its time; the message says why and how to go on."""
 
     def __init__(self, message: str, exit_code: int):

@@ -11,7 +11,7 @@ from support.short_runs import start
 from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import MOST_COLUMNS, MOST_ROWS, render
 from mlx_moe.storage import jsonl
-from mlx_moe.training.phases import open_run
+from mlx_moe.training.run import open_run
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "report.md"
 EVIL = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>&amp;\u2028"

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.published_models import BUILD, LIMIT, edit_config, logits, our_logits, random_tokens, save, save_tokenizer
 
+from mlx_moe.convert.importing import import_model
 from mlx_moe.errors import InputError
-from mlx_moe.hub.models import import_model, open_model, read_model
+from mlx_moe.hub.models import open_model, read_model
 from mlx_moe.storage import checkpoint
 
 TOKENS = random_tokens()

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlx_moe.model.library
 import torch_ref.library
-from mlx_moe.hub.models import open_model, probe_tokens
+from mlx_moe.convert.probes import checkpoint_probes
+from mlx_moe.hub.models import open_model
 
 SMOLLM2 = Path(os.environ.get("SMOLLM2", "smollm2"))
 PROMPT, NEW_TOKENS = "Once upon a time", 20
@@ -28,14 +29,14 @@ def exported(mlxmoe, tmp_path_factory):
 
 def test_its_logits_are_those_of_transformers():
     loaded = open_model(SMOLLM2)
-    tokens = probe_tokens(loaded, 2)[:, :-1]
+    tokens = checkpoint_probes(loaded, 2)[:, :-1]
     theirs = torch_ref.library.logits(loaded.path, tokens)
     assert np.abs(our_logits("torch", loaded, tokens) - theirs).max() < 1e-4  # of logits up to 40
 
 
 def test_other_tools_give_the_dense_model_s_logits(exported):
     """The exact ones: two float32 computations of the same model, the same tool's too, differ by 1e-4."""
-    tokens_BT = probe_tokens(open_model(SMOLLM2), 4)[:, :-1]
+    tokens_BT = checkpoint_probes(open_model(SMOLLM2), 4)[:, :-1]
     exact = torch_ref.library.LibraryModel(SMOLLM2, exact=True).logits(tokens_BT)
     for library in (torch_ref.library, mlx_moe.model.library):
         assert np.abs(library.logits(exported, tokens_BT) - exact).max() < 1e-4, library.__name__

@@ -12,6 +12,7 @@ from support.published_models import our_logits, random_tokens, save
 from support.small_models import rough_weights, small_model
 
 from mlx_moe.config import MoEConfig, UpcyclePhaseConfig, VerificationConfig
+from mlx_moe.convert.probes import random_probes
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
 from mlx_moe.parameters import initialize, shapes, table
@@ -20,7 +21,7 @@ from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import TrainerState
 from mlx_moe.training import boundary
 from mlx_moe.training.backend import Backend, choose_backend
-from mlx_moe.training.boundary import certify_streamed, in_another_order, random_probes, rounding_floor
+from mlx_moe.training.certify import certify_streamed, in_another_order, rounding_floor
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import apply, made_in_blocks
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling

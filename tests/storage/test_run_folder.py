@@ -13,7 +13,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.storage.identity import RunIdentity
 from mlx_moe.storage.run_folder import RunFolder
-from mlx_moe.training.phases import open_run
+from mlx_moe.training.run import open_run
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from mlx_moe.presets import load_run
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
-from mlx_moe.training.phases import Options, train
+from mlx_moe.training.request import Options
+from mlx_moe.training.run import train_phases
 
 SIZE = [
     *("model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.context_length=16", "model.dropout=0.1"),
@@ -28,7 +29,7 @@ def short_run(*overrides):
 
 def start(run, directory, backend="torch", console=None, n_phases=3):
     options = Options("cpu", open_model=open_model)
-    train(run, directory, choose_backend(backend), n_phases, options, console or Console(quiet=True))
+    train_phases(run, directory, choose_backend(backend), n_phases, options, console or Console(quiet=True))
 
 
 class AfterStep(Console):

@@ -5,8 +5,9 @@ import pytest
 from support.small_models import rough_weights, small_model
 
 from mlx_moe.config import MoEConfig, OptimizerConfig, VerificationConfig
+from mlx_moe.convert.probes import random_probes
 from mlx_moe.training.backend import Backend
-from mlx_moe.training.boundary import certify, random_probes, replay_routing
+from mlx_moe.training.certify import certify, replay_routing
 from mlx_moe.transfer.growth import grow_config, plan_growth
 
 CONFIG = small_model("llama", moe=MoEConfig(n_experts=4, top_k=1))

@@ -13,7 +13,7 @@ from support.short_runs import SIZE, short_run, start
 
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training import phases
-from mlx_moe.training.phases import open_run
+from mlx_moe.training.run import open_run
 from mlx_moe.training.stopping import TrainingStopped
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import pytest
 from support.short_runs import STEPS, AfterStep, assert_same_run, short_run, start
 
 from mlx_moe.storage import checkpoint
-from mlx_moe.training.phases import open_run
+from mlx_moe.training.run import open_run
 from mlx_moe.training.stopping import TrainingStopped
 
 MOMENTS = [(phase, step) for phase, n in STEPS.items() for step in range(1, n + 1)]

@@ -23,7 +23,7 @@ from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Backend, choose_backend
 from mlx_moe.training.console import Console
-from mlx_moe.training.loop import evaluate, load_imbalance, train_phase
+from mlx_moe.training.loop import Session, evaluate, load_imbalance, train_phase
 from mlx_moe.training.results import phase_result
 from mlx_moe.training.stopping import TrainingStopped, interruptions
 
@@ -68,9 +68,8 @@ def train(data, backend):
         trainer = trainer or build(backend, run)
         phase, console = get_phase(run, 1), Console(quiet=True)
         with interruptions() as interruption:
-            train_phase(
-                run, phase, trainer, data, RunFolder(directory), step, console, Backend(backend, ""), interruption
-            )
+            session = Session(run, data, Backend(backend, ""), RunFolder(directory), console, interruption)
+            train_phase(session, phase, trainer, step)
         return trainer
 
     return train

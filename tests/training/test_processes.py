@@ -16,7 +16,8 @@ from mlx_moe.processes import Alone
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
-from mlx_moe.training.phases import Options, begin
+from mlx_moe.training.request import Options
+from mlx_moe.training.run import begin
 
 BIN = Path(sys.executable).parent
 LAUNCH = {

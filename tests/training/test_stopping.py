@@ -8,7 +8,7 @@ from support.short_runs import AfterStep, assert_same_run, short_run, start
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training import loop, phases, results
 from mlx_moe.training.console import Console
-from mlx_moe.training.phases import open_run
+from mlx_moe.training.run import open_run
 from mlx_moe.training.stopping import TrainingStopped, interruptions, stopping_at_once
 
 

@@ -13,7 +13,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.storage import jsonl
 from mlx_moe.training import trackers
 from mlx_moe.training.console import Console
-from mlx_moe.training.phases import open_run
+from mlx_moe.training.run import open_run
 from mlx_moe.training.stopping import TrainingStopped
 
 

@@ -10,7 +10,7 @@ from mlx_moe.analysis.plots import expert_load
 from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import _data
 from mlx_moe.storage import checkpoint, jsonl
-from mlx_moe.training.phases import open_run
+from mlx_moe.training.run import open_run
 
 WAYS = [
     *("model.n_layers=4", "phases.large_moe.n_layers=6", "phases.moe.every=2", "phases.moe.granularity=2"),

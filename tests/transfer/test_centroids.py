@@ -8,7 +8,7 @@ from support.small_models import rough_weights, small_model
 from mlx_moe.config import UpcyclePhaseConfig
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import choose_backend
-from mlx_moe.training.boundary import centroid_routers
+from mlx_moe.training.centroids import centroid_routers
 from mlx_moe.transfer.centroids import centroid_rows
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_phase

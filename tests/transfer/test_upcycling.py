@@ -6,10 +6,10 @@ from support.architectures import architectures, logit_difference, small, upcycl
 from support.small_models import rough_weights, small_model
 
 from mlx_moe.config import MoEConfig, UpcyclePhaseConfig
+from mlx_moe.convert.probes import random_probes
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import table
 from mlx_moe.training.backend import choose_backend
-from mlx_moe.training.boundary import random_probes
 from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling

@@ -1,10 +1,10 @@
-"""The experiment: a dense model, upcycled to experts, grown wider and deeper, each boundary proven lossless."""
+"""A run: its phases one after the other, each boundary proven lossless, resumed where it stands."""
 
 from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,17 @@ from mlx_moe.parameters import Weights, initialize, merged, start_adapters, tabl
 from mlx_moe.phases import Phase, get_phase, get_phases, phase_config, phase_state, start_phase, trained_model
 from mlx_moe.processes import Alone, World
 from mlx_moe.storage import checkpoint
-from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.environment import environment, library_versions
 from mlx_moe.storage.identity import RunIdentity, changed_settings, differences
 from mlx_moe.storage.run_folder import CONFIG, HISTORY, METRICS, RunFolder, resume_command
 from mlx_moe.training.backend import Backend, Trainer
-from mlx_moe.training.boundary import (
-    PROBE_TOKENS,
-    centroid_routers,
-    centroid_tokens,
-    certify,
-)
+from mlx_moe.training.centroids import centroid_routers, centroid_tokens
+from mlx_moe.training.certify import PROBE_TOKENS, certify
 from mlx_moe.training.console import Console, millions
 from mlx_moe.training.introduction import facts
-from mlx_moe.training.loop import train_phase
+from mlx_moe.training.loop import Session, train_phase
 from mlx_moe.training.memory import check_address_space, needed_bytes
+from mlx_moe.training.request import Options, RunRequest, resolve
 from mlx_moe.training.results import report_phase, summarize
 from mlx_moe.training.start import check_model, weights_sha256
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
@@ -45,7 +41,15 @@ from mlx_moe.transfer.upcycling import LOSSY_METHOD, ZERO_ROUTER_WARNING
 from mlx_moe.validation import by_path
 
 
-def train(
+def train_run(request: RunRequest, console: Console | None = None) -> Path:
+    """Begin or resume the run that a user asks for, and return its folder. Raises what `train_phases` raises."""
+    found = resolve(request)
+    console = console or Console(quiet=found.backend.connect().rank > 0)
+    train_phases(found.run, found.folder, found.backend, found.last_phase, found.options, console)
+    return found.folder
+
+
+def train_phases(
     run: RunConfig, directory: Path, backend: Backend, last_phase: int, options: Options, console: Console
 ) -> None:
     """Train the phases from the run's first to number `last_phase`, from the latest whole checkpoint if there is one.
@@ -69,6 +73,8 @@ def train(
             is_done = phase == last_phase and phase >= 1 and step >= phase_config(run, phase).steps
             experiment.warn_of_lost_rows(rows, phase, step)
             experiment.introduce(trainer, last_phase, is_done)
+            if options.saves_start and step == 0:
+                experiment.save_start(trainer)
             experiment.warn_of_memory(trainer, range(max(phase, run.first_phase), last_phase + 1))
             folder.tracker = experiment.open_tracker(rows)
         with interruptions() as interruption:
@@ -92,17 +98,6 @@ def train(
         ) from None
     finally:
         folder.close()
-
-
-@dataclass(frozen=True)
-class Options:
-    """What belongs to this call and not to the run."""
-
-    device: str = "auto"
-    allow_lossy: bool = False
-    is_new: bool = False  # there must be no run in the folder yet
-    threads: int | None = None  # of products on the CPU; None: as many as the backend takes by itself
-    open_model: Callable[[Path], Checkpoint] = checkpoint.load  # of what a run starts from
 
 
 @dataclass(frozen=True)
@@ -173,7 +168,7 @@ class Experiment:
         on_cpu = trainer.device.kind == "cpu"
         libraries = {self.backend.name, "numpy"}
         start = None if before is None else before.start_sha256
-        if self.options.is_new and self.run.start is not None:
+        if self.options.is_new and self.run.start is not None and not self.options.saves_start:
             start = weights_sha256(Path(self.run.start.model))
         return RunIdentity(
             backend=self.backend.name,
@@ -237,9 +232,8 @@ class Experiment:
                     [("trained", f"{millions(trained)} in adapters of rank {model.lora.rank} and routers")]
                 )
             self.console.line()
-            train_phase(
-                self.run, phase, trainer, self.data, self.folder, step, self.console, self.backend, interruption
-            )
+            session = Session(self.run, self.data, self.backend, self.folder, self.console, interruption)
+            train_phase(session, phase, trainer, step)
         elif step:
             self.console.line(f"phase {number}: nothing left to train after step {step}")
         reported = [row["phase"] for row in self.folder.history() if row["event"] == "phase"]
@@ -250,6 +244,13 @@ class Experiment:
             raise interruption.stopped(
                 f"after phase {number}, which is saved; resume with: {self.folder.resume_command}"
             )
+
+    def save_start(self, trainer: Trainer) -> None:
+        """Save the model that the run starts from, so that nothing else is needed to resume it."""
+        phase = get_phase(self.run, self.run.first_phase)
+        weights, _ = trainer.stored()
+        state = phase_state(self.run, phase, 0, self.backend.name)
+        self.folder.save(trainer.config, state, weights, None, self.run.training.keep_checkpoints)
 
     def cross_boundary(self, phase: int, trainer: Trainer) -> Trainer:
         """Transfer the model of a phase to the next one, and raise TrainingStopped if that changed it."""

@@ -1,0 +1,1 @@
+"""Change what lies on disk: upcycle, grow and import models, a piece at a time."""

@@ -1,0 +1,35 @@
+"""Routers on centroids: clusters of what the routers of a model would read in some text."""
+
+from __future__ import annotations
+
+from mlx_moe.config import UpcyclePhaseConfig
+from mlx_moe.errors import InputError
+from mlx_moe.training.backend import StreamedModel, Tokens
+from mlx_moe.transfer.centroids import Routers, centroid_rows
+from mlx_moe.transfer.experts import experts_of
+
+CENTROID_TOKENS = 4096
+TOKENS_PER_CENTROID = 16  # at least
+
+
+def centroid_tokens(phase: UpcyclePhaseConfig) -> int:
+    """How many tokens to take centroids of."""
+    return max(CENTROID_TOKENS, TOKENS_PER_CENTROID * phase.n_experts)
+
+
+def centroid_routers(model: StreamedModel, phase: UpcyclePhaseConfig, tokens_BT: Tokens, seed: int) -> Routers:
+    """A router for every layer that a phase gives experts, on clusters of what it would read in these tokens.
+
+    Raises InputError where they are too few.
+    """
+    if tokens_BT.size < TOKENS_PER_CENTROID * phase.n_experts:
+        raise InputError(
+            f"{tokens_BT.size} tokens are too few for the centroids of {phase.n_experts} experts; give at least "
+            f"{TOKENS_PER_CENTROID * phase.n_experts}"
+        )
+    upcycled = model.config.model_copy(update={"moe": experts_of(model.config, phase)})
+    inputs = model.ffn_inputs(tokens_BT, upcycled.expert_layers)
+    return {
+        layer: centroid_rows(x_ND, phase.n_experts, seed)
+        for layer, x_ND in zip(upcycled.expert_layers, inputs, strict=True)
+    }

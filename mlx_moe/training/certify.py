@@ -1,0 +1,92 @@
+"""Proof on probes that a transfer left a model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from mlx_moe.config import ModelConfig, VerificationConfig
+from mlx_moe.errors import Error
+from mlx_moe.parameters import Weights
+from mlx_moe.training.backend import Logits, StreamedModel, Tokens, Trainer
+from mlx_moe.transfer.certificate import Certificate, Replay, max_difference, probe
+from mlx_moe.transfer.growth import layer_sources
+from mlx_moe.transfer.plan import made
+from mlx_moe.transfer.reordering import plan_reordering
+
+PROBE_TOKENS = 256  # the logits of all 8,192 tokens that a published model can see would take 1.6 GB
+
+
+def certify(
+    limits: VerificationConfig, before: Trainer, after: Trainer, probes_BT1: Tokens, widened: bool = False
+) -> Certificate:
+    """`widened`: what rounding does to the model before may widen the limit of the logits."""
+
+    def each_logits(model: Trainer, tokens_BT: Tokens) -> Iterator[Logits]:
+        return (model.logits(tokens_T[None])[0] for tokens_T in tokens_BT)
+
+    replay = partial(replay_routing, before, after) if before.config.moe and after.config.moe else None
+
+    def floor(tokens_BT: Tokens) -> float:
+        return rounding_floor(before, before.transferred(plan_reordering(before.config)), tokens_BT)
+
+    models = partial(each_logits, before), partial(each_logits, after)
+    return probe(
+        *models, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay, floor if widened else None
+    )
+
+
+def certify_streamed(
+    limits: VerificationConfig,
+    before: StreamedModel,
+    reordered: StreamedModel,
+    after: StreamedModel,
+    probes_BT1: Tokens,
+) -> Certificate:
+    """`reordered` is `before` with its units in another order, to see what rounding does."""
+    replay = partial(replay_routing, before, after) if before.config.moe and after.config.moe else None
+    models, floor = (before.each_logits, after.each_logits), partial(rounding_floor, before, reordered)
+    return probe(*models, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay, floor)
+
+
+def rounding_floor(model: Trainer | StreamedModel, reordered: Trainer | StreamedModel, tokens_BT: Tokens) -> float:
+    """The largest difference of a logit between a model and itself in another order, with the same experts."""
+    one = model.routed_logits(tokens_BT)
+    other = reordered.routed_logits(tokens_BT, one.experts_LNK if model.config.moe else None)
+    return max_difference(one.logits_BTV, other.logits_BTV)
+
+
+def in_another_order(config: ModelConfig, weights: Weights) -> Weights:
+    return made(plan_reordering(config), weights)
+
+
+def replay_routing(before: Trainer | StreamedModel, after: Trainer | StreamedModel, tokens_BT: Tokens) -> Replay:
+    """Run `after`, of as many layers or more, with the experts that `before` chose.
+
+    New layers copy the choices of the layer that they copy; they add nothing yet, so their own routing is not compared.
+    """
+    sources = layer_sources(before.config.n_layers, after.config.n_layers)
+    with_experts = before.config.expert_layers
+    copied = [with_experts.index(sources[layer]) for layer in after.config.expert_layers]
+    originals = [copied.index(place) for place in range(len(with_experts))]
+    chosen = before.routed_logits(tokens_BT)
+    replayed = after.routed_logits(tokens_BT, chosen.experts_LNK[copied])
+    router_logits_LNE = replayed.router_logits_LNE[originals]
+    top_k = chosen.experts_LNK.shape[-1]
+    own_LNK = np.argsort(-router_logits_LNE, axis=-1, kind="stable")[..., :top_k]
+    same_LN = (np.sort(own_LNK, axis=-1) == np.sort(chosen.experts_LNK, axis=-1)).all(axis=-1)
+    return Replay(
+        logits=replayed.logits_BTV,
+        router_difference=float(np.abs(router_logits_LNE - chosen.router_logits_LNE).max()),
+        flipped=int((~same_LN).sum()),
+    )
+
+
+class ChangedModel(Error):
+    """A transfer changed the model, and that was not allowed."""
+
+    def __init__(self, certificate: Certificate):
+        super().__init__("the transfer changed the model")
+        self.certificate = certificate

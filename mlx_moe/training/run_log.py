@@ -1,0 +1,71 @@
+"""What a training writes while it goes: to a run's folder, or to memory alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mlx_moe.config import ModelConfig
+from mlx_moe.parameters import Weights
+from mlx_moe.storage.checkpoint import TrainerState
+
+
+class RunLog(Protocol):
+    """Log of a training; `storage.run_folder.RunFolder` is one. All losses in nats per token."""
+
+    def best_validation_loss(self, phase: str) -> float:
+        """Return the lowest among the checkpoints in a phase's folder; inf before the first."""
+
+    def rewind_metrics(self, phase: int) -> None:
+        """Drop the rows of a phase that starts over."""
+
+    def log_step(self, row: dict[str, Any]) -> None:
+        """Append a row of metrics."""
+
+    def log_event(self, row: dict[str, Any]) -> None:
+        """Append a row of history: a phase or a boundary that ended, or a divergence."""
+
+    def save(
+        self, config: ModelConfig, state: TrainerState, weights: Weights, optimizer_state: Weights | None, keep: int
+    ) -> None:
+        """Save a checkpoint."""
+
+    def last_saved(self) -> str:
+        """Name the last checkpoint, for the line that says why training stopped."""
+
+    @property
+    def resume_advice(self) -> str:
+        """How to resume, for the line that says why training stopped."""
+
+
+@dataclass
+class MemoryLog:
+    """A log that writes nothing to the disk and saves no checkpoint."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def best_validation_loss(self, phase: str) -> float:
+        return -math.inf  # no checkpoint is due for a new best
+
+    def rewind_metrics(self, phase: int) -> None:
+        self.rows = [row for row in self.rows if row["phase"] < phase]
+
+    def log_step(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def log_event(self, row: dict[str, Any]) -> None:
+        self.events.append(row)
+
+    def save(
+        self, config: ModelConfig, state: TrainerState, weights: Weights, optimizer_state: Weights | None, keep: int
+    ) -> None:
+        """Do nothing: the model stays in memory."""
+
+    def last_saved(self) -> str:
+        return "nothing was saved, because no folder was named"
+
+    @property
+    def resume_advice(self) -> str:
+        return "nothing was saved, because no folder was named"
