@@ -85,11 +85,11 @@ class Trainer:
                 module, _, name = parameter.name.rpartition(".")
                 modules[module].unfreeze(recurse=False, keys=name)
 
-    @on_its_device
     @property
     def module(self) -> Transformer:
         return self._model
 
+    @on_its_device
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
         self._model.train()
         self._optimizer.learning_rate = learning_rate
