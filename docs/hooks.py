@@ -29,6 +29,7 @@ INCLUDED = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/LOG.md": "log.md",
 }
+SET_BY_COMMANDS = ("start", "model.lora", "data.fit_vocabulary")  # no keys for users
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)((?:#[^)\s]*)?\))")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 TAG = re.compile(r"\\tag\{([^}]*)\}")
@@ -172,17 +173,23 @@ def _settings() -> Iterator[str]:
 
 
 def _section(prefix: str, model: Any) -> Iterator[str]:
+    from mlx_moe.architecture import COMPONENTS
+
     inner: list[tuple[str, Any]] = []
     rows = []
     comments = _comments(model)
     for name, field in model.model_fields.items():
+        if f"{prefix}{name}" in SET_BY_COMMANDS:
+            continue
         nested = next((kind for kind in _kinds(field.annotation) if hasattr(kind, "model_fields")), None)
         if nested is not None:
             inner.append((f"{prefix}{name}.", nested))
             continue
-        default = "by the others" if field.default_factory else "required" if field.is_required() else field.default
-        shown = default if isinstance(default, str) and " " in default else f"`{_yaml(default)}`"
-        rows.append(f"| `{prefix}{name}` | {_type(field.annotation)} | {shown} | {_cell(comments.get(name, ''))} |")
+        default = f"`{_yaml(field.default)}`"
+        if field.default_factory or field.is_required():
+            default = "from the others" if field.default_factory else "required"
+        kind = _either(COMPONENTS[name]) if name in COMPONENTS else _type(field.annotation)
+        rows.append(f"| `{prefix}{name}` | {kind} | {default} | {_cell(comments.get(name, ''))} |")
     if rows:
         yield from (f"## {prefix.rstrip('.') or 'The run'}", "", _cell(model.__doc__ or ""), "")
         yield from ("| key | type | default | meaning |", "|---|---|---|---|", *rows, "")
@@ -196,11 +203,15 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 def _type(annotation: Any) -> str:
     if get_origin(annotation) is not None and str(annotation).startswith("typing.Literal"):
-        return " \\| ".join(f"`{value}`" for value in get_args(annotation))
+        return _either(get_args(annotation))
     kinds = [kind for kind in _kinds(annotation) if kind is not type(None)]
     names = {"int": "integer", "float": "number", "bool": "true or false", "str": "text", "tuple": "list"}
     text = " or ".join(dict.fromkeys(names.get(getattr(kind, "__name__", ""), "list") for kind in kinds))
     return f"{text} or null" if type(None) in _kinds(annotation) else text
+
+
+def _either(values: Any) -> str:
+    return ", ".join(f"`{value}`" for value in values)
 
 
 def _yaml(value: Any) -> str:
