@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,45 @@ import torch_ref  # noqa: F401
 from cli import main
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and by all that a test starts
+
+TESTS = Path(__file__).parent
+# Folders and modules that `make check` leaves out, since each takes more than about 3 seconds of CPU time.
+SLOW = (
+    "accounting/test_flops.py",
+    "analysis",
+    "data/test_broken_sources.py",
+    "faults",
+    "hub",
+    "model",
+    "parity",
+    "test_cli.py",
+    "test_examples.py",
+    "test_extras.py",
+    "test_house.py",
+    "test_readme.py",
+    "test_tutorial.py",
+    "training/test_boundary.py",
+    "training/test_changed_runs.py",
+    "training/test_ends.py",
+    "training/test_exact_resume.py",
+    "training/test_kill.py",
+    "training/test_loop.py",
+    "training/test_phases.py",
+    "training/test_processes.py",
+    "training/test_resume_as_printed.py",
+    "training/test_resuming_document.py",
+    "training/test_stopping.py",
+    "training/test_trackers.py",
+    "training/test_ways_to_upcycle.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = [TESTS / name for name in SLOW]
+    assert [path for path in slow if not path.exists()] == [], "SLOW names what is not there"
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in slow):
+            item.add_marker("slow")
 
 
 @dataclass(frozen=True)
