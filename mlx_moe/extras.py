@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 from mlx_moe.errors import InputError
@@ -33,8 +34,11 @@ def require(library: str, user: str) -> None:
 
 def is_installed(library: str) -> bool:
     """Tell whether a library could be imported, without importing it."""
+    module = MODULES.get(library, library)
+    if module in sys.modules:
+        return sys.modules[module] is not None
     try:
-        return find_spec(MODULES.get(library, library)) is not None
+        return find_spec(module) is not None
     except ModuleNotFoundError:
         return False
 
