@@ -1,5 +1,7 @@
 # make demo: an environment, three phases on embedded stories, then both backends compared.
 # make test: an environment, then the checks and the tests.
+# make check: the checks and the fast tests, in a minute.
+# make docs: the site, into site/.
 # make fuzz: wrong files and options for every reader, for ten minutes.
 
 VENV ?= .venv
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 600
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint fuzz clean
+.PHONY: demo test check lint docs fuzz clean
 
 demo: $(VENV)/ready
 	$(BIN)/mlxmoe train --phases 3 --preset demo --out $(RUN)
@@ -19,16 +21,22 @@ demo: $(VENV)/ready
 test: lint
 	$(BIN)/pytest -n 2
 
+check: lint
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/faults/fuzz.py --seconds $(FUZZ_SECONDS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
 
 # On Linux, MLX needs a fast BLAS from the system; without the right to install one it still works, slowly.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -40,5 +48,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 		echo "warning: no OpenBLAS, so MLX will be slow on this CPU; install libopenblas0-pthread"; \
 	fi
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[all,test]'
+	@touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
 	@touch $@

@@ -2,7 +2,7 @@
 
 python benchmarks/optimizer_transfer.py TEXT.jsonl
 
-Writes docs/optimizer-transfer.json, .svg and .png. E experts, K experts per token.
+Writes docs/images/optimizer-transfer.json, .svg and .png. E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlx_moe.training.run import fit_vocabulary
 from mlx_moe.training.schedule import learning_rate
 from mlx_moe.transfer.plan import Plan, carry_moments
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs" / "images"
 STEPS = {1: 400, 2: 100, 3: 100}
 EVERY = 10  # steps between validations
 WARMUP = 20

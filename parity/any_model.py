@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from mlx_moe.errors import InputError
+from mlx_moe.extras import require
 from mlx_moe.hub.foreign import ForeignModel, check_all_finite, opened_for_library
 from mlx_moe.storage.tensor_files import n_elements, sha256
-from mlx_moe.training.backend import BackendName, Tokens, is_installed
+from mlx_moe.training.backend import Tokens
 from parity.library_bench import Bench, Measured, said
 from parity.lint import Config, Finding, lint_config, repairs, with_value
 
@@ -171,10 +171,8 @@ class _Comparison:
 
 
 def _check_libraries() -> None:
-    libraries: dict[BackendName, str] = {"torch": "transformers", "mlx": "mlx_lm"}
-    for name, library in libraries.items():
-        if not is_installed(name) or importlib.util.find_spec(library) is None:
-            raise InputError(f"--model needs transformers with torch and mlx-lm with mlx: no {name} or {library} here")
+    for library in ("torch", "transformers", "mlx", "mlx_lm"):
+        require(library, "mlxmoe parity --model")
 
 
 def _check_memory(folder: Path, n_parameters: int) -> None:

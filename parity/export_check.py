@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +10,12 @@ import numpy as np
 
 from mlx_moe.convert.probes import checkpoint_probes
 from mlx_moe.errors import InputError, one_line
+from mlx_moe.extras import how_to_install, is_installed
 from mlx_moe.hub.export import fill
 from mlx_moe.hub.models import open_model
 from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import Checkpoint
-from mlx_moe.training.backend import choose_backend, is_installed
+from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.certify import in_another_order, rounding_floor
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.certificate import MARGIN, max_difference
@@ -42,7 +42,8 @@ def export_checked(path: Path, out: Path, requested: str, verify: bool) -> None:
     ])  # fmt: skip
     if verify:
         for library in LIBRARIES.keys() - found.keys():
-            console.warn(f"not compared with {library}, which is not installed")
+            to_install = how_to_install(library, LIBRARIES[library][0])
+            console.warn(f"not compared with {library}, which is not installed; {to_install}")
     console.line(f"wrote {out}")
 
 
@@ -54,7 +55,7 @@ def _checker(source: Checkpoint, found: dict[str, tuple[float, float]]) -> Calla
         backend = choose_backend()
         ours = backend.streamed(source.config, source.weights, "cpu")
         for library, (framework, module) in LIBRARIES.items():
-            if not is_installed(framework) or importlib.util.find_spec(library) is None:  # type: ignore[arg-type]
+            if not (is_installed(framework) and is_installed(library)):
                 continue
             try:
                 theirs_BTV = importlib.import_module(module).logits(folder, tokens_BT)

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,72 @@ import torch_ref  # noqa: F401
 from cli import main
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and by all that a test starts
+
+TESTS = Path(__file__).parent
+# Folders and modules that `make check` leaves out, since each takes more than about 3 seconds of CPU time.
+SLOW = (
+    "accounting/test_flops.py",
+    "accounting/test_memory.py",
+    "analysis",
+    "data/test_broken_sources.py",
+    "data/test_stories.py",
+    "data/test_token_cache.py",
+    "data/test_tokens.py",
+    "faults",
+    "hub",
+    "model/test_adapters.py",
+    "model/test_backends_agree.py",
+    "model/test_cache.py",
+    "model/test_cached_generation.py",
+    "model/test_causality.py",
+    "model/test_engine.py",
+    "model/test_optimizers.py",
+    "model/test_registries.py",
+    "parity",
+    "storage/test_checkpoint.py",
+    "storage/test_run_folder.py",
+    "test_cli.py",
+    "test_examples.py",
+    "test_extras.py",
+    "test_house.py",
+    "test_readme.py",
+    "test_site.py",
+    "test_tutorial.py",
+    "training/test_changed_runs.py",
+    "training/test_ends.py",
+    "training/test_exact_resume.py",
+    "training/test_kill.py",
+    "training/test_loop.py",
+    "training/test_phases.py",
+    "training/test_processes.py",
+    "training/test_resume_as_printed.py",
+    "training/test_resuming_document.py",
+    "training/test_stopping.py",
+    "training/test_trackers.py",
+    "training/test_ways_to_upcycle.py",
+    "transfer/test_growth.py",
+    "transfer/test_moments.py",
+)
+
+
+def pytest_configure() -> None:
+    if missing := [name for name in SLOW if not (TESTS / name).exists()]:
+        raise pytest.UsageError(f"SLOW in tests/conftest.py names what is not there: {', '.join(missing)}")
+
+
+def is_slow(path: Path) -> bool:
+    return any(path.is_relative_to(TESTS / name) for name in SLOW)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skip slow modules that `-m "not slow"` leaves out: to import them all takes longer than the fast tests."""
+    return True if "not slow" in config.option.markexpr and is_slow(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item.path):
+            item.add_marker("slow")
 
 
 @dataclass(frozen=True)

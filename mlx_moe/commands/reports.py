@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mlx_moe.commands.options import BackendOption, DeviceOption
+from mlx_moe.extras import require
 from mlx_moe.limits import MAX_BATCH_SIZE
 from mlx_moe.terminal import echo
 
@@ -38,6 +39,7 @@ def plot(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH/plots")] = None,
 ) -> None:
     """Draw a run's curves and its experts' load, or a sweep and its scaling law, as SVG and PNG."""
+    require("matplotlib", "mlxmoe plot")
     os.environ["MPLBACKEND"] = "agg"  # figures go to files, and matplotlib fails on a backend that it does not know
     import logging
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_moe.errors import InputError, one_line
+from mlx_moe.extras import require
 from mlx_moe.storage.regular_files import open_regular
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ LONGEST_LIST = 100_000  # columns, or groups of rows
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[ParquetFile]:
     """A file while it is read. Raises InputError where it is damaged, then or later, and OSError as the system does."""
+    require("pyarrow", "a Parquet file")
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

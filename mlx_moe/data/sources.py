@@ -12,6 +12,7 @@ from pathlib import Path
 from mlx_moe.config import DataConfig
 from mlx_moe.data import parquet, stories
 from mlx_moe.errors import InputError, one_line
+from mlx_moe.extras import require
 from mlx_moe.storage.atomic import absolute, culprit
 from mlx_moe.storage.reading import NOT_JSON, is_unicode, not_json
 from mlx_moe.storage.regular_files import fingerprint, is_git_lfs, open_regular
@@ -87,6 +88,8 @@ def _tinystories(n: int | None) -> Source:
 
 
 def _stream_tinystories() -> Iterator[str]:
+    for library in ("datasets", "huggingface_hub"):
+        require(library, "TinyStories")
     from huggingface_hub import HfApi
 
     # One quick question first: without a network, datasets itself retries for half a minute and prints every attempt.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_moe.data.panics import panics_reported
 from mlx_moe.data.sources import END_OF_TEXT
 from mlx_moe.errors import InputError, one_line, quoted
+from mlx_moe.extras import require
 from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.reading import own_file, read_mapping, read_text
 from mlx_moe.storage.tokenizer_files import LARGEST_FILE
@@ -194,6 +195,7 @@ def _from_hub(name: str) -> Path:
         raise InputError(f"tokenizer {name!r} is a file; name the folder that holds tokenizer.json")
     if not HUB_NAME.fullmatch(name):
         raise InputError(f"no tokenizer folder {quoted(name)}; {WAYS_OUT}")
+    require("huggingface_hub", f"tokenizer {name!r}, a name on the Hugging Face hub,")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

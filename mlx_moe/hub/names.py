@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_moe.data.tokenizers import HUB_NAME
 from mlx_moe.errors import InputError, brief_name, one_line
+from mlx_moe.extras import require
 from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.tensor_files import INDEX, open_tensors
 from mlx_moe.storage.tokenizer_files import FILES
@@ -24,6 +25,7 @@ def find_model(name: str) -> Path:
     is_best = folder.name == "best" and os.path.isdir(folder.parent)  # of a run
     if os.path.exists(folder) or is_best or not HUB_NAME.fullmatch(name):
         return folder
+    require("huggingface_hub", f"{name}, a name on the Hugging Face hub,")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -6,7 +6,6 @@ B batch, T time, V vocabulary, L layers, E experts.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import platform
 import sys
@@ -23,6 +22,7 @@ from mlx_moe.address_space import bytes_left
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.device import Device
 from mlx_moe.errors import InputError
+from mlx_moe.extras import how_to_install, is_installed
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import Precision, PrecisionName
 from mlx_moe.processes import Alone, World
@@ -258,12 +258,12 @@ def choose_backend(requested: str = "auto") -> Backend:
                 return Backend(
                     name, f"{name} on {machine}" + ("" if name == order[0] else f"; {order[0]} is not installed")
                 )
-        raise InputError("neither mlx nor torch is installed; pip install mlxmoe brings both")
+        raise InputError(f"neither mlx nor torch is installed; {how_to_install(*TRAINERS)}, or one of them")
     for name in TRAINERS:
         if name == requested:
             if not is_installed(name):
                 raise InputError(
-                    f"--backend {name}: {name} is not installed; pip install {name}, or take --backend auto"
+                    f"--backend {name}: {name} is not installed; {how_to_install(name)}, or take --backend auto"
                 )
             return Backend(name, f"{name} as asked for")
     raise InputError(f"--backend {requested!r}: must be one of auto, {', '.join(TRAINERS)}")
@@ -276,11 +276,3 @@ def peak_flops_per_s(backend: Backend, precision: PrecisionName, device: Device)
     if machine is not None:
         return machine.flops_per_s(precision)
     return backend.device.measure_flops_per_s(precision, device)
-
-
-def is_installed(name: BackendName) -> bool:
-    module = "mlx.core" if name == "mlx" else name
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False

@@ -10,6 +10,7 @@ import sys
 
 from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError, one_line
+from mlx_moe.extras import how_to_install
 from mlx_moe.parameters import initialize
 from mlx_moe.storage.environment import library_versions
 from mlx_moe.training.backend import TRAINERS, Backend, choose_backend, is_installed
@@ -31,7 +32,7 @@ def diagnose() -> int:
     works = 0
     for name in TRAINERS:
         if not is_installed(name):
-            console.line(f"{name:6} missing: pip install {name}")
+            console.line(f"{name:6} missing; {how_to_install(name)}")
             continue
         try:
             trainer = Backend(name, "").trainer(tiny, initialize(tiny, 0), OptimizerConfig())

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError, one_line
+from mlx_moe.extras import how_to_install
 from mlx_moe.storage.atomic import replacing
 
 PROJECT = "mlxmoe"
@@ -66,7 +67,7 @@ class Tracker:
 def check_installed(name: str) -> None:
     """Raise InputError where the tracker of a config is not installed."""
     if name != "none" and find_spec(name) is None:
-        raise InputError(f"training.tracker {name}: it is not installed; pip install {name}, or take none")
+        raise InputError(f"training.tracker {name}: it is not installed; {how_to_install(name)}, or take none")
 
 
 def open_tracker(

@@ -13,12 +13,9 @@ The bias of what they write is the dense one's: G times 1/G of it.
 A shared expert, a copy that every token visits (DeepSeekMoE, Dai et al. 2024), is added to the others. Then either side
 writes one half.
 
-Gradients. Those of E copies sum to the dense one, so in the mean over copies m' = m / E, exactly. Squares follow the
-noise of the batch, which is most of them: of N tokens' gradients, weighted by gates near 1/K, a copy averages N·K / E,
-so v' = v / (K·E), where a gradient without noise had v / E². Measured: docs/optimizer-transfer.md. Where weights are
-multiplied by s, what they read keeps its gradient times s, and their own is that of 1: with G parts of a copy, E and K
-those of copies, and shares c = 1/2 beside a shared expert and 1 without, what reads the stream has c·m / E, what writes
-it m / (E·G), since its gate is 1/G of the copy's; a shared expert has m / 2 and m. Squares have the squares of c and G.
+Gradients. Those of E copies sum to the dense one, and squares follow the noise of the batch: m' = m / E and
+v' = v / (K·E). docs/mathematics.md derives these, and the factors of granular and shared experts;
+docs/guides/optimizer-transfer.md measures them.
 """
 
 from __future__ import annotations

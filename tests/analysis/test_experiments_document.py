@@ -1,4 +1,4 @@
-"""Every command of docs/experiments.md runs, in its order, at a size of seconds."""
+"""Every command of docs/guides/experiments.md runs, in its order, at a size of seconds."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ from mlx_moe.analysis.sweeps import SweepConfig, load_sweep, sweep_names
 from mlx_moe.presets import preset_names
 from mlx_moe.validation import validate
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "experiments.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "guides" / "experiments.md"
 SMALL = [
     *("-o", "phases.dense.steps=4", "-o", "data.n_documents=200", "-o", "data.tokenizer=bpe:300"),
     *("-o", "model.n_layers=1", "-o", "model.context_length=32", "-o", "training.eval_sequences=8", "--jobs", "2"),

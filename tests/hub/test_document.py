@@ -1,4 +1,4 @@
-"""Every command of docs/hugging-face.md runs, in its order, on a tiny model of the same family."""
+"""Every command of docs/guides/hugging-face.md runs, in its order, on a tiny model of the same family."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.published_models import save, save_tokenizer
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "hugging-face.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "guides" / "hugging-face.md"
 
 
 def test_every_command_runs(mlxmoe, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What docs/hugging-face.md does with an export in mlx-lm: quantized models write text, its server answers."""
+"""What docs/guides/hugging-face.md does with an export in mlx-lm: quantized models write text, its server answers."""
 
 import json
 import os

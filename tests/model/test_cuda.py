@@ -9,7 +9,10 @@ from mlx_moe.config import EngineConfig, MoEConfig, OptimizerConfig
 from mlx_moe.parameters import initialize
 from torch_ref.trainer import Trainer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
 @pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4, top_k=2)], ids=["dense", "experts"])

@@ -1,4 +1,4 @@
-"""Every command of docs/parity.md runs, in its order, on small models."""
+"""Every command of docs/guides/parity.md runs, in its order, on small models."""
 
 import re
 import shlex
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from support.any_models import save
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "guides" / "parity.md"
 
 
 def test_every_command_runs(mlxmoe, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What docs/resuming.md says holds for a run: its command, its files, the lines that it quotes."""
+"""What docs/guides/resuming.md says holds for a run: its command, its files, the lines that it quotes."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from support.short_runs import SIZE
 
 from mlx_moe.storage import locks
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "resuming.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "guides" / "resuming.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
