@@ -19,7 +19,7 @@ from parity.report import (
 )
 from parity.tolerances import CHECKPOINT_SLACK, TO_FLOAT32, TO_OTHER
 
-VERDICTS = {True: "agrees", False: "DIFFERS", None: "not judged"}
+VERDICTS = {True: "same", False: "DIFFERS", None: "not judged"}
 CONTEXT = 3  # modules shown before and after the first that fails
 # Scopes that get one line each; "module" and "model" are summarized in more detail.
 SCOPE_LABELS: dict[Scope, str] = {"decode": "decoding", "train": "training step", "half": "half precision"}

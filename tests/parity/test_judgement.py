@@ -14,9 +14,10 @@ from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.plan import apply
 from parity import self_test
 from parity.compare import BackendPair
+from parity.judgement import judge, judge_tensor
 from parity.numpy_model import NumpyModel
-from parity.reference_forward import Expected, ReferenceForward, TensorError
-from parity.tolerances import judge, judge_tensor
+from parity.reference_forward import Expected, ReferenceForward
+from parity.report import TensorError
 
 
 @pytest.fixture(scope="module")
