@@ -52,7 +52,7 @@ REFERENCE_BYTES = 4 << 30  # largest memory for a reference
 
 @dataclass(frozen=True)
 class BackendPair:
-    """One model in both backends, with the same weights."""
+    """Model in both backends, with the same weights."""
 
     mlx: Trainer
     torch: Trainer

@@ -48,7 +48,7 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class ForwardTrace:
-    """One forward pass. `calls` holds every module in the order they finish: children before their parent."""
+    """Record of a forward pass. `calls` holds every module in the order they finish: children before their parent."""
 
     logits_BTV: Array
     calls: dict[str, ModuleCall]

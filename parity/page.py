@@ -55,7 +55,7 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class TensorTable:
-    """All tensors of one scope."""
+    """Table of all tensors of a scope."""
 
     title: str
     note: str
@@ -70,7 +70,7 @@ class TensorTable:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """One compared model: a row of the overview, and its details."""
+    """Compared model: a row of the overview, and its details."""
 
     anchor: str
     comparison: ModelComparison

@@ -19,7 +19,7 @@ from parity.report import TensorError
 
 @dataclass(frozen=True)
 class Expected:
-    """One tensor's exact values, with the errors of rounding it and of plain float32."""
+    """Exact values of a tensor, with the errors of rounding it and of plain float32."""
 
     exact: Array  # float64
     floor: TensorError  # of `exact`, rounded to float32

@@ -131,7 +131,7 @@ class TensorStatistics:
 
 @dataclass(frozen=True)
 class TensorVerdict:
-    """One tensor in both backends: their errors, the errors they are judged by, and the faults found, in words."""
+    """Verdict on a tensor: both backends' errors, the errors they are judged by, and the faults found, in words."""
 
     name: str
     scope: Scope
@@ -273,7 +273,7 @@ class TransferClaim:
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """One model: both backends against the reference, and each backend across the boundary before this model.
+    """Comparison of a model: both backends against the reference, and each across the boundary before this model.
 
     Where a reference would take too much memory, MLX is compared with PyTorch instead.
     """
