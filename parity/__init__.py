@@ -1,1 +1,1 @@
-"""Do both backends compute the same thing? Knows both, and neither knows it."""
+"""Parity of the two backends, and of libraries: the only package that knows both backends."""

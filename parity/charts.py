@@ -1,83 +1,90 @@
-"""Drawings in a page: inline SVG in the page's colours."""
+"""Geometry of the page's charts, in percent of their width and height; `page.html` draws them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from html import escape
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-Json = dict[str, Any]
+from parity.report import RoutingMargins, TensorError
+
+MARGIN_DECADES = (-9, 1)  # of the strips of routing margins
+N_TICKS = 5
 
 
-def error_growth(propagated: dict[str, Json], names_of: tuple[str, str]) -> str:
-    """RMSE over depth, on a logarithmic scale, at what every block adds to the residual stream and at the end."""
-    names = [
-        name
-        for name in propagated
-        if name.endswith((".self_attn", ".mlp")) or name in ("norm", "lm_head", "model.norm")
-    ]
-    series = [[number(propagated[name][side]["rmse"]) for name in names] for side in ("mlx", "torch")]
-    values = [value for line in series for value in line if 0 < value < math.inf]
+@dataclass(frozen=True)
+class Tick:
+    """A power of ten at `at` percent of the scale."""
+
+    power: int
+    at: float
+
+
+@dataclass(frozen=True)
+class ErrorGrowth:
+    """RMSE over depth on a logarithmic scale, for the two programs compared."""
+
+    mlx: str  # points of an SVG polyline
+    torch: str
+    ticks: tuple[Tick, ...]  # from the top
+    first: str  # name of the first module
+    last: str
+
+
+@dataclass(frozen=True)
+class MarginStrip:
+    """Margins of one router on a logarithmic scale, from the smallest to the median, and the routers' error."""
+
+    margins: RoutingMargins
+    start: float
+    width: float
+    error: float
+
+
+def error_growth(propagated: Mapping[str, tuple[TensorError, TensorError]]) -> ErrorGrowth | None:
+    """Return the error after every sublayer, by module in forward order; None where there are fewer than two.
+
+    Errors that are not finite are drawn at the top.
+    """
+    names = [name for name in propagated if _is_stage(name)]
+    values = [error.rmse for name in names for error in propagated[name] if 0 < error.rmse < math.inf]
     if len(names) < 2 or not values:
-        return ""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
-    high = max(high, low + 1)
+        return None
+    low = math.floor(math.log10(min(values)))
+    high = max(math.ceil(math.log10(max(values)) + 1e-9), low + 1)
 
-    def x(i: int) -> float:
-        return 46 + i * 640 / (len(names) - 1)
+    def points(side: int) -> str:
+        places = (100 - _at(propagated[name][side].rmse, low, high) for name in names)
+        return " ".join(f"{100 * i / (len(names) - 1):.2f},{y:.2f}" for i, y in enumerate(places))
 
-    def y(value: float) -> float:
-        return 150 - 130 * (math.log10(min(max(value, 10.0**low), 10.0**high)) - low) / (high - low)
-
-    grid = "".join(
-        f'<line x1="46" x2="690" y1="{y(10.0**e):.1f}" y2="{y(10.0**e):.1f}" stroke="var(--line)"/>'
-        f'<text x="40" y="{y(10.0**e) + 4:.1f}" text-anchor="end">1e{e}</text>'
-        for e in range(low, high + 1, max(1, (high - low) // 5))
-    )
-    lines = "".join(
-        f'<polyline fill="none" stroke="var(--{colour})" stroke-width="2" '
-        f'points="{" ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(line))}"/>'
-        for line, colour in zip(series, ("one", "other"), strict=True)
-    )
-    first, last = escape(names[0]), escape(names[-1])
-    labels = f'<text x="46" y="168">{first}</text><text x="690" y="168" text-anchor="end">{last}</text>'
-    keys = ", ".join(_key(colour, name) for colour, name in zip(("one", "other"), names_of, strict=True))
-    return (
-        f'<figure><svg viewBox="0 0 700 175" role="img">{grid}{lines}{labels}</svg><figcaption>RMSE over depth, '
-        f"each module fed what came so far: {keys}</figcaption></figure>"
-    )
+    step = max(1, math.ceil((high - low) / N_TICKS))
+    ticks = tuple(Tick(power, 100 - _at(10.0**power, low, high)) for power in range(low, high + 1, step))
+    return ErrorGrowth(points(0), points(1), ticks, names[0], names[-1])
 
 
-def routing_margins(layers: Sequence[tuple[float | None, ...]]) -> str:
-    """Per layer on a logarithmic scale: the routers' errors, and the smallest and the median margin."""
-    if not layers:
-        return ""
-    low, high, height = -9, 1, 22 * len(layers) + 24
-
-    def x(value: float | None) -> float:
-        return 70 + 610 * (min(max(math.log10(max(number(value), 1e-30)), low), high) - low) / (high - low)
-
-    rows = "".join(
-        f'<text x="60" y="{22 * i + 16}" text-anchor="end">layer {i}</text>'
-        f'<line x1="{x(smallest):.1f}" x2="{x(median):.1f}" y1="{22 * i + 12}" y2="{22 * i + 12}" stroke="var(--one)" '
-        f'stroke-width="8"/><circle cx="{x(error):.1f}" cy="{22 * i + 12}" r="4" fill="var(--other)"/>'
-        for i, (smallest, median, error) in enumerate(layers)
-    )
-    scale = "".join(
-        f'<text x="{x(10.0**e):.1f}" y="{height - 4}" text-anchor="middle">1e{e}</text>' for e in range(low, 2, 2)
-    )
-    return (
-        f'<figure><svg viewBox="0 0 700 {height}" role="img">{rows}{scale}</svg><figcaption>Routing: margins of '
-        f"the last expert chosen, {_key('one', 'smallest to median')}; {_key('other', 'the routers’ errors')}, "
-        "which alone excuse another choice</figcaption></figure>"
-    )
+def margin_strips(margins: Sequence[RoutingMargins]) -> list[MarginStrip]:
+    """Return one strip per router."""
+    return [
+        MarginStrip(margin, start, max(0.5, _at(margin.median, *MARGIN_DECADES) - start), error)
+        for margin in margins
+        for start, error in [(_at(margin.smallest, *MARGIN_DECADES), _at(margin.error, *MARGIN_DECADES))]
+    ]
 
 
-def _key(colour: str, text: str) -> str:
-    return f'<span style="color: var(--{colour})">■</span> {escape(text)}'
+def margin_ticks() -> list[Tick]:
+    """Return the scale below the strips."""
+    low, high = MARGIN_DECADES
+    return [Tick(power, _at(10.0**power, low, high)) for power in range(low + 1, high, 2)]
 
 
-def number(value: float | None) -> float:
-    """What was not finite is null in JSON."""
-    return math.inf if value is None else value
+def _is_stage(name: str) -> bool:
+    """Return whether a module ends a sublayer or the model, not a norm inside a layer."""
+    return name.endswith((".self_attn", ".mlp")) or name in ("norm", "model.norm", "lm_head")
+
+
+def _at(value: float, low: int, high: int) -> float:
+    """Return the place of a value between 10^low and 10^high in percent, limited to 0 to 100."""
+    if not value > 0:
+        return 0.0
+    power = math.log10(value) if math.isfinite(value) else high
+    return round(100 * min(1.0, max(0.0, (power - low) / (high - low))), 2)

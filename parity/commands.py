@@ -26,7 +26,7 @@ def parity(
     ] = None,
     seed: Seed = 0,
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="Put known faults in, too, and see that they are found.")
+        bool, typer.Option("--self-test", help="Also put known faults in, and check that they are found.")
     ] = False,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.", show_default=False)] = None,
@@ -34,11 +34,11 @@ def parity(
         Path | None, typer.Option(help="Write a page that opens without a network.", show_default=False)
     ] = None,
 ) -> None:
-    """Compare MLX and PyTorch with a float64 model, and across boundaries. Exit 0: same, 1: differs, 2: not judged."""
-    from parity.report import Request, report
+    """Compare MLX and PyTorch with a float64 model, and across boundaries. Exit 0: agree, 1: differ, 2: not judged."""
+    from parity.run import ParityRequest, run_and_write
 
-    request = Request(checkpoint, model, tuple(preset or []), seed, self_test)
-    raise typer.Exit(report(request, as_json, out, html))
+    request = ParityRequest(checkpoint, model, tuple(preset or []), seed, self_test)
+    raise typer.Exit(run_and_write(request, as_json, out, html))
 
 
 def export(

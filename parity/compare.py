@@ -1,4 +1,4 @@
-"""MLX against PyTorch on the same weights and tokens, both against the truth; and each across the boundaries."""
+"""Compare MLX and PyTorch on the same weights and tokens with the float64 reference, and each across boundaries."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from mlx_moe.presets import preset_names
 from mlx_moe.storage import checkpoint
 from mlx_moe.training.backend import Trainer, choose_backend
 from mlx_moe.training.certify import certify
-from mlx_moe.transfer.certificate import Certificate
 from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.plan import Plan, apply
 from mlx_moe.transfer.upcycling import plan_upcycling
-from parity.boundaries import Claim, execution_claim, forced_claim, growth_claims, upcycling_claims
+from parity.boundaries import execution_claim, forced_claim, growth_claims, upcycling_claims
 from parity.decoding import judge_decoding
+from parity.judgement import judge
+from parity.reference_forward import ReferenceForward
+from parity.report import ModelComparison, ModelVerdict
 from parity.small_models import (
     EXPERTS,
     SEQUENCES,
@@ -34,80 +36,49 @@ from parity.small_models import (
     boundary_tokens,
     larger_model,
     probe_model,
-    truth_tokens,
+    reference_tokens,
 )
-from parity.steps import judge_step, step_tokens
-from parity.truth import Truth
-from parity.yardstick import CHECKPOINT_SLACK, Verdict, judge
+from parity.step_parity import judge_step, step_tokens
+from parity.tolerances import CHECKPOINT_SLACK
 
-LIMITS = VerificationConfig(probe_sequences=4)  # fp32; those of a boundary
-# Ways to upcycle, each on one architecture; all others have EXPERTS.
+LIMITS = VerificationConfig(probe_sequences=4)  # of boundaries, in fp32
+# Options of upcycling, each tested on one architecture; the others have EXPERTS.
 UPCYCLED = {
     "hybrid": UpcyclePhaseConfig(n_experts=4, every=2),
     "nano": UpcyclePhaseConfig(n_experts=4, granularity=2),
     "smollm": UpcyclePhaseConfig(n_experts=4, shared=True),
 }
-TRUTH_BYTES = 4 << 30  # what it may take
+REFERENCE_BYTES = 4 << 30  # largest memory for a reference
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One model: both backends against the truth, or, where that is too large, MLX against PyTorch; and each of them
-    across the boundary that led to it.
-    """
-
-    subject: str
-    architecture: str
-    verdict: Verdict | None
-    without_truth: str = ""  # why there is no verdict
-    backends: Certificate | None = None
-    boundary_mlx: Certificate | None = None
-    boundary_torch: Certificate | None = None
-    claims: tuple[Claim, ...] = ()  # of the transfer that led to it
-    weights_sha256: str = ""
-
-    @property
-    def certificates(self) -> dict[str, Certificate]:
-        """Those that there are, by name."""
-        named = {
-            "backends": self.backends,
-            "boundary_mlx": self.boundary_mlx,
-            "boundary_torch": self.boundary_torch,
-        }
-        return {name: certificate for name, certificate in named.items() if certificate is not None}
-
-    @property
-    def passed(self) -> bool:
-        truthful = self.verdict is None or self.verdict.passed
-        proofs: list[Certificate | Claim] = [*self.certificates.values(), *self.claims]
-        return truthful and all(proof.passed for proof in proofs)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The same weights in both backends."""
+class BackendPair:
+    """Model in both backends, with the same weights."""
 
     mlx: Trainer
     torch: Trainer
 
     @staticmethod
-    def build(config: ModelConfig, weights: Weights) -> Pair:
-        """Raises InputError where a backend is not installed. On CPU both compute in full float32."""
+    def build(config: ModelConfig, weights: Weights) -> BackendPair:
+        """Return the model on the CPU, where both backends compute in full float32.
+
+        Raises InputError where a backend is not installed.
+        """
         trainers = [
             choose_backend(name).trainer(config, weights, OptimizerConfig(), "cpu") for name in ("mlx", "torch")
         ]
-        return Pair(*trainers)
+        return BackendPair(*trainers)
 
-    def transferred(self, plan: Plan) -> Pair:
-        """The plan executed by each backend for itself."""
-        return Pair(self.mlx.transferred(plan), self.torch.transferred(plan))
+    def transferred(self, plan: Plan) -> BackendPair:
+        """Return the model after a transfer that each backend applies by itself."""
+        return BackendPair(self.mlx.transferred(plan), self.torch.transferred(plan))
 
 
-def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Comparison]:
-    """Small models of the architecture presets (all, if none is named): dense, upcycled, grown."""
+def compare_architectures(names: Sequence[str], seed: int) -> Iterator[ModelComparison]:
+    """Compare small models of the architecture presets (all if none is named): dense, with experts, and grown."""
     for name in names or preset_names("architectures"):
         config, weights = probe_model(name, seed)
-        dense = Pair.build(config, weights)
+        dense = BackendPair.build(config, weights)
         yield _compare(f"{name}, dense", dense, weights, seed)
         moe = experts_of(config, UPCYCLED[name]) if name in UPCYCLED else EXPERTS
         plan = plan_upcycling(config, moe, seed=seed)
@@ -121,7 +92,9 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
             execution_claim(plan, weights, upcycled.mlx, upcycled.torch),
         ]
         config, weights = probe_model(name, seed, moe)
-        experts = Pair.build(config, weights)  # upcycled ones are all the same, and none could be mistaken
+        experts = BackendPair.build(
+            config, weights
+        )  # upcycled experts are equal, so mistaking one for another would not show
         yield replace(_compare(f"{name}, experts", experts, weights, seed, (dense, upcycled)), claims=tuple(claims))
         plan = plan_growth(config, larger_model(config), seed=seed)
         grown = experts.transferred(plan)
@@ -129,30 +102,30 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
             *growth_claims(plan, weights, tokens_BT1),
             execution_claim(plan, weights, grown.mlx, grown.torch),
         ]
-        # Gradients of a new block's router come from the auxiliary terms alone: too few roundings for half precision.
+        # A new block's router has gradients from the auxiliary terms alone: too few roundings to judge half precision.
         comparison = _compare(f"{name}, grown", grown, apply(plan, weights), seed, (experts, grown), in_half=False)
         yield replace(comparison, claims=tuple(claims))
 
 
-def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
-    """One checkpoint; or all phases of a run, each one's birth with the boundary behind it, and its end."""
+def compare_checkpoints(path: Path, seed: int) -> Iterator[ModelComparison]:
+    """Compare one checkpoint, or all phases of a run: the first checkpoint of each, with the boundary, and the last."""
     if (path / checkpoint.MANIFEST).is_file() or is_model_folder(path) or not path.is_dir():
         loaded = with_finite_weights(open_model(path))
-        pair = Pair.build(loaded.config, loaded.weights)
+        pair = BackendPair.build(loaded.config, loaded.weights)
         yield _compare(path.name, pair, loaded.weights, seed, slack=CHECKPOINT_SLACK)
         return
     found = list(checkpoint.complete_in(path))
     if not found:
         raise InputError(f"no checkpoint in {path}: name a run, a checkpoint, or nothing for small fresh models")
-    before: Pair | None = None
+    before: BackendPair | None = None
     for phase in dict.fromkeys(folder.parent for folder in found):
         births = [folder for folder in found if folder == phase / "step-0"]
-        for place in (*births, phase):  # a phase stands for its latest, which a run that trains replaces
+        for place in (*births, phase):  # a phase's folder means its latest checkpoint, which a run in progress replaces
             loaded = with_finite_weights(checkpoint.load(place))
             is_birth = loaded.state.step == 0
             if births and is_birth and place == phase:
                 continue
-            pair = Pair.build(loaded.config, loaded.weights)
+            pair = BackendPair.build(loaded.config, loaded.weights)
             subject = f"{phase.parent.name} step-{loaded.state.step}"
             boundary = (before, pair) if before and is_birth else None
             yield _compare(subject, pair, loaded.weights, seed, boundary, CHECKPOINT_SLACK)
@@ -161,24 +134,26 @@ def compare_checkpoints(path: Path, seed: int) -> Iterator[Comparison]:
 
 def _compare(
     subject: str,
-    pair: Pair,
+    pair: BackendPair,
     weights: Weights,
     seed: int,
-    boundary: tuple[Pair, Pair] | None = None,
+    boundary: tuple[BackendPair, BackendPair] | None = None,
     slack: float = 1.0,
     in_half: bool = True,
-) -> Comparison:
+) -> ModelComparison:
     config = pair.mlx.config
     probes = random_probes(config, LIMITS.probe_sequences)
     verdict, backends, too_large = None, None, _too_large(config)
     if too_large:
         backends = certify(LIMITS, pair.mlx, pair.torch, probes)
     else:
-        truth = Truth(config, weights, truth_tokens(config, seed))
-        verdict = judge(truth, truth.measure(pair.mlx), truth.measure(pair.torch), slack)
+        reference = ReferenceForward(config, weights, reference_tokens(config, seed))
+        verdict = judge(reference, reference.measure(pair.mlx), reference.measure(pair.torch), slack)
         if count_parameters(config).total <= SMALL:
-            verdict = _with_more(verdict, truth, pair, weights, seed, slack, in_half)
-    comparison = Comparison(subject, config.display_name, verdict, too_large, backends, weights_sha256=_sha256(weights))
+            verdict = _with_more(verdict, reference, pair, weights, seed, slack, in_half)
+    comparison = ModelComparison(
+        subject, config.display_name, verdict, too_large, backends, weights_sha256=_sha256(weights)
+    )
     if boundary is None:
         return comparison
     before, after = boundary
@@ -190,16 +165,22 @@ def _compare(
 
 
 def _with_more(
-    verdict: Verdict, truth: Truth, pair: Pair, weights: Weights, seed: int, slack: float, in_half: bool
-) -> Verdict:
-    """With a cache, row by row, in generation; and a training step."""
-    ways, wrong_words = judge_decoding(truth, pair.mlx, pair.torch)
-    steps = judge_step(truth.config, weights, step_tokens(truth, seed), slack, in_half)
-    return replace(verdict, tensors=(*verdict.tensors, *ways, *steps), wrong_words=tuple(wrong_words))
+    verdict: ModelVerdict,
+    reference: ReferenceForward,
+    pair: BackendPair,
+    weights: Weights,
+    seed: int,
+    slack: float,
+    in_half: bool,
+) -> ModelVerdict:
+    """Return the verdict with decoding, generation and a training step added."""
+    decoded, faults = judge_decoding(reference, pair.mlx, pair.torch)
+    steps = judge_step(reference.config, weights, step_tokens(reference, seed), slack, in_half)
+    return replace(verdict, tensors=(*verdict.tensors, *decoded, *steps), generation_faults=tuple(faults))
 
 
 def _sha256(weights: Weights) -> str:
-    """Of names and numbers, by name."""
+    """Return the hash of all names and numbers, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
@@ -208,15 +189,16 @@ def _sha256(weights: Weights) -> str:
 
 
 def _too_large(config: ModelConfig) -> str:
-    """Why there can be no truth; empty where there can.
+    """Return why the reference would take too much memory; empty where it fits.
 
-    It takes the weights in float64 and in float32, and for every module what goes in and comes out, in both and once
-    more in float32.
+    It takes the weights in float64 and in float32. Every module takes its inputs and outputs in both, and once more in
+    float32.
     """
     widest = max(config.d_ff, config.n_heads * config.head_dim, config.d_model)
     tokens = SEQUENCES * min(TOKENS, config.context_length)
     per_layer = 40 * tokens * (8 * config.d_model + 6 * widest)
     needed = 12 * count_parameters(config).total + config.n_layers * per_layer + 80 * tokens * config.vocab_size
-    if needed <= TRUTH_BYTES:
+    if needed <= REFERENCE_BYTES:
         return ""
-    return f"the truth would take {needed / 2**30:.0f} GiB, more than {TRUTH_BYTES >> 30}: MLX against PyTorch instead"
+    reason = f"a float64 reference would take {needed / 2**30:.0f} GiB (limit {REFERENCE_BYTES >> 30})"
+    return f"{reason}, so MLX is compared with PyTorch"

@@ -1,6 +1,8 @@
-"""The same logits by other ways: with a cache, a token at a time or in chunks; row by row; and what a model writes.
+"""Judge logits computed in other ways than one forward pass, and greedy text.
 
-B batch, T time, V vocabulary, N tokens (B·T), E experts, K experts per token, L layers.
+The ways are: with a cache, one token at a time or in chunks; and one row at a time.
+
+B batch, T time, V vocabulary, N tokens (B·T), E experts, K experts per token, L layers with experts.
 """
 
 from __future__ import annotations
@@ -12,18 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.training.backend import Tokens, Trainer
-from parity.oracle import Array, Trace
-from parity.truth import Error, Expected, Truth, margins
-from parity.yardstick import Judged, judge_tensor
+from parity.judgement import judge_tensor
+from parity.numpy_model import Array, ForwardTrace
+from parity.reference_forward import Expected, ReferenceForward, margins
+from parity.report import TensorError, TensorVerdict
 
 STEPS = 16  # tokens that go through the cache one by one, and that are generated
 PROMPT = 8
 CHUNK = 9
-TIE = 4.0  # a margin of up to so many times the float32 oracle's error in that router may fall either way
+TIE = 4.0  # rounding may decide where a margin is at most this many times plain float32's error in that router
 
 
 @dataclass(frozen=True)
-class Way:
+class DecodedLogits:
     """Logits (B, T', V) at some positions (T',)."""
 
     name: str
@@ -31,26 +34,27 @@ class Way:
     logits_BTV: Array
 
 
-def judge_decoding(truth: Truth, mlx: Trainer, torch: Trainer) -> tuple[list[Judged], list[str]]:
-    """Every way of either backend; and what they generate that rounding does not explain, in words."""
-    settled_BT = settled(truth, truth.trace, truth.tokens_BT.shape)
+def judge_decoding(reference: ReferenceForward, mlx: Trainer, torch: Trainer) -> tuple[list[TensorVerdict], list[str]]:
+    """Return the verdict on every way of decoding, and in words the faults of greedy text beyond rounding."""
+    settled_BT = settled_positions(reference, reference.trace, reference.tokens_BT.shape)
     judged = []
-    for in_mlx, in_torch in zip(ways(mlx, truth.tokens_BT), ways(torch, truth.tokens_BT), strict=True):
+    for in_mlx, in_torch in zip(decode(mlx, reference.tokens_BT), decode(torch, reference.tokens_BT), strict=True):
         at, kept = in_mlx.positions, settled_BT[:, in_mlx.positions]
-        expected = Expected.of(truth.logits_BTV[:, at][kept], truth.float32_BTV[:, at][kept])
-        errors = [Error.of(way.logits_BTV[kept], expected.truth) for way in (in_mlx, in_torch)]
-        judged.append(judge_tensor(f"logits {in_mlx.name}", "way", errors[0], errors[1], expected))
-    wrong = []
-    if truth.tokens_BT.shape[1] >= PROMPT + STEPS:
+        expected = Expected.of(reference.logits_BTV[:, at][kept], reference.float32_BTV[:, at][kept])
+        errors = [TensorError.between(way.logits_BTV[kept], expected.exact) for way in (in_mlx, in_torch)]
+        judged.append(judge_tensor(f"logits {in_mlx.name}", "decode", errors[0], errors[1], expected))
+    faults = []
+    if reference.tokens_BT.shape[1] >= PROMPT + STEPS:
         for name, trainer, error in (("MLX", mlx, judged[0].mlx), ("torch", torch, judged[0].torch)):
-            text_BT = generate(trainer, truth.tokens_BT[:, :PROMPT])
-            if count := _wrong_tokens(truth, text_BT, error):
-                wrong.append(f"{name} wrote {count} tokens of {text_BT[:, PROMPT:].size} that are not the likeliest")
-    return judged, wrong
+            text_BT = generate(trainer, reference.tokens_BT[:, :PROMPT])
+            if count := _wrong_tokens(reference, text_BT, error):
+                n_tokens = text_BT[:, PROMPT:].size
+                faults.append(f"{count} of {n_tokens} tokens that {name} generated are not the likeliest")
+    return judged, faults
 
 
-def ways(trainer: Trainer, tokens_BT: Tokens) -> list[Way]:
-    """Up to the last position that the context has, if the tokens reach it."""
+def decode(trainer: Trainer, tokens_BT: Tokens) -> list[DecodedLogits]:
+    """Return the logits of every way of decoding, up to the last position of the tokens."""
     n_time = tokens_BT.shape[1]
     last = min(STEPS, n_time - 1)
     chunks, rest = divmod(n_time, CHUNK)
@@ -60,12 +64,12 @@ def ways(trainer: Trainer, tokens_BT: Tokens) -> list[Way]:
     ]
     if len(tokens_BT) > 1:
         rows = np.concatenate([trainer.logits(row_T[None]) for row_T in tokens_BT])
-        found.append(Way("one row at a time", np.arange(n_time), rows))
+        found.append(DecodedLogits("one row at a time", np.arange(n_time), rows))
     return found
 
 
 def generate(trainer: Trainer, prompt_BT: Tokens) -> Tokens:
-    """Greedily, with a cache: (B, T + STEPS)."""
+    """Return prompt and greedy continuation, (B, T + STEPS), generated with a cache."""
     decoder, text_BT = trainer.decoder(), prompt_BT
     new_BT = prompt_BT
     for _ in range(STEPS):
@@ -74,26 +78,30 @@ def generate(trainer: Trainer, prompt_BT: Tokens) -> Tokens:
     return text_BT
 
 
-def _wrong_tokens(truth: Truth, text_BT: Tokens, error: Error) -> int:
-    """Generated tokens that are not the truth's likeliest, though its margin is more than two errors; before ties."""
-    trace, start = truth.oracle(text_BT[:, :-1]), text_BT.shape[1] - STEPS
-    logits_BTV = trace.logits_BTV[:, start - 1 :]
-    chosen_BT = np.take_along_axis(logits_BTV, text_BT[:, start:, None].astype(np.int64), axis=-1)[..., 0]
-    settled_BT = settled(truth, trace, text_BT[:, :-1].shape)[:, start - 1 :]
-    return int(((logits_BTV.max(axis=-1) - chosen_BT > 2 * error.largest) & settled_BT).sum())
+def settled_positions(reference: ReferenceForward, trace: ForwardTrace, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return (B, T): whether no router here or earlier in the row is so close to a tie that rounding may decide.
 
-
-def settled(truth: Truth, trace: Trace, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """(B, T): no router before or here is so close to a tie that rounding may decide; exact ties go by the index."""
+    Exact ties are settled: they go to the lower index.
+    """
     settled_BT = np.ones(shape, bool)
-    router_error = max((e.float32.largest for name, e in truth.whole.items() if name != "lm_head"), default=0.0)
+    router_errors = [expected.float32.largest for name, expected in reference.model.items() if name != "lm_head"]
+    router_error = max(router_errors, default=0.0)
     for margin_N in margins(trace.router_logits_LNE, trace.experts_LNK):
         tied_BT = ((margin_N > 0) & (margin_N <= TIE * router_error)).reshape(shape)
         settled_BT &= ~np.maximum.accumulate(tied_BT, axis=1)
     return settled_BT
 
 
-def _in_chunks(name: str, trainer: Trainer, tokens_BT: Tokens, lengths: Sequence[int]) -> Way:
+def _wrong_tokens(reference: ReferenceForward, text_BT: Tokens, error: TensorError) -> int:
+    """Count generated tokens, before any tie of experts, that trail the reference's likeliest by over two errors."""
+    trace, start = reference.numpy_model(text_BT[:, :-1]), text_BT.shape[1] - STEPS
+    logits_BTV = trace.logits_BTV[:, start - 1 :]
+    chosen_BT = np.take_along_axis(logits_BTV, text_BT[:, start:, None].astype(np.int64), axis=-1)[..., 0]
+    settled_BT = settled_positions(reference, trace, text_BT[:, :-1].shape)[:, start - 1 :]
+    return int(((logits_BTV.max(axis=-1) - chosen_BT > 2 * error.largest) & settled_BT).sum())
+
+
+def _in_chunks(name: str, trainer: Trainer, tokens_BT: Tokens, lengths: Sequence[int]) -> DecodedLogits:
     decoder, ends = trainer.decoder(), np.cumsum([length for length in lengths if length])
     parts = np.split(tokens_BT, ends[:-1].tolist(), axis=1)
-    return Way(name, ends - 1, np.stack([decoder(part) for part in parts], axis=1))
+    return DecodedLogits(name, ends - 1, np.stack([decoder(part) for part in parts], axis=1))

@@ -1,4 +1,4 @@
-"""Do transformers and mlx-lm compute what we compute, from the files that an export wrote?"""
+"""Compare the logits of transformers and mlx-lm on an exported folder with ours."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mlx_moe.training.certify import in_another_order, rounding_floor
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.certificate import MARGIN, max_difference
 
-LIMIT = 1e-4  # of logits; more where rounding alone does more, as for a boundary
+LIMIT = 1e-4  # of logits; widened where rounding alone exceeds it, as at a boundary
 SEQUENCES = 4
-# Library -> what it runs on, and the module of that backend that asks it.
+# Library -> its framework, and the module of our backend that runs it.
 LIBRARIES = {
     "transformers": ("torch", "torch_ref.library"),
     "mlx_lm": ("mlx", "mlx_moe.model.library"),
@@ -30,7 +30,10 @@ LIBRARIES = {
 
 
 def export_checked(path: Path, out: Path, requested: str, verify: bool) -> None:
-    """Export a model, and say what was proven. Raises InputError where a library disagrees; then nothing is kept."""
+    """Export a model and print what was verified.
+
+    Raises InputError where a library disagrees; then nothing is kept.
+    """
     console, found = Console(), dict[str, tuple[float, float]]()
     with creating(out) as partial:
         source = open_model(path)
@@ -48,7 +51,7 @@ def export_checked(path: Path, out: Path, requested: str, verify: bool) -> None:
 
 
 def _checker(source: Checkpoint, found: dict[str, tuple[float, float]]) -> Callable[[Path], None]:
-    """Puts each library's largest difference of a logit, and the limit, into `found`."""
+    """Return a check of a folder that puts each library's largest logit difference and its limit into `found`."""
 
     def check(folder: Path) -> None:
         tokens_BT = checkpoint_probes(source, SEQUENCES)[:, :-1]
@@ -59,7 +62,7 @@ def _checker(source: Checkpoint, found: dict[str, tuple[float, float]]) -> Calla
                 continue
             try:
                 theirs_BTV = importlib.import_module(module).logits(folder, tokens_BT)
-            except Exception as error:  # whatever it is that the library cannot open
+            except Exception as error:  # libraries raise anything
                 raise InputError(f"{library} cannot open the export: {one_line(error)}; nothing was kept") from None
             difference_B = np.array(list(map(max_difference, ours.each_logits(tokens_BT), theirs_BTV)))
             # Experts that tie up to rounding may be chosen differently; not in most sequences.

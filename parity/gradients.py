@@ -1,4 +1,4 @@
-"""The oracle's gradients, derived by hand: what a training step should find, sharing no code with either backend.
+"""Gradients of the NumPy model, derived by hand, sharing no code with either backend.
 
 B batch, T time, N tokens (B·T), D model, H query heads, G key-value heads, d head, E experts, K experts per token,
 L layers.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.parameters import optimizer_groups, table
 from mlx_moe.training.backend import Tokens
-from parity.oracle import ACTIVATIONS, Array, Oracle, Trace, erf, softmax
+from parity.numpy_model import ACTIVATIONS, Array, ForwardTrace, NumpyModel, erf, softmax
 
 Gradients = dict[str, Array]
 Linear = Callable[[str, Array], Array]
@@ -44,30 +44,36 @@ SLOPES: dict[str, Callable[[Array], Array]] = {
 
 
 def loss_and_gradients(
-    oracle: Oracle, tokens_BT1: Tokens, experts_LNK: NDArray[np.int64] | None = None
+    model: NumpyModel, tokens_BT1: Tokens, experts_LNK: NDArray[np.int64] | None = None
 ) -> tuple[float, Gradients]:
-    """Of the mean cross entropy (nats per token) plus the auxiliary terms, by every parameter.
+    """Return mean cross entropy (nats per token) plus auxiliary terms, and its gradient by every parameter.
 
-    `experts_LNK` takes the place of the routers' choices.
+    Tokens (B, T + 1); `experts_LNK` replaces the routers' choices.
     """
-    trace = oracle(tokens_BT1[:, :-1], experts_LNK)
-    return _Backward(oracle, trace).run(tokens_BT1)
+    trace = model(tokens_BT1[:, :-1], experts_LNK)
+    return _Backward(model, trace).run(tokens_BT1)
 
 
 def adamw_step(
-    oracle: Oracle, gradients: Gradients, second_moments: Gradients, optimizer: OptimizerConfig, step: int, rate: float
+    model: NumpyModel,
+    gradients: Gradients,
+    second_moments: Gradients,
+    optimizer: OptimizerConfig,
+    step: int,
+    rate: float,
 ) -> tuple[Gradients, Gradients]:
-    """(weights, first moments) after one step of AdamW (Loshchilov & Hutter 2019) from first moments of 0, the
-    gradients clipped together; `step` counts from 1.
+    """Return (weights, first moments) after one step of AdamW (Loshchilov & Hutter 2019) from first moments of 0.
+
+    Gradients are clipped by their global norm; `step` counts from 1.
     """
     beta1, beta2 = optimizer.betas
-    kind = oracle.dtype
+    kind = model.dtype
     norm = math.sqrt(sum(float(np.square(gradient.astype(np.float64)).sum()) for gradient in gradients.values()))
     clip = kind(min(1.0, optimizer.max_grad_norm / (norm + 1e-6)))
     weights, means = {}, {}
-    for group in optimizer_groups(oracle.config, optimizer):
+    for group in optimizer_groups(model.config, optimizer):
         for name in group.names:
-            gradient, weight = clip * gradients[name], oracle.weights[name]
+            gradient, weight = clip * gradients[name], model.weights[name]
             mean = kind(1 - beta1) * gradient
             square = kind(beta2) * second_moments[name].astype(kind) + kind(1 - beta2) * gradient * gradient
             direction = (mean / kind(1 - beta1**step)) / (np.sqrt(square / kind(1 - beta2**step)) + kind(optimizer.eps))
@@ -77,13 +83,13 @@ def adamw_step(
 
 
 class _Backward:
-    """From the logits back to the embeddings, through the calls of one forward pass."""
+    """Backward pass from the logits to the embeddings, through the recorded calls of one forward pass."""
 
-    def __init__(self, oracle: Oracle, trace: Trace):
-        self._oracle, self._config, self._weights = oracle, oracle.config, oracle.weights
+    def __init__(self, model: NumpyModel, trace: ForwardTrace):
+        self._model, self._config, self._weights = model, model.config, model.weights
         self._trace, self._calls = trace, trace.calls
-        shapes = {parameter.name: parameter.shape for parameter in table(oracle.config)}
-        self._gradients = {name: np.zeros(shape, oracle.dtype) for name, shape in shapes.items()}
+        shapes = {parameter.name: parameter.shape for parameter in table(model.config)}
+        self._gradients = {name: np.zeros(shape, model.dtype) for name, shape in shapes.items()}
         self._auxiliary = 0.0
 
     def run(self, tokens_BT1: Tokens) -> tuple[float, Gradients]:
@@ -151,7 +157,7 @@ class _Backward:
         if config.qk_norm:
             q_BHTd, k_BGTd = (self._calls[f"{name}.{letter}_norm"].output for letter in "qk")
         if config.position_encoding == "rope":
-            q_BHTd, k_BGTd = self._oracle.rotate(q_BHTd), self._oracle.rotate(k_BGTd)
+            q_BHTd, k_BGTd = self._model.rotate(q_BHTd), self._model.rotate(k_BGTd)
         do_BHTd = heads(self._linear(f"{name}.o_proj", dy_BTD))
         dq_BHTd, dk_BGTd, dv_BGTd = np.empty_like(q_BHTd), np.zeros_like(k_BGTd), np.zeros_like(v_BGTd)
         scale = q_BHTd.dtype.type(1 / math.sqrt(config.head_dim))
@@ -165,7 +171,7 @@ class _Backward:
             dq_BHTd[:, head] = dscores_BTT @ k_BGTd[:, group]
             dk_BGTd[:, group] += dscores_BTT.swapaxes(-1, -2) @ q_BHTd[:, head]
         if config.position_encoding == "rope":
-            dq_BHTd, dk_BGTd = self._oracle.rotate(dq_BHTd, back=True), self._oracle.rotate(dk_BGTd, back=True)
+            dq_BHTd, dk_BGTd = self._model.rotate(dq_BHTd, back=True), self._model.rotate(dk_BGTd, back=True)
         if config.qk_norm:
             dq_BHTd, dk_BGTd = self._norm(f"{name}.q_norm", dq_BHTd), self._norm(f"{name}.k_norm", dk_BGTd)
         dx_BTD = np.zeros_like(dy_BTD)
@@ -222,7 +228,10 @@ class _Backward:
         return self._hidden(name, dy, outputs, linear)
 
     def _auxiliary_slope(self, logits_NE: Array, experts_NK: Array) -> Array:
-        """Of α·E·Σ fᵢPᵢ + β·mean(logsumexp²), whose value it adds to the loss; fᵢ carries no gradient."""
+        """Return the gradient of α·E·Σ fᵢPᵢ + β·mean(logsumexp²) by the router logits, and add its value to the loss.
+
+        The load fᵢ carries no gradient.
+        """
         moe, n_tokens = self._config.moe, len(logits_NE)
         assert moe is not None
         load_E = (np.bincount(experts_NK.ravel(), minlength=moe.n_experts) / experts_NK.size).astype(logits_NE.dtype)

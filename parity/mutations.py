@@ -1,4 +1,4 @@
-"""Faults to put into one backend: what the self-test must find."""
+"""Known faults to put into PyTorch's side: the self-test must find all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Edit = Callable[[Arrays], Mapping[str, Any]]
 Patch = tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]]]  # module, name or name[key], new from old
 
 
-# Presets with what no preset has.
+# Presets with options that no preset has.
 SCALING = RopeScaling(factor=8.0, original_context_length=32)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, more": ("llama", {"qk_norm": True, "attention_bias": "qkvo", "rope_scaling": SCALING.model_dump()})
@@ -26,25 +26,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault in PyTorch's copy of a model: in its config, its weights, or a function of the backend."""
+    """A fault in PyTorch's copy of a model: in its config, its weights, or a function of the backend.
+
+    `shows_in` names the part of the comparison that must find it.
+    """
 
     name: str
     architecture: str  # a preset, or a key of VARIANTS; + for experts
     fields: Mapping[str, Any] = field(default_factory=dict)
     weights: Edit | None = None
     patch: Patch | None = None
-    shows_in: Literal["modules", "cache", "step"] = "modules"
+    shows_in: Literal["module", "decode", "train"] = "module"
 
 
 def faultless(architecture: str, seed: int) -> tuple[ModelConfig, Arrays]:
-    """The small model that a mutation's `architecture` names."""
+    """Return the small model that a mutation's `architecture` names, without the fault."""
     name = architecture.rstrip("+")
     preset, fields = VARIANTS.get(name, (name, {}))
     return probe_model(preset, seed, EXPERTS if architecture.endswith("+") else None, **fields)
 
 
 def _through(dtype: str) -> Callable[[Any], Any]:
-    """Rounded to half precision and back."""
+    """Return a function that rounds to half precision and back."""
 
     def rounded(array: Any) -> Any:
         if dtype == "fp16":
@@ -56,27 +59,29 @@ def _through(dtype: str) -> Callable[[Any], Any]:
 
 
 def _edit(name: str, change: Callable[[Any], Any]) -> Edit:
-    """One tensor of the weights."""
+    """Return an edit of one tensor."""
     return lambda weights: {name: np.ascontiguousarray(change(weights[name]))}
 
 
-def _swap(one: str, other: str) -> Edit:
-    """Two groups of tensors, named by what differs."""
+def _swap(left: str, right: str) -> Edit:
+    """Return an edit that swaps two groups of tensors, named by the part of the name that differs."""
     return lambda weights: (
-        {name: weights[name.replace(one, other)] for name in weights if one in name}
-        | {name: weights[name.replace(other, one)] for name in weights if other in name}
+        {name: weights[name.replace(left, right)] for name in weights if left in name}
+        | {name: weights[name.replace(right, left)] for name in weights if right in name}
     )
 
 
 def _of_heads(change: Callable[[Any], Any], head_dim: int = 12) -> Callable[[Any], Any]:
-    """Of a matrix whose rows are heads, (heads, head_dim, D)."""
+    """Return a function that applies `change` to a matrix viewed as (heads, head_dim, D)."""
     return lambda array: change(array.reshape(-1, head_dim, array.shape[-1])).reshape(array.shape)
 
 
 def _sees_the_next(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def leaking(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
         out_BHTd = q_BHTd.clone()
-        out_BHTd[:, :, :-1] = attend(q_BHTd[:, :, :-1], k_BGSd, v_BGSd)  # fewer queries than keys: the last ones
+        out_BHTd[:, :, :-1] = attend(
+            q_BHTd[:, :, :-1], k_BGSd, v_BGSd
+        )  # with fewer queries than keys, queries count from the end
         out_BHTd[:, :, -1:] = attend(q_BHTd[:, :, -1:], k_BGSd, v_BGSd)
         return out_BHTd
 
@@ -84,7 +89,7 @@ def _sees_the_next(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _with_ε(ε: float) -> Callable[[Any], Callable[..., Tensor]]:
-    """RMSNorm of queries and keys."""
+    """Return a patch of the RMSNorm of queries and keys."""
     return lambda _: lambda norm, x: x * (x.square().mean(-1, keepdim=True) + ε).rsqrt() * norm.weight
 
 
@@ -120,7 +125,7 @@ def _residual(size: float) -> Mutation:
     return Mutation(f"FFN added {size:g} too large", "hybrid", patch=patch)
 
 
-# What has a size, relative to what it changes.
+# Faults of a given size, relative to the number they change.
 SIZED: dict[str, Callable[[float], Mutation]] = {
     "attention scale": _attention_scale,
     "RoPE θ": _theta,
@@ -237,25 +242,25 @@ MUTATIONS: Sequence[Mutation] = (
         "RoPE one position late with a cache",
         "llama",
         patch=(_ATTENTION, "POSITION_ENCODINGS[rope]", lambda old: lambda x, at, θ: old(x, at + (at > 0), θ)),
-        shows_in="cache",
+        shows_in="decode",
     ),
     Mutation(
         "gates without a gradient",
         "llama+",
         patch=(_MOE, "gate", lambda old: lambda logits, experts: old(logits, experts).detach()),
-        shows_in="step",
+        shows_in="train",
     ),
     Mutation(
-        "balance asked for 0.1 % too loudly",
+        "balance coefficient 0.1 % too large",
         "llama+",
         patch=(_TRAINER, "auxiliary_loss", lambda old: lambda routing, load, moe: old(routing, 1.001 * load, moe)),
-        shows_in="step",
+        shows_in="train",
     ),
     Mutation(
         "AdamW β₂ 0.95 -> 0.951",
         "llama",
         patch=("torch.optim", "AdamW", lambda old: lambda groups, **of: old(groups, **(of | {"betas": (0.9, 0.951)}))),
-        shows_in="step",
+        shows_in="train",
     ),
     Mutation("one expert too few", "llama+", {"moe": EXPERTS.model_copy(update={"top_k": 1})}),
     Mutation(

@@ -1,225 +1,251 @@
-"""A comparison as one HTML page that opens without a network: from the JSON that says the same."""
+"""Render a parity report as one HTML page that opens without a network. Its template is `page.html`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from parity.charts import error_growth, number, routing_margins
+from mlx_moe.html.render import render_page
+from parity.charts import ErrorGrowth, MarginStrip, error_growth, margin_strips, margin_ticks
+from parity.compare import LIMITS
+from parity.report import (
+    LibraryReport,
+    LibraryTensorVerdict,
+    ModelComparison,
+    ParityReport,
+    Scope,
+    SelfTest,
+    TensorError,
+    TensorVerdict,
+    agreement,
+    tensors_by_scope,
+)
+from parity.tolerances import TO_FLOAT32, TO_OTHER, TO_OTHER_IN_HALF
 
-Json = dict[str, Any]
-
-STYLE = """
-:root { color-scheme: light dark; --text: #1d2127; --dim: #67707c; --line: #d9dde3; --paper: #fff; --one: #2a6fdb;
-  --other: #d9730d; --floor: #8b95a3; --good: #1a7f45; --bad: #c62828; --c0: #e3f4e8; --c1: #f1f5d8; --c2: #fdeecb;
-  --c3: #fbd3cd; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --dim: #98a2ae; --line: #363c45; --paper: #16191d;
-  --one: #74a9ff; --other: #ffa657; --floor: #78828f; --good: #5dd08b; --bad: #ff8a80; --c0: #17331f; --c1: #2f3414;
-  --c2: #40300f; --c3: #4d1f1b; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--paper); max-width: 68rem;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-p { margin: .4rem 0; } .dim, th, summary small, figcaption { color: var(--dim); } code { font-size: .85em; }
-.verdict { font-weight: 700; } .same { color: var(--good); } .differs { color: var(--bad); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th { font-weight: 500; } th, td { text-align: right; padding: .18rem .6rem; border-bottom: 1px solid var(--line);
-  white-space: nowrap; } th.text, td.text { text-align: left; } td.text { white-space: normal; }
-td.c0 { background: var(--c0); } td.c1 { background: var(--c1); } td.c2 { background: var(--c2); }
-td.c3 { background: var(--c3); } details { border-bottom: 1px solid var(--line); padding: .35rem 0; }
-summary { cursor: pointer; } figure { margin: .8rem 0; } svg { width: 100%; height: auto; }
-svg text { font-size: 11px; fill: var(--dim); }
-"""
-STEPS = (1.5, 2.0)  # of a ratio's colour, in the limit's units of 2; what fails is c3
+# Headings of the tables, and how their tensors are computed.
+SECTIONS: dict[Scope, tuple[str, str]] = {
+    "module": ("Modules", "each fed the reference's input"),
+    "model": ("Whole model", "router logits and logits"),
+    "decode": ("Decoding", "logits with a cache, in chunks, and row by row"),
+    "train": ("Training step", "every gradient, and every weight after a step of AdamW"),
+    "half": ("Half precision", "every gradient, with products in bfloat16 and float16"),
+}
+HEAT = (1.5, 2.0)  # ratios from which a cell is tinted, in two steps
 
 
-def page(document: Json) -> str:
-    """The whole page."""
-    passed = document["passed"]
-    verdict = {True: ("same", "the same"), False: ("differs", "DIFFERS"), None: ("differs", "not judged")}[passed]
-    libraries = ", ".join(f"{name} {version}" for name, version in document["libraries"].items() if version)
-    parts = [
-        f'<h1>Parity: <span class="{verdict[0]}">{verdict[1]}</span></h1>',
-        f"<p><code>{escape(document['command'])}</code></p>",
-        f'<p class="dim">{escape(libraries)}; Python {document["python"]} on {escape(document["platform"])}; '
-        f"seed {document['seed']}</p>",
-        *(_model(document["model"]) if "model" in document else []),
-        *(_comparisons(document["comparisons"]) if "comparisons" in document else []),
-        *(_self_test(document) if "faults" in document else []),
-    ]
-    title = f"Parity: {verdict[1]}"
-    return (
-        "<!doctype html>\n<!-- written by mlxmoe parity -->\n"
-        f'<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table; `tint` names its colour."""
+
+    text: str
+    tint: str = ""
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """A tensor with its figures, and what is wrong with it, if anything."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    passed: bool
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorTable:
+    """Table of all tensors of a scope."""
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[TensorRow, ...]
+    summary: str
+
+    @property
+    def passed(self) -> bool:
+        return all(row.passed for row in self.rows)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Compared model: a row of the overview, and its details."""
+
+    anchor: str
+    comparison: ModelComparison
+    cells: tuple[Cell, ...]
+    growth: ErrorGrowth | None
+    strips: list[MarginStrip]
+    tables: list[TensorTable]
+
+    @property
+    def first_failed(self) -> TensorTable | None:
+        return next((table for table in self.tables if not table.passed), None)
+
+
+@dataclass(frozen=True)
+class LibrarySection:
+    """mlx-lm against transformers."""
+
+    library: LibraryReport
+    tables: list[TensorTable]
+    growth: ErrorGrowth | None
+
+
+def render(report: ParityReport) -> str:
+    """Return the page; all text is escaped.
+
+    Raises ValueError where a tensor has a scope that `report.tensors_by_scope` does not know.
+    """
+    return render_page(
+        Path(__file__).parent,
+        "page.html",
+        title=_title(report),
+        report=report,
+        tiles=_tiles(report),
+        models=[_model(f"model-{i}", comparison) for i, comparison in enumerate(report.comparisons)],
+        library=_library(report.library) if report.library else None,
+        self_test=report.self_test,
+        margin_ticks=margin_ticks(),
+        limits={"other": TO_OTHER, "float32": TO_FLOAT32, "half": TO_OTHER_IN_HALF, "boundary": LIMITS},
+        versions=", ".join(f"{name} {version}" for name, version in report.libraries.items() if version),
     )
 
 
-def _comparisons(comparisons: Sequence[Json]) -> Iterable[str]:
-    yield "<h2>MLX and PyTorch against the truth</h2>"
-    yield (
-        '<p class="dim">Errors of the logits, RMSE against a float64 model in NumPy. float32: that model in float32, '
-        "added up in the plainest order. Floor: the truth, rounded to float32.</p>"
-    )
-    yield _table(
-        ["model", "MLX", "torch", "ratio", "float32", "floor", "boundary", ""],
-        [_comparison_row(comparison) for comparison in comparisons],
-    )
-    for comparison in comparisons:
-        opened = "" if comparison["passed"] else " open"
-        subject, architecture = escape(comparison["subject"]), escape(comparison["architecture"])
-        yield f"<details{opened}><summary>{subject} <small>{architecture}</small></summary>"
-        yield from _comparison(comparison)
-        yield "</details>"
+def _title(report: ParityReport) -> str:
+    if report.library is None:
+        return agreement(report.comparisons)
+    name = Path(report.library.folder).name
+    return {
+        True: f"{name}: mlx-lm agrees with transformers",
+        False: f"{name}: mlx-lm differs from transformers",
+        None: f"{name}: not judged",
+    }[report.library.passed]
 
 
-def _comparison_row(comparison: Json) -> list[str]:
-    numbers = [""] * 5
-    if "tensors" in comparison:
-        logits = [tensor for tensor in comparison["tensors"] if tensor["scope"] == "whole"][-1]
-        errors = [_error(logits[key]) for key in ("mlx", "torch", "float32", "floor")]
-        mlx, torch = (max(number(logits[key]["rmse"]), logits["floor"]["rmse"]) for key in ("mlx", "torch"))
-        numbers = [*errors[:2], _coloured(mlx / torch, logits["passed"]), *errors[2:]]
-    boundaries = [comparison[f"boundary_{name}"] for name in ("mlx", "torch") if f"boundary_{name}" in comparison]
-    worst = max((number(boundary["max_logit_difference"]) for boundary in boundaries), default=None)
-    return [_text(comparison["subject"]), *numbers, _cell("" if worst is None else f"{worst:.1e}"), _word(comparison)]
-
-
-def _comparison(comparison: Json) -> Iterable[str]:
-    if comparison.get("first_fault"):
-        yield f'<p class="differs">{escape(comparison["first_fault"])}</p>'
-    for claim in comparison["claims"]:
-        where = f", most in {claim['where']}" if claim["where"] else ""
-        kept = "same" if claim["passed"] else "differs"
-        yield (
-            f'<p class="{kept}">{escape(claim["name"])}: off by {number(claim["error"]):.1e} '
-            f'<span class="dim">(limit {claim["limit"]:g}{escape(where)})</span></p>'
+def _tiles(report: ParityReport) -> list[tuple[str, str, str]]:
+    """Return the page's headline figures: (name, value, note)."""
+    tiles = []
+    tensors = [tensor for each in report.comparisons if each.verdict for tensor in each.verdict.tensors]
+    if tensors:
+        passed, worst = sum(tensor.passed for tensor in tensors), max(tensors, key=lambda tensor: tensor.ratio_to_other)
+        tiles.append(("Tensors within tolerance", f"{passed:,}", f"of {len(tensors):,} judged"))
+        tiles.append(
+            ("Largest ratio", _ratio(worst.ratio_to_other), f"of one backend's RMSE to the other's: {worst.name}")
         )
-    if "tensors" not in comparison:
-        yield f"<p>{escape(comparison['without_truth'])}</p>"
-        return
-    propagated = comparison["propagated"]
-    yield error_growth(propagated, ("MLX", "PyTorch"))
-    yield routing_margins([(m["smallest"], m["median"], m["error"]) for m in comparison["routing_margins"]])
-    rows = [
-        [*_tensor_row(t), *_so_far(propagated.get(t["name"]))] for t in comparison["tensors"] if t["scope"] == "own"
-    ]
-    yield _table(
-        ["module, fed the truth's input", "MLX", "torch", "float32", "ratio", "MLX so far", "torch so far"], rows
+    if claims := [claim for each in report.comparisons for claim in each.claims]:
+        tiles.append(("Transfer claims", f"{sum(claim.passed for claim in claims)} of {len(claims)}", "hold"))
+    if report.library and (measured := report.library.measured):
+        differing = sum(not module.passed for module in measured.modules)
+        tiles.append(("Modules that differ", str(differing), f"of {len(measured.modules)} by the same name"))
+        tiles.append(("Positions judged", f"{measured.judged:,}", "in every way of running the model"))
+        tiles.append(("Same likeliest token", f"{100 * measured.top1_agreement:.2f} %", f"KL {measured.kl:.0e} nats"))
+    if report.self_test:
+        tiles.append(("Mutation score", f"{report.self_test.score:.0f} %", _caught(report.self_test)))
+    return tiles
+
+
+def _caught(self_test: SelfTest) -> str:
+    return f"{self_test.n_caught} of {len(self_test.outcomes)} known faults found"
+
+
+def _model(anchor: str, comparison: ModelComparison) -> ModelSection:
+    verdict = comparison.verdict
+    difference = comparison.boundary_difference
+    cells = [Cell("")] * 5
+    if verdict:
+        logits = verdict.logits
+        mlx, torch, float32, floor = map(_error, (logits.mlx, logits.torch, logits.float32, logits.floor))
+        ratio = max(verdict.logits_ratio, logits.torch.ratios_to(logits.mlx, logits.floor)[0])
+        cells = [mlx, torch, _tinted(ratio, logits.passed, f"{verdict.logits_ratio:.2f}"), float32, floor]
+    ties = "*" if comparison.has_boundary_ties else ""
+    return ModelSection(
+        anchor=anchor,
+        comparison=comparison,
+        cells=(*cells, Cell("" if difference is None else f"{_number(difference)}{ties}")),
+        growth=error_growth(verdict.propagated) if verdict else None,
+        strips=margin_strips(verdict.margins) if verdict else [],
+        tables=_tables(comparison) if verdict else [],
     )
-    for scopes, title in ((("whole", "way"), "in the model as a whole"), (("step", "bf16"), "of a training step")):
-        rows = [_tensor_row(tensor) for tensor in comparison["tensors"] if tensor["scope"] in scopes]
-        yield _table([title, "MLX", "torch", "float32", "ratio"], rows)
 
 
-def _model(model: Json) -> Iterable[str]:
-    yield f"<h2>{escape(model['folder'])}: mlx-lm against transformers</h2>"
-    yield (
-        f'<p class="dim">{escape(model["model_type"])}, {model["parameters"] / 1e6:.1f} M parameters; the truth is '
-        "transformers in float64, its casts to float32 lifted</p>"
-    )
-    causes = [f"cause: {cause}" for cause in model["causes"]] + [
-        f"tensor {t}" for t in model["tensors_dropped_or_made_up"]
-    ]
-    for line in filter(None, [model["problem"], *causes, model["repair"], *model.get("remarks", [])]):
-        yield f"<p>{escape(line)}</p>"
-    if "ways" not in model:
-        return
-    yield _table(["logits", "mlx-lm", "transformers", "floor", "ratio"], [_library_row(way) for way in model["ways"]])
-    if model["first_module"] and not model["passed"]:
-        yield f"<p>First wrong by itself: <code>{escape(model['first_module'])}</code></p>"
-    modules = model["modules"]
-    propagated = {m["name"]: dict(zip(("mlx", "torch"), m["propagated"], strict=True)) for m in modules}
-    yield error_growth(propagated, ("mlx-lm", "transformers"))
-    rows = [[*_library_row(m), *(_error(error) for error in m["propagated"])] for m in modules]
-    head = [
-        "module, fed the truth's input",
-        "mlx-lm",
-        "transformers",
-        "floor",
-        "ratio",
-        "mlx-lm so far",
-        "transformers",
-    ]
-    yield f"<details><summary>{len(rows)} modules</summary>{_table(head, rows)}</details>"
-    keys = [
-        [_text(f["key"]), _text(str(f["value"])), _text(f["ignored_by"])] for f in model["keys_that_one_library_uses"]
-    ]
-    if keys:
-        yield "<h2>Keys of config.json that only one library uses</h2>"
-        yield _table(["key", "value", "ignored by"], keys)
+def _tables(comparison: ModelComparison) -> list[TensorTable]:
+    """Return a table for every scope that has tensors."""
+    verdict = comparison.verdict
+    assert verdict is not None
+    tables = []
+    for scope, tensors in tensors_by_scope(verdict.tensors).items():
+        if not tensors:
+            continue
+        title, note = SECTIONS[scope]
+        columns = ["MLX", "PyTorch", "float32", "ratio to other", "ratio to float32"]
+        rows = [_tensor_row(tensor) for tensor in tensors]
+        if scope == "module":
+            columns += ["MLX so far", "PyTorch so far"]
+            rows = [
+                TensorRow(row.name, (*row.cells, *map(_error, verdict.propagated[row.name])), row.passed, row.faults)
+                if row.name in verdict.propagated
+                else TensorRow(row.name, (*row.cells, Cell("–"), Cell("–")), row.passed, row.faults)
+                for row in rows
+            ]
+        worst = max(tensor.ratio_to_other for tensor in tensors)
+        tables.append(TensorTable(title, note, tuple(columns), tuple(rows), _summary(rows, worst)))
+    return tables
 
 
-def _self_test(document: Json) -> Iterable[str]:
-    faults, caught = document["faults"], document["caught"]
-    yield f"<h2>Mutation score: {100 * caught / len(faults):.0f} %</h2>"
-    yield f"<p>{caught} of {len(faults)} known faults, put into PyTorch's side one at a time, were found.</p>"
-    yield _table(
-        ["fault", "model", "found first in"],
-        [
-            [_text(f["name"]), _text(f["model"]), _text(f["where"]) if f["caught"] else _cell("MISSED", "c3")]
-            for f in faults
-        ],
-    )
-    sizes = [
-        [_text(name), _cell("none caught" if smallest is None else f"{smallest:g} of itself")]
-        for name, smallest in document["smallest_caught"].items()
-    ]
-    yield _table(["fault with a size", "smallest caught"], sizes)
+def _tensor_row(tensor: TensorVerdict) -> TensorRow:
+    errors = [_error(error) for error in (tensor.mlx, tensor.torch, tensor.float32)]
+    # Half precision is not judged by float32's error.
+    to_float32 = Cell("–") if tensor.scope == "half" else _tinted(tensor.ratio_to_float32, tensor.passed)
+    cells = (*errors, _tinted(tensor.ratio_to_other, tensor.passed), to_float32)
+    return TensorRow(tensor.name, cells, tensor.passed, tensor.faults)
 
 
-def _tensor_row(tensor: Json) -> list[str]:
-    errors = [_error(tensor[key]) for key in ("mlx", "torch", "float32")]
-    return [_text(tensor["name"]), *errors, _ratio_cell(tensor)]
+def _library(library: LibraryReport) -> LibrarySection:
+    measured = library.measured
+    if measured is None:
+        return LibrarySection(library, [], None)
+    columns = ("mlx-lm", "transformers", "floor", "ratio", "largest")
+    tables = []
+    for title, note, tensors, extra in (
+        ("Logits", "by the way the model is run", measured.ways, ()),
+        ("Modules", "each fed the reference's input", measured.modules, ("mlx-lm so far", "transformers so far")),
+    ):
+        if rows := [_library_row(tensor) for tensor in tensors]:
+            summary = _summary(rows, max(tensor.ratios[0] for tensor in tensors))
+            tables.append(TensorTable(title, note, (*columns, *extra), tuple(rows), summary))
+    propagated = {module.name: module.propagated for module in measured.modules if module.propagated}
+    return LibrarySection(library, tables, error_growth(propagated))
 
 
-def _library_row(judged: Json) -> list[str]:
-    errors = [_error(judged[key]) for key in ("mlx", "torch", "floor")]
-    return [_text(judged["name"]), *errors, _coloured(number(judged["ratios"][0]), judged["passed"])]
+def _library_row(tensor: LibraryTensorVerdict) -> TensorRow:
+    rmse, largest = tensor.ratios
+    errors = [_error(error) for error in (tensor.mlx, tensor.torch, tensor.floor)]
+    cells = (*errors, _tinted(rmse, tensor.passed), Cell(_ratio(largest)), *map(_error, tensor.propagated or ()))
+    return TensorRow(tensor.name, cells, tensor.passed, () if tensor.passed else (tensor.figures,))
 
 
-def _so_far(errors: Json | None) -> list[str]:
-    return [_error(errors[side]) if errors else _cell("") for side in ("mlx", "torch")]
+def _summary(rows: Sequence[TensorRow], worst: float) -> str:
+    failed = sum(not row.passed for row in rows)
+    tensors = f"{len(rows)} tensor{'' if len(rows) == 1 else 's'}"
+    return f"{tensors}, {f'{failed} outside the tolerance, ' if failed else ''}largest ratio {_ratio(worst)}"
 
 
-def _ratio_cell(tensor: Json) -> str:
-    mlx, torch, float32 = (number(tensor[key]["rmse"]) for key in ("mlx", "torch", "float32"))
-    least = max(float32, 1e-300)
-    references = (max(torch, least), max(mlx, least)) if tensor["scope"] == "bf16" else (least, least)
-    ratio = max(max(mlx, least) / references[0], max(torch, least) / references[1])
-    return _coloured(ratio, tensor["passed"])
+def _tinted(ratio: float, passed: bool, text: str = "") -> Cell:
+    tint = f"heat-{sum(ratio > limit for limit in HEAT)}" if passed else "failed"
+    return Cell(text or _ratio(ratio), tint)
 
 
-def _coloured(ratio: float, passed: bool) -> str:
-    step = sum(ratio > limit for limit in STEPS) if passed else 3
-    return _cell(f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.0e}", f"c{step}")
+def _error(error: TensorError) -> Cell:
+    return Cell(_number(error.rmse))
 
 
-def _error(error: Json) -> str:
-    value = number(error["rmse"])
-    return _cell("∞" if value == math.inf else f"{value:.1e}")
+def _number(value: float) -> str:
+    return f"{value:.1e}" if math.isfinite(value) else "∞"
 
 
-def _word(result: Json) -> str:
-    return _cell("same", "same") if result["passed"] else _cell("DIFFERS", "differs verdict")
-
-
-def _text(value: str) -> str:
-    return _cell(value, "text")
-
-
-def _cell(value: str, kind: str = "") -> str:
-    return f'<td class="{kind}">{escape(value)}</td>' if kind else f"<td>{escape(value)}</td>"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    are_text = [cell.startswith('<td class="text"') for cell in rows[0]]
-    head = "".join(
-        f'<th class="text">{escape(column)}</th>' if is_text else f"<th>{escape(column)}</th>"
-        for column, is_text in zip(columns, are_text, strict=True)
-    )
-    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+def _ratio(value: float) -> str:
+    if not math.isfinite(value):
+        return "∞"
+    return f"{value:.2f}" if value < 1000 else f"{value:.0e}"

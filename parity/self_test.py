@@ -1,94 +1,83 @@
-"""Known faults, put into one backend one at a time: does the comparison find them?"""
+"""Put known faults into PyTorch's side one at a time, and check that the comparison finds them."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Trainer, choose_backend
-from parity.compare import Pair
+from parity.compare import BackendPair
 from parity.decoding import judge_decoding
+from parity.judgement import judge
 from parity.mutations import MUTATIONS, SIZED, Mutation, Patch, faultless
-from parity.small_models import truth_tokens
-from parity.steps import judge_step, step_tokens
-from parity.truth import Measurement, Truth
-from parity.yardstick import Judged, Verdict, judge
+from parity.reference_forward import Measurement, ReferenceForward
+from parity.report import ModelVerdict, MutationOutcome, MutationThreshold, SelfTest, TensorVerdict
+from parity.small_models import reference_tokens
+from parity.step_parity import judge_step, step_tokens
 
 
-@dataclass(frozen=True)
-class Outcome:
-    mutation: Mutation
-    where: str | None  # the first module that is wrong; None if nothing was noticed
-    said: str | None
-
-    @property
-    def caught(self) -> bool:
-        return self.where is not None
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """The smallest fault of a kind that is still caught, in steps of ten."""
-
-    name: str
-    smallest: float | None
+def run(seed: int) -> SelfTest:
+    """Run every mutation; for those with a size, also find the smallest size that is still caught."""
+    runner = MutationRunner(seed)
+    outcomes = []
+    for mutation in MUTATIONS:
+        verdict = runner.judge(mutation)
+        outcomes.append(
+            MutationOutcome(mutation.name, mutation.architecture, verdict.first_place(), verdict.first_fault())
+        )
+    thresholds = [MutationThreshold(name, _smallest(runner, make)) for name, make in SIZED.items()]
+    return SelfTest(tuple(outcomes), tuple(thresholds))
 
 
-class Laboratory:
-    """The models of the comparison, with the truth and MLX measured once."""
+class MutationRunner:
+    """Small models on which mutations are judged; reference and MLX are measured once for each."""
 
     def __init__(self, seed: int):
         self._seed = seed
-        self._ready: dict[str, tuple[Truth, Measurement, Arrays, Trainer]] = {}
+        self._ready: dict[str, tuple[ReferenceForward, Measurement, Arrays, Trainer]] = {}
 
-    def judge(self, mutation: Mutation) -> Verdict:
-        """Raises InputError where the backends differ without a fault: then nothing can be told from one."""
-        truth, mlx, weights, mlx_trainer = self._prepared(mutation.architecture)
-        config = truth.config.model_copy(update=dict(mutation.fields))
+    def judge(self, mutation: Mutation) -> ModelVerdict:
+        """Return the verdict with the mutation in PyTorch's side.
+
+        Raises InputError where the backends differ without a fault, because then no fault can be told apart.
+        """
+        reference, mlx, weights, mlx_trainer = self._prepared(mutation.architecture)
+        config = reference.config.model_copy(update=dict(mutation.fields))
         edited = dict(weights) | dict(mutation.weights(weights)) if mutation.weights else weights
         with _patched(mutation.patch):
             trainer = choose_backend("torch").trainer(config, edited, device="cpu")
-            verdict = judge(truth, mlx, truth.measure(trainer))
-            more: list[Judged] = []
-            if mutation.shows_in == "cache":
-                more, _ = judge_decoding(truth, mlx_trainer, trainer)
-            elif mutation.shows_in == "step":
-                more = judge_step(truth.config, weights, step_tokens(truth, self._seed))
+            verdict = judge(reference, mlx, reference.measure(trainer))
+            more: list[TensorVerdict] = []
+            if mutation.shows_in == "decode":
+                more, _ = judge_decoding(reference, mlx_trainer, trainer)
+            elif mutation.shows_in == "train":
+                more = judge_step(reference.config, weights, step_tokens(reference, self._seed))
             return replace(verdict, tensors=(*verdict.tensors, *more))
 
-    def _prepared(self, architecture: str) -> tuple[Truth, Measurement, Arrays, Trainer]:
+    def _prepared(self, architecture: str) -> tuple[ReferenceForward, Measurement, Arrays, Trainer]:
         if architecture not in self._ready:
             config, weights = faultless(architecture, self._seed)
-            pair, truth = Pair.build(config, weights), Truth(config, weights, truth_tokens(config, self._seed))
-            mlx = truth.measure(pair.mlx)
-            verdict = judge(truth, mlx, truth.measure(pair.torch))
+            pair = BackendPair.build(config, weights)
+            reference = ReferenceForward(config, weights, reference_tokens(config, self._seed))
+            mlx = reference.measure(pair.mlx)
+            verdict = judge(reference, mlx, reference.measure(pair.torch))
             if not verdict.passed:
                 raise InputError(
-                    f"{architecture} differs without any fault, so none can be told: {verdict.first_fault()}"
+                    f"{architecture} differs without any fault, so no fault can be told apart: {verdict.first_fault()}"
                 )
-            self._ready[architecture] = (truth, mlx, weights, pair.mlx)
+            self._ready[architecture] = (reference, mlx, weights, pair.mlx)
         return self._ready[architecture]
 
 
-def run(seed: int) -> tuple[list[Outcome], list[Threshold]]:
-    """Every mutation, and for those that have a size the smallest that is caught."""
-    laboratory = Laboratory(seed)
-    outcomes = []
-    for mutation in MUTATIONS:
-        verdict = laboratory.judge(mutation)
-        outcomes.append(Outcome(mutation, verdict.first_place(), verdict.first_fault()))
-    return outcomes, [Threshold(name, _smallest(laboratory, make)) for name, make in SIZED.items()]
-
-
-def _smallest(laboratory: Laboratory, make: Callable[[float], Mutation]) -> float | None:
+def _smallest(runner: MutationRunner, make: Callable[[float], Mutation]) -> float | None:
     smallest = None
     for exponent in range(1, 9):
-        if laboratory.judge(make(10.0**-exponent)).passed:
+        if runner.judge(make(10.0**-exponent)).passed:
             break
         smallest = 10.0**-exponent
     return smallest

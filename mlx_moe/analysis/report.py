@@ -1,4 +1,4 @@
-"""One HTML page about a run, that opens in a browser without a network. Its template, style and code are in `page/`."""
+"""One HTML page about a run, that opens in a browser without a network. Its template and code are in `page/`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mlx_moe.analysis.comparison import nats_to_bits_per_byte
 from mlx_moe.analysis.expert_table import SUMMARY_COLUMNS, SUMMARY_LEGEND, phase_folder, summary
 from mlx_moe.analysis.record import PhaseRecord, Record, Row, read_record
+from mlx_moe.html.render import render_page
 from mlx_moe.phases import get_phase, lineage
 from mlx_moe.storage.atomic import output_file, writing
 from mlx_moe.storage.reading import read_text
@@ -48,10 +48,9 @@ def write_report(path: Path, out: Path, warn: Callable[[str], None] = lambda lin
 
 def render(record: Record) -> str:
     """The page. All that comes from the run's folder is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html").render(
+    return render_page(
+        PAGE,
+        "page.html",
         title=record.run.name,
         lede=_lede(record),
         missing=record.missing,

@@ -31,7 +31,7 @@ from mlx_moe.presets import preset_names
 from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_upcycling
-from parity.compare import Pair
+from parity.compare import BackendPair
 
 # Adam divides a gradient by its own size, so one that is all rounding makes a whole step of noise: a larger eps damps
 # it. Gradients are clipped and weights decay by much more than the limits below.
@@ -182,7 +182,7 @@ def test_optimizer_state_before_the_first_step_is_a_fresh_start(source, target):
 @pytest.mark.parametrize("name", preset_names("architectures"))
 def test_plans_are_the_same_to_the_bit(name):
     config = small_model(name)
-    pair = Pair.build(config, rough_weights(config, seed=4))
+    pair = BackendPair.build(config, rough_weights(config, seed=4))
     plan = plan_upcycling(config, EXPERTS, seed=4)
     check_plan(pair, plan)
     check_plan(pair, plan_growth(config, larger_model(config), seed=4))

@@ -12,8 +12,8 @@ from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_upcycling
 from parity.boundaries import execution_claim, forced_claim, growth_claims, random_experts, upcycling_claims
-from parity.compare import Pair
-from parity.oracle import Oracle
+from parity.compare import BackendPair
+from parity.numpy_model import NumpyModel
 
 FORCED, SUMMED = "any experts compute the dense model", "the experts' first gradients sum to the dense model's"
 REPEATED, PREDICTED = "the grown residual stream is the old one repeated", "first gradients are as the plan predicts"
@@ -46,7 +46,7 @@ def test_parts_of_copies_that_do_not_go_together_are_another_model():
     config, weights = probe_model("llama", 0)
     moe = experts_of(config, UpcyclePhaseConfig(n_experts=4, granularity=2))
     plan, tokens = plan_upcycling(config, moe), boundary_tokens(config, 0)[:, :-1]
-    dense, upcycled = Oracle(config, weights)(tokens), Oracle(plan.target_config, apply(plan, weights))
+    dense, upcycled = NumpyModel(config, weights)(tokens), NumpyModel(plan.target_config, apply(plan, weights))
     for parts, same in ((2, True), (1, False)):
         experts_LNK = random_experts(plan.target_config, tokens, np.random.default_rng(0), parts)
         largest = np.abs(upcycled(tokens, experts_LNK).logits_BTV - dense.logits_BTV).max()
@@ -84,7 +84,7 @@ def test_broken_claims_are_noticed():
 def test_the_backends_executions():
     config, weights = probe_model("nano", 0)
     plan = plan_upcycling(config, EXPERTS)
-    dense = Pair.build(config, weights)
+    dense = BackendPair.build(config, weights)
     upcycled = dense.transferred(plan)
     assert execution_claim(plan, weights, upcycled.mlx, upcycled.torch).passed
     one_bit = {name: array.copy() for name, array in weights.items()}
@@ -93,5 +93,5 @@ def test_the_backends_executions():
     assert (claim.error, claim.where) == (2, "norm.weight")
     tokens = boundary_tokens(config, 0)
     assert forced_claim(dense.mlx, upcycled.mlx, tokens, 1e-5, 0, "MLX").passed
-    other = Pair.build(config, probe_model("nano", 5)[1])
+    other = BackendPair.build(config, probe_model("nano", 5)[1])
     assert not forced_claim(other.mlx, upcycled.mlx, tokens, 1e-5, 0, "MLX").passed

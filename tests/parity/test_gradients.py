@@ -7,7 +7,7 @@ from support.small_models import rough_weights, small_model
 from mlx_moe.config import MoEConfig
 from mlx_moe.presets import preset_names
 from parity.gradients import loss_and_gradients
-from parity.oracle import Oracle
+from parity.numpy_model import NumpyModel
 
 STEP = 1e-4
 EXPERTS = MoEConfig(n_experts=3, top_k=2, load_balance_coefficient=0.3, z_loss_coefficient=0.2)
@@ -31,14 +31,14 @@ def test_every_gradient(fields, moe):
     weights = {name: array.astype(np.float64) for name, array in rough_weights(config, seed=1).items()}
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (2, 8)).astype(np.int32)
-    _, gradients = loss_and_gradients(Oracle(config, weights), tokens)
+    _, gradients = loss_and_gradients(NumpyModel(config, weights), tokens)
     assert set(gradients) == set(weights)
     for name, gradient in gradients.items():
         direction = rng.standard_normal(gradient.shape)
         direction /= np.linalg.norm(direction)
 
         def at(step, name=name, direction=direction):
-            moved = Oracle(config, weights | {name: weights[name] + step * STEP * direction})
+            moved = NumpyModel(config, weights | {name: weights[name] + step * STEP * direction})
             return loss_and_gradients(moved, tokens)[0]
 
         slope = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * STEP)

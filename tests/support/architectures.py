@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mlx_moe.config import COMPONENTS, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.parameters import table
 from mlx_moe.presets import load_architecture
-from parity.oracle import Oracle
+from parity.numpy_model import NumpyModel
 
 HEAD_DIM = 4
 
@@ -87,7 +87,7 @@ def tokens(config, seed=0):
 def logits(config, arrays, tokens_T):
     """Logits (T, V), in the dtype of the arrays."""
     dtype = arrays["norm.weight"].dtype.type
-    return Oracle(config, arrays, dtype)(tokens_T[None]).logits_BTV[0]
+    return NumpyModel(config, arrays, dtype)(tokens_T[None]).logits_BTV[0]
 
 
 def logit_difference(config, arrays, target, grown, seed=0):

@@ -12,9 +12,9 @@ from parity.small_models import (
     boundary_tokens,
     larger_model,
     probe_model,
+    reference_tokens,
     rough_weights,
     small_model,
-    truth_tokens,
 )
 
 __all__ = [
@@ -30,9 +30,9 @@ __all__ = [
     "largest_difference",
     "probe_model",
     "random_tokens",
+    "reference_tokens",
     "rough_weights",
     "small_model",
-    "truth_tokens",
 ]
 
 BACKENDS = ("mlx", "torch")

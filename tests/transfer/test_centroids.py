@@ -12,7 +12,7 @@ from mlx_moe.training.centroids import centroid_routers
 from mlx_moe.transfer.centroids import centroid_rows
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_phase
-from parity.oracle import Oracle
+from parity.numpy_model import NumpyModel
 
 
 def clusters(n_clusters, n_each=50, width=16, mean=5.0):
@@ -48,7 +48,7 @@ def test_a_model_run_from_its_layers_shows_what_its_ffns_read(name, backend):
     config = small_model(name)
     arrays = rough_weights(config, 0)
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)).astype(np.int32)
-    calls = Oracle(config, arrays)(tokens_BT).calls
+    calls = NumpyModel(config, arrays)(tokens_BT).calls
     found = list(choose_backend(backend).streamed(config, arrays, "cpu").ffn_inputs(tokens_BT, [0, 1]))
     for layer, x_ND in enumerate(found):
         expected = calls[f"layers.{layer}.mlp"].inputs[0].reshape(-1, config.d_model)

@@ -13,7 +13,7 @@ from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import AxisMap, Pad, TensorPlan, apply, carry_moments
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
 from parity.gradients import loss_and_gradients
-from parity.oracle import Oracle
+from parity.numpy_model import NumpyModel
 
 EVERY_MODEL = [(name, moe) for name in preset_names("architectures") for moe in (None, MoEConfig(n_experts=3, top_k=2))]
 RMSNORM = [(name, moe) for name, moe in EVERY_MODEL if load_architecture(name).normalization == "rmsnorm"]
@@ -86,8 +86,8 @@ def test_gradients_are_those_predicted_in_the_mean_over_copies(architecture, how
     phase = UpcyclePhaseConfig(n_experts=3, top_k=2, router_std=1.0, **how, **quiet)
     plan, arrays = plan_phase(config, phase, seed=0), weights(config)
     tokens_BT1 = np.random.default_rng(0).integers(0, config.vocab_size, (2, 7))
-    _, before = loss_and_gradients(Oracle(config, arrays), tokens_BT1)
-    _, after = loss_and_gradients(Oracle(plan.target_config, apply(plan, arrays)), tokens_BT1)
+    _, before = loss_and_gradients(NumpyModel(config, arrays), tokens_BT1)
+    _, after = loss_and_gradients(NumpyModel(plan.target_config, apply(plan, arrays)), tokens_BT1)
     predicted, squares = apply(plan.moments(1), before), apply(plan.moments(2), {n: g**2 for n, g in before.items()})
     for tensor in plan.tensors:
         if tensor.source is None:

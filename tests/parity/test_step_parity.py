@@ -2,18 +2,18 @@
 
 import numpy as np
 import pytest
-from support.small_models import EXPERTS, probe_model, truth_tokens
+from support.small_models import EXPERTS, probe_model, reference_tokens
 
-from parity.compare import Pair
+from parity.compare import BackendPair
 from parity.decoding import judge_decoding
-from parity.steps import judge_step, step_tokens
-from parity.truth import Truth
+from parity.reference_forward import ReferenceForward
+from parity.step_parity import judge_step, step_tokens
 
 
 def prepared(name, moe=None, seed=0):
     config, weights = probe_model(name, seed, moe)
-    truth = Truth(config, weights, truth_tokens(config, seed))
-    return config, weights, truth, step_tokens(truth, seed)
+    reference = ReferenceForward(config, weights, reference_tokens(config, seed))
+    return config, weights, reference, step_tokens(reference, seed)
 
 
 def failed(judged):
@@ -22,15 +22,15 @@ def failed(judged):
 
 @pytest.mark.parametrize(("name", "moe"), [("gpt2-post", None), ("smollm", EXPERTS)], ids=["dense", "experts"])
 def test_no_false_alarm(name, moe):
-    config, weights, truth, tokens = prepared(name, moe, seed=3)
+    config, weights, reference, tokens = prepared(name, moe, seed=3)
     steps = judge_step(config, weights, tokens)
     assert failed(steps) == []
     names = {tensor.name for tensor in steps if tensor.scope == "half"}
     assert {f"gradient of {name} in {half}" for name in ("norm.weight",) for half in ("bf16", "fp16")} <= names
-    pair = Pair.build(config, weights)
-    ways, wrong_words = judge_decoding(truth, pair.mlx, pair.torch)
-    assert (failed(ways), wrong_words) == ([], [])
-    assert len(ways) == 3
+    pair = BackendPair.build(config, weights)
+    decoded, faults = judge_decoding(reference, pair.mlx, pair.torch)
+    assert (failed(decoded), faults) == ([], [])
+    assert len(decoded) == 3
 
 
 def gradient_of_gates_lost(gate):
@@ -86,14 +86,14 @@ def test_a_step_that_overflows_is_taken_again_with_a_smaller_scale(monkeypatch):
 
 
 def test_routes_in_half_precision_are_the_truths(monkeypatch):
-    """Even where the truth is wrong, and takes the worst experts."""
-    import parity.oracle
+    """Even where the reference is wrong, and takes the worst experts."""
+    import parity.numpy_model
 
-    best_experts = parity.oracle.best_experts
-    monkeypatch.setattr(parity.oracle, "best_experts", lambda logits, k: best_experts(-logits, k))
+    best_experts = parity.numpy_model.best_experts
+    monkeypatch.setattr(parity.numpy_model, "best_experts", lambda logits, k: best_experts(-logits, k))
     config, weights, _, tokens = prepared("llama", EXPERTS)
     scopes = {tensor.scope for tensor in judge_step(config, weights, tokens) if not tensor.passed}
-    assert scopes == {"step"}
+    assert scopes == {"train"}
 
 
 def test_a_wrong_step_is_named(monkeypatch):
@@ -114,21 +114,21 @@ def test_a_wrong_step_is_named(monkeypatch):
 def test_a_cache_that_is_a_position_off_is_found(monkeypatch):
     import torch_ref.attention
 
-    config, weights, truth, _ = prepared("llama")
+    config, weights, reference, _ = prepared("llama")
     rotate = torch_ref.attention.POSITION_ENCODINGS["rope"]
     late = lambda x, start, theta: rotate(x, start + (start > 0), theta)  # noqa: E731
     monkeypatch.setitem(torch_ref.attention.POSITION_ENCODINGS, "rope", late)
-    pair = Pair.build(config, weights)
-    assert np.abs(pair.torch.logits(truth.tokens_BT) - truth.logits_BTV).max() < 1e-5
-    ways, _ = judge_decoding(truth, pair.mlx, pair.torch)
-    assert failed(ways) == ["logits one token at a time", "logits in chunks"]
+    pair = BackendPair.build(config, weights)
+    assert np.abs(pair.torch.logits(reference.tokens_BT) - reference.logits_BTV).max() < 1e-5
+    decoded, _ = judge_decoding(reference, pair.mlx, pair.torch)
+    assert failed(decoded) == ["logits one token at a time", "logits in chunks"]
 
 
 def test_wrong_words_are_counted(monkeypatch):
     import parity.decoding
 
-    config, weights, truth, _ = prepared("llama")
-    pair = Pair.build(config, weights)
+    config, weights, reference, _ = prepared("llama")
+    pair = BackendPair.build(config, weights)
     honest = parity.decoding.generate
 
     def other(trainer, prompt):
@@ -137,5 +137,5 @@ def test_wrong_words_are_counted(monkeypatch):
         return text
 
     monkeypatch.setattr(parity.decoding, "generate", other)
-    _, wrong_words = judge_decoding(truth, pair.mlx, pair.torch)
-    assert wrong_words == [f"{name} wrote 1 tokens of 32 that are not the likeliest" for name in ("MLX", "torch")]
+    _, faults = judge_decoding(reference, pair.mlx, pair.torch)
+    assert faults == [f"1 of 32 tokens that {name} generated are not the likeliest" for name in ("MLX", "torch")]

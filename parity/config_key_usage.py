@@ -1,59 +1,44 @@
-"""What one library reads of a model's folder and the other does not.
+"""Find the keys of config.json that only one of two libraries uses.
 
-Libraries drop what they do not know in silence, so asking them is no use, and code that reads a key may do nothing with
-it. So every key is changed, and a library uses it if its logits change, or if it then refuses the model.
+Libraries silently drop keys they do not know, and code that reads a key may do nothing with it. So every key is changed
+in turn: a library uses a key if its logits change, or if it then refuses the model.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from parity.oracle import Array
+from parity.numpy_model import Array
+from parity.report import KeyUsage
 
 Config = dict[str, Any]
 Run = Callable[[Config], Array]  # logits under another config.json
 
-# They say which code to run and where it came from, not what it computes.
+# Keys that say which code to run and where a model came from, not what it computes.
 NAMES = {"model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map"}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A key of config.json, dotted, that only one of the libraries uses."""
-
-    key: str
-    value: Any
-    used_by: str
-    ignored_by: str
-
-    @property
-    def said(self) -> str:
-        return f"{self.key} = {json.dumps(self.value)}"
-
-
-def lint_config(config: Config, transformers: Run, mlx_lm: Run) -> list[Finding]:
-    """Every key that changes the logits of one library only."""
+def find_key_usage(config: Config, transformers: Run, mlx_lm: Run) -> list[KeyUsage]:
+    """Return every key that changes the logits of one library only."""
     runs = {"transformers": transformers, "mlx-lm": mlx_lm}
     before = {name: run(config) for name, run in runs.items()}
-    findings = []
+    found = []
     for path, value in leaves(config):
-        for changed in (with_value(config, path, other) for other in others(value)):
+        for changed in (with_value(config, path, other) for other in alternatives(value)):
             users = [name for name, run in runs.items() if _differs(run, changed, before[name])]
             if len(users) == 1:
                 ignoring = next(name for name in runs if name not in users)
-                findings.append(Finding(".".join(path), value, users[0], ignoring))
+                found.append(KeyUsage(".".join(path), value, users[0], ignoring))
             if users:
                 break
-    return findings
+    return found
 
 
 def leaves(config: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every key that holds a value, and that value, but for names."""
+    """Yield the path and value of every key that holds a plain value, except `NAMES`."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from leaves(value, (*above, key))
@@ -61,8 +46,8 @@ def leaves(config: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[t
             yield (*above, key), value
 
 
-def others(value: Any) -> list[Any]:
-    """Other values that a key might have; what is off stays so. Small ones show what acts on long texts only."""
+def alternatives(value: Any) -> list[Any]:
+    """Return other values for a key; none for null. Small numbers expose keys that only affect long texts."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
@@ -77,24 +62,26 @@ def others(value: Any) -> list[Any]:
 
 
 def with_value(config: Config, path: Sequence[str], value: Any) -> Config:
-    """A copy with another value; without the key, if that is `...`."""
+    """Return a copy with another value at `path`, or without the key if the value is `...`."""
     key, *rest = path
     if rest:
         return config | {key: with_value(config[key], rest, value)}
     return {name: old for name, old in config.items() if name != key} | ({} if value is ... else {key: value})
 
 
-def repairs(config: Config, fields: Mapping[str, Any], nothing: Any, other: Callable[[str], Any]) -> Config:
-    """What config.json could say to mlx-lm in its own words: of the `fields` that it looks for and does not find, and
-    whose default is another, those whose value stands elsewhere in the file, or that it cannot do without and that
-    transformers has a value for. `nothing` marks a field without a default.
+def repairs(config: Config, fields: Mapping[str, Any], required: Any, value_of: Callable[[str], Any]) -> Config:
+    """Return what to add to config.json so that mlx-lm reads the values under its own names.
+
+    `fields` maps the keys that mlx-lm looks for to their defaults; `required` marks a field without a default. A field
+    is added if config.json lacks it, its value stands elsewhere in the file, and its default is another value. A
+    required field takes `value_of(field)`, transformers' value.
     """
     nested = {path[-1]: value for path, value in leaves(config) if len(path) > 1}
     found = {}
     for name, default in fields.items():
         if name in config:
             continue
-        value = nested.get(name, other(name) if default is nothing else None)
+        value = nested.get(name, value_of(name) if default is required else None)
         if value is not None and value != default:
             found[name] = value
     return found
@@ -103,5 +90,5 @@ def repairs(config: Config, fields: Mapping[str, Any], nothing: Any, other: Call
 def _differs(run: Run, config: Config, before: Array) -> bool:
     try:
         return not np.array_equal(run(config), before, equal_nan=True)
-    except Exception:  # whatever it is that the library makes of it, it has read the key
+    except Exception:  # a library that raises anything has read the key
         return True

@@ -1,4 +1,4 @@
-"""The truth against others' models, in float64."""
+"""The reference against others' models, in float64."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ import torch_ref.attention
 import torch_ref.transformer
 from mlx_moe.config import COMPONENTS, MoEConfig
 from mlx_moe.presets import preset_names
-from parity.oracle import Oracle, best_experts
+from parity.numpy_model import NumpyModel, best_experts
 
 LIMIT = 1e-12  # of logits with a standard deviation near 0.4
 EXPERTS = MoEConfig(n_experts=5, top_k=2)
@@ -50,7 +50,7 @@ def distance(config, weights, model, theirs):
     with torch.no_grad():
         logits_BTV = model.eval()(torch.from_numpy(tokens_of(config)).long()).logits.numpy()
     assert logits_BTV.dtype == np.float64
-    return np.abs(Oracle(config, weights)(tokens_of(config)).logits_BTV - logits_BTV).max()
+    return np.abs(NumpyModel(config, weights)(tokens_of(config)).logits_BTV - logits_BTV).max()
 
 
 LLAMA3 = {"factor": 8.0, "original_context_length": 24, "high_freq_factor": 2.0}
@@ -124,7 +124,7 @@ def test_every_option(fields, moe, in_float64):
     weights, tokens = rough_weights(config, seed=2), tokens_of(config)
     model = torch_ref.transformer.Transformer(config).double()
     model.load_state_dict({name: torch.tensor(array).double() for name, array in weights.items()})
-    trace = Oracle(config, weights)(tokens)
+    trace = NumpyModel(config, weights)(tokens)
     experts = dict(zip(config.expert_layers, torch.from_numpy(trace.experts_LNK), strict=True))
     with torch.no_grad():
         logits_BTV, _ = model(torch.from_numpy(tokens).long(), experts=experts, dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_ties_go_to_the_lower_expert():
 
 def test_forced_routes_keep_the_routers_gates():
     config, weights = probe_model("llama", 0, EXPERTS)
-    oracle, tokens = Oracle(config, weights), tokens_of(config)
+    oracle, tokens = NumpyModel(config, weights), tokens_of(config)
     free = oracle(tokens)
     again, other = oracle(tokens, free.experts_LNK), oracle(tokens, free.experts_LNK[..., ::-1])
     assert np.array_equal(free.logits_BTV, again.logits_BTV)
@@ -153,7 +153,7 @@ def test_forced_routes_keep_the_routers_gates():
 @pytest.mark.parametrize("name", preset_names("architectures"))
 def test_modules_by_themselves_are_those_of_the_whole(name):
     config, weights = probe_model(name, 0, EXPERTS)
-    oracle = Oracle(config, weights)
+    oracle = NumpyModel(config, weights)
     calls = oracle(tokens_of(config)).calls
     assert set(calls) >= {"embed_tokens", "norm", "lm_head", "layers.1.self_attn.o_proj", "layers.0.mlp.experts"}
     for module, call in calls.items():

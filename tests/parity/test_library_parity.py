@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mlx_moe.model.library
 import torch_ref.library
 from mlx_moe.errors import InputError
-from parity.any_model import compare_model
-from parity.library_bench import Bench
-from parity.lint import leaves, lint_config, others, repairs, with_value
-from parity.oracle import Oracle
+from parity.config_key_usage import alternatives, find_key_usage, leaves, repairs, with_value
+from parity.library_comparison import LibraryComparison
+from parity.library_parity import compare_model
+from parity.numpy_model import NumpyModel
 
 SMOLLM2 = Path(os.environ.get("SMOLLM2", "smollm2"))
 
@@ -47,7 +47,7 @@ def test_what_agrees_passes(name, folder):
     assert report.measured.judged == 2 * 64
     assert len(report.measured.modules) > 15
     assert max(way.floor.rmse for way in report.measured.ways) < 1e-7
-    assert all(finding.ignored_by == "mlx-lm" for finding in report.findings)
+    assert all(usage.ignored_by == "mlx-lm" for usage in report.key_usage)
     assert report.causes == ()
 
 
@@ -111,8 +111,8 @@ def test_a_weight_that_is_off_is_found_in_its_module(folder, tmp_path):
     safetensors.numpy.save_file(weights, broken / "model.safetensors", {"format": "pt"})
     library = torch_ref.library.LibraryModel
     tokens = np.random.default_rng(0).integers(0, 96, (2, 64)).astype(np.int32)
-    bench = Bench(library(folder("llama")), library(folder("llama"), exact=True), tokens)
-    measured = bench.measure(mlx_moe.model.library.LibraryModel(broken))
+    comparison = LibraryComparison(library(folder("llama")), library(folder("llama"), exact=True), tokens)
+    measured = comparison.measure(mlx_moe.model.library.LibraryModel(broken))
     assert not measured.passed
     assert measured.first_module.name == name
     assert "std" in str(measured.first_module)
@@ -155,8 +155,8 @@ def test_other_experts_without_a_tie_are_counted(folder, tmp_path):
     edit(broken, "gate.weight", lambda gate_ED: gate_ED.__setitem__([0, 1], gate_ED[[1, 0]]))
     library = torch_ref.library.LibraryModel
     tokens = np.random.default_rng(0).integers(0, 96, (2, 64)).astype(np.int32)
-    bench = Bench(library(folder("mixtral")), library(folder("mixtral"), exact=True), tokens)
-    measured = bench.measure(mlx_moe.model.library.LibraryModel(broken))
+    comparison = LibraryComparison(library(folder("mixtral")), library(folder("mixtral"), exact=True), tokens)
+    measured = comparison.measure(mlx_moe.model.library.LibraryModel(broken))
     assert not measured.passed
     assert measured.misrouted > 50
 
@@ -169,7 +169,7 @@ def test_a_tensor_in_no_file_is_said(folder, tmp_path):
     report = compare_model(broken)
     assert report.exit_code == 2
     assert "model.norm.weight" in report.problem
-    assert report.parameters == ("model.norm.weight: in no file, so transformers draws it at random",)
+    assert report.parameters == ("model.norm.weight: in no file, so transformers initializes it at random",)
 
 
 def test_transformers_in_float64_is_float64_throughout(tmp_path):
@@ -179,12 +179,12 @@ def test_transformers_in_float64_is_float64_throughout(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(**llama_config(config)))
     model.load_state_dict({name: torch.tensor(array) for name, array in llama_weights(config, weights).items()})
     model.save_pretrained(tmp_path)
-    truth = Oracle(config, weights)(tokens).logits_BTV
+    reference = NumpyModel(config, weights)(tokens).logits_BTV
     found = torch_ref.library.LibraryModel(tmp_path, exact=True).logits(tokens)
-    assert np.abs(found - truth).max() < 1e-12
+    assert np.abs(found - reference).max() < 1e-12
     with torch.no_grad():
         plain = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(torch.from_numpy(tokens).long())
-    assert np.abs(plain.logits.numpy() - truth).max() > 1e-8
+    assert np.abs(plain.logits.numpy() - reference).max() > 1e-8
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -229,13 +229,13 @@ def test_keys_are_changed_one_by_one():
     def other(changed):
         return np.array([changed["size"], changed["flag"]])
 
-    found = {(finding.key, finding.ignored_by) for finding in lint_config(config, one, other)}
+    found = {(usage.key, usage.ignored_by) for usage in find_key_usage(config, one, other)}
     assert found == {("rope.theta", "mlx-lm"), ("rope.kind", "mlx-lm"), ("flag", "transformers")}
     assert next(leaves(config)) == (("size",), 3)
     assert with_value(config, ("rope", "theta"), ...)["rope"] == {"kind": "plain"}
-    assert others(True) == [False]
-    assert others(None) == []
-    assert 2 in others(4096)
+    assert alternatives(True) == [False]
+    assert alternatives(None) == []
+    assert 2 in alternatives(4096)
 
 
 def test_repairs():

@@ -1,4 +1,4 @@
-"""The truth: the whole model in plain NumPy, float64 unless told otherwise, sharing no code with the backends.
+"""Reference model in plain NumPy, float64 by default, sharing no code with the backends.
 
 B batch, T time, N tokens (B·T), D model, H query heads, G key-value heads, d head, F ffn, E experts, K experts per
 token, L layers, V vocabulary.
@@ -24,7 +24,7 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def erf(x: Array) -> Array:
-    """In the dtype of x."""
+    """Return the error function of x, in the dtype of x."""
     y: Array = _erf(x).astype(x.dtype)
     return y
 
@@ -39,42 +39,42 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @dataclass(frozen=True)
-class Call:
-    """What went into a module and what came out."""
+class ModuleCall:
+    """Inputs and output of one module."""
 
     inputs: tuple[Array, ...]
     output: Array
 
 
 @dataclass(frozen=True)
-class Trace:
-    """One forward pass. `calls`: every module in the order in which they finish, so children before their parent."""
+class ForwardTrace:
+    """Record of a forward pass. `calls` holds every module in the order they finish: children before their parent."""
 
     logits_BTV: Array
-    calls: dict[str, Call]
-    router_logits_LNE: Array  # L: the layers with experts
+    calls: dict[str, ModuleCall]
+    router_logits_LNE: Array  # L layers with experts
     experts_LNK: NDArray[np.int64]
 
 
-class Oracle:
-    """A model whose modules have the names of their parameters: `layers.0.self_attn`, `layers.0.mlp.router`, ...
+class NumpyModel:
+    """Model whose modules are named like their parameters: `layers.0.self_attn`, `layers.0.mlp.router`, ...
 
-    In float32 it is the plainest model there is, and its error is what float32 costs.
+    In float32 it is the plainest implementation possible, so its error is the cost of float32 itself.
     """
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Array], dtype: type[np.floating[Any]] = np.float64):
         self.config = config
         self.dtype = dtype
         self.weights = {name: np.asarray(array, dtype) for name, array in weights.items()}
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, ModuleCall] = {}
 
-    def __call__(self, tokens_BT: NDArray[np.int32], experts_LNK: NDArray[np.int64] | None = None) -> Trace:
-        """`experts_LNK` takes the place of the routers' choices."""
+    def __call__(self, tokens_BT: NDArray[np.int32], experts_LNK: NDArray[np.int64] | None = None) -> ForwardTrace:
+        """Run tokens (B, T); `experts_LNK` replaces the routers' choices."""
         self._calls = {}
-        logits_BTV = self.module("lm_head", through(self.config, tokens_BT, self.module, experts_LNK))
+        logits_BTV = self.module("lm_head", run_modules(self.config, tokens_BT, self.module, experts_LNK))
         calls, self._calls = self._calls, {}
         blocks = [f"layers.{layer}" for layer in self.config.expert_layers]
-        return Trace(
+        return ForwardTrace(
             logits_BTV=logits_BTV,
             calls=calls,
             router_logits_LNE=np.array([calls[f"{block}.mlp.router"].output for block in blocks]),
@@ -82,8 +82,9 @@ class Oracle:
         )
 
     def module(self, name: str, *inputs: Array) -> Array:
-        """The output (…, D) of one module, for x (…, D); an `mlp` takes forced experts (N, K) too, and a MoE's
-        `experts` needs them. The tied head goes by `lm_head`, too.
+        """Return the output (…, D) of one module for x (…, D).
+
+        An `mlp` also takes forced experts (N, K); a MoE's `experts` needs them. A tied head is called `lm_head`, too.
         """
         kind = name.rpartition(".")[2]
         x, *forced = (array if array.dtype.kind == "i" else array.astype(self.dtype) for array in inputs)
@@ -105,7 +106,7 @@ class Oracle:
             output = x @ self.weights["embed_tokens.weight"].T
         else:
             output = self._linear(name, x)
-        self._calls[name] = Call((x, *forced), output)
+        self._calls[name] = ModuleCall((x, *forced), output)
         return output
 
     def _linear(self, name: str, x: Array, expert: int | None = None) -> Array:
@@ -115,7 +116,7 @@ class Oracle:
         return y if bias is None else y + bias[part]
 
     def _norm(self, name: str, x: Array, is_rms: bool) -> Array:
-        """LayerNorm (Ba et al. 2016), or RMSNorm (Zhang & Sennrich 2019), which has no mean and no bias."""
+        """Apply LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), which has no mean and no bias."""
         if not is_rms:
             x = x - _mean(x)
         y = x / np.sqrt(_mean(x * x) + self.config.norm_eps) * self.weights[f"{name}.weight"]
@@ -141,7 +142,7 @@ class Oracle:
         return self.module(f"{name}.o_proj", out_BHTd.swapaxes(1, 2).reshape(n_batch, n_time, -1))
 
     def rotate(self, x_BHTd: Array, back: bool = False) -> Array:
-        """Rotary positions (Su et al. 2021), coordinate i paired with i + d/2; `back` turns the other way."""
+        """Rotate by position (RoPE, Su et al. 2021), coordinate i paired with i + d/2; `back` inverts the rotation."""
         half = self.config.head_dim // 2
         frequencies = _scaled(self.config, self.config.rope_theta ** -(np.arange(half) / half)).astype(self.dtype)
         angles = np.arange(x_BHTd.shape[2], dtype=self.dtype)[:, None] * frequencies
@@ -176,10 +177,10 @@ class Oracle:
         return y_NKD
 
 
-def through(
+def run_modules(
     config: ModelConfig, tokens_BT: NDArray[np.int32], module: Module, experts_LNK: NDArray[np.int64] | None = None
 ) -> Array:
-    """What the head would read, (B, T, D), by `module(name, *inputs)`: the oracle's modules, or a backend's."""
+    """Return the head's input (B, T, D), computed by calls of `module(name, *inputs)`: this model's or a backend's."""
     x_BTD = module("embed_tokens", tokens_BT)
     if config.position_encoding == "learned_absolute":
         x_BTD = x_BTD + module("embed_positions", np.arange(tokens_BT.shape[1]))
@@ -201,12 +202,12 @@ def through(
 
 
 def best_experts(router_logits: Array, k: int) -> NDArray[np.int64]:
-    """The k experts (…, K) by falling logit, ties to the lower index."""
+    """Return the top-k experts (…, K) by falling logit, ties to the lower index."""
     return np.argsort(-router_logits, axis=-1, kind="stable")[..., :k]
 
 
 def _scaled(config: ModelConfig, frequencies: Array) -> Array:
-    """As Llama 3.1's `apply_scaling` has it, by wavelengths in positions; without an original context, all slowed."""
+    """Scale RoPE frequencies by wavelength, as Llama 3.1 does; without an original context, slow down all of them."""
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
@@ -224,11 +225,12 @@ def _scaled(config: ModelConfig, frequencies: Array) -> Array:
 
 
 def _mean(x: Array) -> Array:
-    """Over the last axis, added up one after the other: the order that costs the most, and that MLX's CPU takes."""
+    """Return the mean over the last axis, added up sequentially: the least accurate order, which MLX uses on CPUs."""
     mean: Array = np.cumsum(x, axis=-1)[..., -1:] / x.dtype.type(x.shape[-1])
     return mean
 
 
 def softmax(x: Array) -> Array:
+    """Return the softmax over the last axis."""
     weights: Array = np.exp(x - x.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)

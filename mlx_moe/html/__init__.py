@@ -1,0 +1,1 @@
+"""Parts that all our HTML pages share: base template, stylesheet, sortable tables."""
