@@ -24,8 +24,8 @@ LIMIT = 1e-4  # of logits; widened where rounding alone exceeds it, as at a boun
 SEQUENCES = 4
 # Library -> its framework, and the module of our backend that runs it.
 LIBRARIES = {
-    "transformers": ("torch", "torch_ref.library"),
-    "mlx_lm": ("mlx", "mlx_moe.model.library"),
+    "transformers": ("torch", "parity.libraries.transformers"),
+    "mlx_lm": ("mlx", "parity.libraries.mlx_lm"),
 }
 
 

@@ -46,7 +46,7 @@ def compare_model(folder: Path, seed: int = 0) -> LibraryReport:
 def _compare(folder: Path, found: ForeignModel, n_parameters: int, seed: int) -> LibraryReport:
     config, hashes = found.config, {file.name: sha256(file) for file in found.files}
     report = LibraryReport(str(folder), str(config["model_type"]), n_parameters, sha256(folder / "config.json"), hashes)
-    torch_library = importlib.import_module("torch_ref.library")
+    torch_library = importlib.import_module("parity.libraries.transformers")
     try:
         torch, exact = torch_library.LibraryModel(folder), torch_library.LibraryModel(folder, exact=True)
         comparison = LibraryComparison(torch, exact, _tokens(torch, n_parameters, seed))
@@ -64,7 +64,7 @@ class _FolderComparison:
 
     def __init__(self, folder: Path, config: Config, torch: Any, comparison: LibraryComparison):
         self._folder, self._config, self._torch, self._comparison = folder, config, torch, comparison
-        self._library = importlib.import_module("mlx_moe.model.library")
+        self._library = importlib.import_module("parity.libraries.mlx_lm")
 
     def report(self, report: LibraryReport) -> LibraryReport:
         try:

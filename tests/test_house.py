@@ -46,6 +46,7 @@ def test_imports_point_down(file):
         "mlx_moe/model": ["torch", "torch_ref", "parity", "cli"],
         "mlx_moe": ["torch", "mlx", "torch_ref", "mlx_moe.model", "parity", "cli"],
         "torch_ref": ["mlx", "mlx_moe.model", "parity", "cli"],
+        "parity/libraries": ["cli"],
         "parity": ["torch", "mlx", "cli"],
         "cli.py": ["torch", "mlx"],
     }
@@ -96,7 +97,7 @@ def test_the_backends_mirror_each_other(file):
         for path in (one, other)
     ]
     public = [{name for name in side if not name.startswith("_")} for side in names]
-    assert public[0] == public[1]
+    assert public[0] - {"MultiOptimizer", "RuledParameter"} == public[1]  # MLX brings the first
 
 
 def test_no_file_is_a_drawer_for_everything():
