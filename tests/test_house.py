@@ -57,7 +57,7 @@ def test_imports_point_down(file):
 
 def test_the_floor_loads_no_framework():
     floor = sorted(module_name(file) for file in FILES if file.is_relative_to("mlx_moe") and "model" not in file.parts)
-    for part in ("config", "accounting", "parameters", "data", "transfer", "training"):
+    for part in ("config", "accounting", "parameters", "data", "transfer", "training", "inference"):
         assert any(is_below(name, f"mlx_moe.{part}") for name in floor)
     heavy = ("torch", "mlx", "transformers", "datasets", "mlx_lm")
     code = f"import sys, {', '.join(floor)}; print(*(name for name in {heavy} if name in sys.modules))"

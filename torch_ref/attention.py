@@ -16,27 +16,41 @@ from mlx_moe.config import ModelConfig
 from mlx_moe.rotations import rotation_frequencies
 from torch_ref.layers import Linear
 
+CACHE_BLOCK = 256  # tokens by which a cache grows
 Frequencies = tuple[float, ...]  # radians per position of every pair of a head's coordinates
 
 
 class KVCache:
-    """The keys and values of one layer so far; `length` tokens."""
+    """The keys and values of one layer so far; `length` tokens.
 
-    def __init__(self) -> None:
+    They lie in buffers that grow by CACHE_BLOCK tokens, up to `max_length`, so a new token is written in place.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.length = 0
+        self._max_length = max_length
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
-    @property
-    def length(self) -> int:
-        return 0 if self._keys is None else self._keys.shape[2]
-
     def extend(self, keys_BGTd: Tensor, values_BGTd: Tensor) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._values is None:
-            self._keys, self._values = keys_BGTd, values_BGTd
-        else:
-            self._keys = torch.cat([self._keys, keys_BGTd], dim=2)
-            self._values = torch.cat([self._values, values_BGTd], dim=2)
-        return self._keys, self._values
+        """Append tokens. Returns the keys and values of all tokens so far, (B, G, S, d) each."""
+        start, end = self.length, self.length + keys_BGTd.shape[2]
+        self._keys = self._with_room(self._keys, keys_BGTd, end)
+        self._values = self._with_room(self._values, values_BGTd, end)
+        self._keys[:, :, start:end], self._values[:, :, start:end] = keys_BGTd, values_BGTd
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def _with_room(self, buffer_BGCd: Tensor | None, new_BGTd: Tensor, length: int) -> Tensor:
+        """The buffer, or a copy in a larger one where it holds fewer than `length` tokens. C capacity."""
+        if buffer_BGCd is not None and length <= buffer_BGCd.shape[2]:
+            return buffer_BGCd
+        batch, heads, _, width = new_BGTd.shape
+        capacity = min(-(-length // CACHE_BLOCK) * CACHE_BLOCK, self._max_length)
+        larger_BGCd = new_BGTd.new_zeros(batch, heads, capacity, width)
+        if buffer_BGCd is not None:
+            larger_BGCd[:, :, : self.length] = buffer_BGCd[:, :, : self.length]
+        return larger_BGCd
 
 
 def rope(x_BHTd: Tensor, offset: int, frequencies_h: Frequencies) -> Tensor:

@@ -72,6 +72,7 @@ class Transformer(nn.Module):
         self.lm_head = None if config.weight_tying else Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.activation_checkpointing = False
+        self.context_length = config.context_length
 
     def forward(
         self,
@@ -129,13 +130,13 @@ class Decoder:
     def __init__(self, model: Transformer, device: torch.device):
         self._model = model
         self._device = device
-        self._cache = [KVCache() for _ in model.layers]
+        self._cache = [KVCache(model.context_length) for _ in model.layers]
 
     @property
     def length(self) -> int:
         return self._cache[0].length
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
         tokens = torch.from_numpy(tokens_BT).to(self._device, torch.int64)
         logits_BTV, _ = self._model(tokens, self._cache)

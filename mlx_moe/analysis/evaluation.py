@@ -24,6 +24,8 @@ from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import held_out
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import check_place, is_model_folder, open_model
+from mlx_moe.inference.decoding import generate_text, load_tokenizer
+from mlx_moe.inference.sampling import Sampling
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import writing
 from mlx_moe.storage.checkpoint import Checkpoint
@@ -31,7 +33,6 @@ from mlx_moe.storage.run_folder import CONFIG, resume_command
 from mlx_moe.terminal import echo
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.console import Console
-from mlx_moe.training.generation import sample_text, tokenizer_of
 from mlx_moe.training.results import PROMPTS
 from mlx_moe.training.run import open_run
 from mlx_moe.validation import validate
@@ -114,7 +115,7 @@ def evaluate(path: Path, backend: Backend, options: EvaluationOptions, console: 
                 raise
             echo(f"warning: {error}; it was left out", err=True)
             continue
-        tokenizer = tokenizer_of(loaded)
+        tokenizer = load_tokenizer(loaded)
         if subset is None:
             subset = pinned(_data_config(loaded, options), options.max_bytes)
         trainer = backend.trainer(loaded.config, loaded.weights, device=options.device)
@@ -266,7 +267,8 @@ def _generations(trainer: Trainer, tokenizer: Tokenizer, options: EvaluationOpti
     for temperature in TEMPERATURES:
         parts.append("### Greedy\n\n" if temperature == 0 else f"### Temperature {temperature}\n\n")
         for prompt in options.prompts:
-            continuation = sample_text(trainer, tokenizer, prompt, options.new_tokens, temperature)
+            sampling = Sampling(temperature=temperature)
+            continuation = generate_text(trainer, tokenizer, prompt, options.new_tokens, sampling)
             parts.append(f"**{prompt}**{continuation}\n\n")
     return "".join(parts)
 

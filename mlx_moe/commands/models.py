@@ -13,12 +13,16 @@ from mlx_moe.commands.options import (
     BackendOption,
     CheckpointArgument,
     DeviceOption,
+    MinP,
     NewTokens,
     OutArgument,
+    RepetitionPenalty,
     Seed,
     Temperature,
+    TopK,
+    TopP,
 )
-from mlx_moe.limits import MAX_D_FF, MAX_D_MODEL, MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCAB_SIZE
+from mlx_moe.limits import MAX_D_FF, MAX_D_MODEL, MAX_EXPERTS, MAX_HEADS, MAX_LAYERS
 from mlx_moe.terminal import echo
 
 if TYPE_CHECKING:
@@ -105,23 +109,29 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")] = "Once upon a time",
     max_new_tokens: NewTokens = 100,
     temperature: Temperature = 0.8,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, max=MAX_VOCAB_SIZE, help="Draw from the k likeliest tokens only.")
-    ] = None,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a text with a checkpoint of either backend."""
     from mlx_moe.hub.models import open_model
+    from mlx_moe.inference.decoding import encode_prompt, load_tokenizer, stream_generate
+    from mlx_moe.inference.sampling import Sampling
     from mlx_moe.training.backend import choose_backend
-    from mlx_moe.training.generation import continue_text
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     chosen, loaded = choose_backend(backend), open_model(checkpoint)
-    sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
-    pieces = continue_text(loaded, prompt, chosen, device, max_new_tokens, **sampling)
-    first = list(islice(pieces, 2))  # what is wrong with prompt, tokenizer or weights is said here, and nothing before
+    tokenizer = load_tokenizer(loaded)
+    encode_prompt(tokenizer, prompt)  # what is wrong with it is said before the weights are read
+    trainer = chosen.trainer(loaded.config, loaded.weights, device=device)
+    pieces = stream_generate(trainer, tokenizer, prompt, max_new_tokens, sampling)
+    first = list(islice(pieces, 1))  # what is wrong with the weights is said here, and nothing before
     echo(f"backend: {chosen.reason}", err=True)
+    echo(prompt, nl=False)
     for piece in chain(first, pieces):
         echo(piece, nl=False)
     echo()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mlx_moe.errors import InputError
-from mlx_moe.limits import MAX_NEW_TOKENS, MAX_SEED
+from mlx_moe.limits import MAX_NEW_TOKENS, MAX_SEED, MAX_VOCAB_SIZE
 
 DEVICES = ("auto", "cpu", "gpu", "cuda", "mps")  # the last two are PyTorch's names of GPUs
 
@@ -37,14 +38,49 @@ def _device(value: str) -> str:
 DeviceOption = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu or gpu.")]
 
 
-def _temperature(value: float) -> float:
-    if not (value == 0 or 1e-3 <= value <= 1e3):
-        raise InputError(f"--temperature {value}: must be 0, for always the likeliest token, or from 0.001 to 1000")
-    return value
+def _in_range(name: str) -> Callable[[float], float]:
+    """A callback that lets `Sampling` say what is out of range, before anything is loaded."""
+
+    def check(value: float) -> float:
+        from mlx_moe.inference.sampling import Sampling  # loads NumPy, which other commands need not
+
+        values: dict[str, Any] = {name: value}
+        Sampling(**values)
+        return value
+
+    return check
 
 
 Temperature = Annotated[
-    float, typer.Option("--temperature", callback=_temperature, help="0: always the likeliest token.")
+    float,
+    typer.Option("--temperature", callback=_in_range("temperature"), help="0: always the likeliest token."),
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", min=1, max=MAX_VOCAB_SIZE, help="Draw from the k likeliest tokens only.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p",
+        callback=_in_range("top_p"),
+        help="Draw from the fewest likeliest tokens whose probabilities sum to p; 1: from all.",
+    ),
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        "--min-p",
+        callback=_in_range("min_p"),
+        help="Draw from tokens at least p times as likely as the likeliest; 0: from all.",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty",
+        callback=_in_range("repetition_penalty"),
+        help="Above 1: tokens that stand in the text already become less likely.",
+    ),
 ]
 
 

@@ -41,7 +41,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 class Tokenizer:
     """Text to ids and back. `eot_id` ends every document; `vocab_size` is the largest id + 1.
 
-    `unknown_id` stands for what has no token; None where the tokenizer has tokens for any text.
+    `ids` are those that have a token; there may be holes between them. `unknown_id` stands for what has no token;
+    None where the tokenizer has tokens for any text.
     """
 
     def __init__(self, inner: HFTokenizer, end_of_text: str, origin: str) -> None:
@@ -52,7 +53,8 @@ class Tokenizer:
         self._end_of_text = end_of_text
         self._origin = origin
         vocabulary = inner.get_vocab(with_added_tokens=True)
-        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.ids: frozenset[int] = frozenset(vocabulary.values())
+        self.vocab_size: int = max(self.ids) + 1
         self.eot_id: int = vocabulary[end_of_text]
         self.unknown_id: int | None = vocabulary.get(getattr(inner.model, "unk_token", None) or "")
 

@@ -11,44 +11,58 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.model.functional import causal_attention, compute_in_float32_on_cpu, repeat_heads, softmax
+from mlx_moe.model.functional import causal_attention, compute_in_float32_on_cpu, repeat_heads, rotate, softmax
 from mlx_moe.model.layers import Linear
 from mlx_moe.model.mask import causal_mask
 from mlx_moe.rotations import rotation_frequencies
 
+CACHE_BLOCK = 256  # tokens by which a cache grows
+Frequencies = tuple[float, ...]  # radians per position of every pair of a head's coordinates
+
 
 class KVCache:
-    """The keys and values of one layer so far; `length` tokens."""
+    """The keys and values of one layer so far; `length` tokens.
 
-    def __init__(self) -> None:
+    They lie in buffers that grow by CACHE_BLOCK tokens, up to `max_length`, so a new token is written in place.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.length = 0
+        self._max_length = max_length
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
 
-    @property
-    def length(self) -> int:
-        return 0 if self._keys is None else self._keys.shape[2]
-
     def extend(self, keys_BGTd: mx.array, values_BGTd: mx.array) -> tuple[mx.array, mx.array]:
-        if self._keys is None or self._values is None:
-            self._keys, self._values = keys_BGTd, values_BGTd
-        else:
-            self._keys = mx.concatenate([self._keys, keys_BGTd], axis=2)
-            self._values = mx.concatenate([self._values, values_BGTd], axis=2)
-        return self._keys, self._values
+        """Append tokens. Returns the keys and values of all tokens so far, (B, G, S, d) each."""
+        start, end = self.length, self.length + keys_BGTd.shape[2]
+        self._keys = self._with_room(self._keys, keys_BGTd, end)
+        self._values = self._with_room(self._values, values_BGTd, end)
+        self._keys[:, :, start:end], self._values[:, :, start:end] = keys_BGTd, values_BGTd
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def _with_room(self, buffer_BGCd: mx.array | None, new_BGTd: mx.array, length: int) -> mx.array:
+        """The buffer, or a copy in a larger one where it holds fewer than `length` tokens. C capacity."""
+        if buffer_BGCd is not None and length <= buffer_BGCd.shape[2]:
+            return buffer_BGCd
+        batch, heads, _, width = new_BGTd.shape
+        capacity = min(-(-length // CACHE_BLOCK) * CACHE_BLOCK, self._max_length)
+        larger_BGCd = mx.zeros((batch, heads, capacity, width), new_BGTd.dtype)
+        if buffer_BGCd is not None:
+            larger_BGCd[:, :, : self.length] = buffer_BGCd[:, :, : self.length]
+        return larger_BGCd
 
 
-def rope(x_BHTd: mx.array, offset: int, periods_h: mx.array) -> mx.array:
-    """Rotary positions (Su et al. 2021), the halves of a head paired as in Llama; `periods_h`: positions per radian."""
-    return mx.fast.rope(
-        x_BHTd, x_BHTd.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=periods_h
-    )
+def rope(x_BHTd: mx.array, offset: int, frequencies_h: Frequencies) -> mx.array:
+    """Rotate by position (Su et al. 2021), the halves of a head paired as in Llama."""
+    return rotate(x_BHTd, offset, frequencies_h)
 
 
-def unrotated(x_BHTd: mx.array, offset: int, periods_h: mx.array) -> mx.array:
+def unrotated(x_BHTd: mx.array, offset: int, frequencies_h: Frequencies) -> mx.array:
     return x_BHTd
 
 
-POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, mx.array], mx.array]] = {
+POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, Frequencies], mx.array]] = {
     "learned_absolute": unrotated,  # added to the embeddings
     "rope": rope,
     "none": unrotated,
@@ -86,7 +100,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self._head_dim = config.head_dim
-        self._periods_h = mx.array(1 / rotation_frequencies(config), mx.float32)
+        self._frequencies_h = tuple(rotation_frequencies(config).tolist())
         self._rotate = POSITION_ENCODINGS[config.position_encoding]
         self._attend = ATTENTION_BACKENDS[config.attention_backend]
 
@@ -95,8 +109,8 @@ class Attention(nn.Module):
         q_BHTd, k_BGSd = self._split_heads(self.q_proj(x_BTD)), self._split_heads(self.k_proj(x_BTD))
         if self.q_norm is not None and self.k_norm is not None:
             q_BHTd, k_BGSd = _normalized(self.q_norm, q_BHTd), _normalized(self.k_norm, k_BGSd)
-        q_BHTd = self._rotate(q_BHTd, offset, self._periods_h)
-        k_BGSd = self._rotate(k_BGSd, offset, self._periods_h)
+        q_BHTd = self._rotate(q_BHTd, offset, self._frequencies_h)
+        k_BGSd = self._rotate(k_BGSd, offset, self._frequencies_h)
         v_BGSd = self._split_heads(self.v_proj(x_BTD))
         if cache:
             k_BGSd, v_BGSd = cache.extend(k_BGSd, v_BGSd)

@@ -1,19 +1,21 @@
 """The functions that layers are made of: MLX's own, and on a CPU those of `cpu/` in their place.
 
-B batch, T time, S keys, H query heads, G key-value heads, d head, E experts.
+B batch, T time, S keys, H query heads, G key-value heads, d head, h half of a head, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_moe.model.cpu import elementwise, norms
 from mlx_moe.model.cpu.attention import blocked_attention
 from mlx_moe.model.cpu.experts import block_products, gathered_products
+from mlx_moe.model.cpu.one_token import rotate_token, rotation
 
 FEW_ROWS = 16  # as in decoding, where calling so many functions from Python takes longer than BLAS saves
 
@@ -106,6 +108,24 @@ def causal_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx
     mask = "causal" if n_queries > 1 else None
     scale = q_BHTd.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, scale=scale, mask=mask)
+
+
+def rotate(x_BHTd: mx.array, offset: int, frequencies_h: tuple[float, ...]) -> mx.array:
+    """Rotate queries or keys by their positions from `offset`; `frequencies_h` in radians per position."""
+    if x_BHTd.shape[2] == 1 and float32_on_cpu(x_BHTd):
+        return rotate_token(x_BHTd, *rotation(offset, frequencies_h))
+    periods_h = _periods(frequencies_h)
+    return mx.fast.rope(
+        x_BHTd, x_BHTd.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=periods_h
+    )
+
+
+@lru_cache(maxsize=8)
+def _periods(frequencies_h: tuple[float, ...]) -> mx.array:
+    """Return positions per radian, which all layers share."""
+    periods_h = mx.array(1 / np.array(frequencies_h), mx.float32)
+    mx.eval(periods_h)
+    return periods_h
 
 
 def repeat_heads(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> tuple[mx.array, mx.array]:

@@ -98,6 +98,7 @@ class Transformer(nn.Module):
             self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self._dropout = config.dropout
         self.activation_checkpointing = False
+        self.context_length = config.context_length
 
     def __call__(
         self,
@@ -147,7 +148,7 @@ class Decoder:
     def __init__(self, model: Transformer, device: Device):
         self.device = device
         self._model = model
-        self._cache = [KVCache() for _ in model.layers]
+        self._cache = [KVCache(model.context_length) for _ in model.layers]
 
     @property
     def length(self) -> int:

@@ -9,12 +9,12 @@ from typing import Any
 from mlx_moe.accounting import count_parameters
 from mlx_moe.config import RunConfig
 from mlx_moe.data.tokens import TokenData, fixed_windows
+from mlx_moe.inference.decoding import generate_text
 from mlx_moe.phases import Phase, get_phase
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Trainer
 from mlx_moe.training.console import Console
-from mlx_moe.training.generation import sample_text
 from mlx_moe.training.loop import load_imbalance
 
 PROMPTS = (
@@ -84,7 +84,7 @@ def report_phase(
         facts.append(
             ("expert load", f"max/mean {row['load_imbalance']:.2f} in the worst layer, {row['dead_experts']} dead")
         )
-    row["samples"] = {prompt: sample_text(trainer, data.tokenizer, prompt, SAMPLE_TOKENS) for prompt in PROMPTS}
+    row["samples"] = {prompt: generate_text(trainer, data.tokenizer, prompt, SAMPLE_TOKENS) for prompt in PROMPTS}
     console.title(f"{phase.title}, results")
     console.facts(facts)
     for prompt, continuation in row["samples"].items():

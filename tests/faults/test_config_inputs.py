@@ -437,6 +437,9 @@ def test_every_number_of_every_command_has_limits(command, option, hint):
 ODD_OPTIONS = [
     *(f"{command} --seed -1" for command in ("generate x", "fit x", "parity", "train", "upcycle x y", "grow x y")),
     *(f"generate x --temperature {value}" for value in ("1e-320", "nan", "inf", "-1", "1e300")),
+    *(f"generate x --top-p {value}" for value in ("0", "nan", "-1", "1.1")),
+    *(f"generate x --min-p {value}" for value in ("nan", "-1", "1.1")),
+    *(f"generate x --repetition-penalty {value}" for value in ("0", "nan", "-1", "inf")),
     *(f"upcycle x y --noise {value}" for value in ("nan", "inf", "-1", "1e300")),
     *(f"upcycle x y --{name} 1000000000" for name in ("experts", "top-k", "granularity", "every")),
     *(f"grow x y --{name} 1000000000" for name in ("d-model", "n-layers", "n-heads", "d-ff")),

@@ -30,8 +30,8 @@ PLACES = {
     "saving": (checkpoint, "save", 1, "after step 5 of phase 1 and saved"),
     "the check of a boundary": (phases, "certify", 0, "before step 1 of phase 2"),
     "the birth of a phase": (checkpoint, "save", 6, "before step 1 of phase 2"),
-    "sampling": (results, "sample_text", 1, "after phase 1, which is saved"),
-    "the last sampling": (results, "sample_text", 4, "after phase 2, which is saved"),
+    "sampling": (results, "generate_text", 1, "after phase 1, which is saved"),
+    "the last sampling": (results, "generate_text", 4, "after phase 2, which is saved"),
 }
 
 

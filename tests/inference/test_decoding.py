@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from support.small_models import BACKENDS, EXPERTS, build, random_tokens, rough_weights, small_model
 
-from mlx_moe.training.generation import choose, generate
+from mlx_moe.inference.decoding import generate_tokens
+from mlx_moe.inference.sampling import Sampling
 
 MODELS = [
     pytest.param(
@@ -44,7 +45,7 @@ def test_greedy_generation_equals_an_uncached_loop(config, n_prompt):
     expected = None
     for backend in BACKENDS:
         trainer = eloquent(backend, config)
-        generated = list(generate(trainer, prompt, 40))
+        generated = list(generate_tokens(trainer, prompt, 40))
         assert len(generated) == 40  # more than twice the context
         assert generated == uncached(trainer, prompt, 40)
         assert generated == (expected or generated)
@@ -57,7 +58,9 @@ def test_sampling_depends_on_the_seed_only(config):
     prompt = [3, 1, 4]
     trainers = [eloquent(backend, config) for backend in BACKENDS]
     runs = {
-        seed: [list(generate(trainer, prompt, 30, temperature=0.8, top_k=20, seed=seed)) for trainer in trainers * 2]
+        seed: [
+            list(generate_tokens(trainer, prompt, 30, Sampling(0.8, top_k=20, seed=seed))) for trainer in trainers * 2
+        ]
         for seed in (0, 1)
     }
     for same in runs.values():
@@ -69,24 +72,11 @@ def test_sampling_depends_on_the_seed_only(config):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_generation_stops(backend):
     trainer = eloquent(backend, small_model("llama", context_length=16))
-    tokens = list(generate(trainer, [1, 2, 3], 20, temperature=1.0, seed=5))
+    sampling = Sampling(1.0, seed=5)
+    tokens = list(generate_tokens(trainer, [1, 2, 3], 20, sampling))
     stop = tokens[7]
-    assert list(generate(trainer, [1, 2, 3], 20, temperature=1.0, seed=5, stop=stop)) == tokens[: tokens.index(stop)]
-    assert list(generate(trainer, [1, 2, 3], 0)) == []
-    assert list(itertools.islice(generate(trainer, [1, 2, 3], 10**9), 3)) == list(generate(trainer, [1, 2, 3], 3))
-
-
-def test_choice_follows_the_probabilities():
-    logits_V = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
-    generator = np.random.default_rng(0)
-
-    def frequencies(temperature, top_k):
-        drawn = [choose(logits_V, temperature, top_k, generator) for _ in range(4000)]
-        return np.bincount(drawn, minlength=4) / len(drawn)
-
-    assert choose(logits_V, 0.0, None, generator) == 1
-    assert frequencies(100.0, 1).tolist() == [0, 1, 0, 0]
-    assert np.abs(frequencies(1.0, None) - [0.1, 0.4, 0.2, 0.3]).max() < 0.04
-    assert np.abs(frequencies(1.0, 2) - [0, 4 / 7, 0, 3 / 7]).max() < 0.04
-    squares = np.array([0.01, 0.16, 0.04, 0.09])
-    assert np.abs(frequencies(0.5, None) - squares / squares.sum()).max() < 0.04
+    assert list(generate_tokens(trainer, [1, 2, 3], 20, sampling, stop_tokens=[stop])) == tokens[: tokens.index(stop)]
+    assert list(generate_tokens(trainer, [1, 2, 3], 0)) == []
+    assert list(itertools.islice(generate_tokens(trainer, [1, 2, 3], 10**9), 3)) == list(
+        generate_tokens(trainer, [1, 2, 3], 3)
+    )
