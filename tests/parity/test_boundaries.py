@@ -78,7 +78,7 @@ def test_broken_claims_are_noticed():
     repeated, _ = growth_claims(broken, weights, tokens)
     assert not repeated.passed
     assert repeated.where.startswith("layers.")
-    assert f"most in {repeated.where}" in str(repeated)
+    assert f"largest in {repeated.where}" in str(repeated)
 
 
 def test_the_backends_executions():
