@@ -107,6 +107,11 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[ModelComp
         yield replace(comparison, claims=tuple(claims))
 
 
+def compare_model(config: ModelConfig, weights: Weights, seed: int = 0) -> ModelComparison:
+    """Compare both backends on the weights of one model. Raises InputError where a backend is not installed."""
+    return _compare(config.display_name, BackendPair.build(config, weights), weights, seed, slack=CHECKPOINT_SLACK)
+
+
 def compare_checkpoints(path: Path, seed: int) -> Iterator[ModelComparison]:
     """Compare one checkpoint, or all phases of a run: the first checkpoint of each, with the boundary, and the last."""
     if (path / checkpoint.MANIFEST).is_file() or is_model_folder(path) or not path.is_dir():

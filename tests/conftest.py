@@ -35,7 +35,7 @@ SLOW = (
     "model/test_adapters.py",
     "model/test_backends_agree.py",
     "model/test_cache.py",
-    "model/test_cached_generation.py",
+    "inference/test_decoding.py",
     "model/test_causality.py",
     "model/test_engine.py",
     "model/test_optimizers.py",

@@ -52,6 +52,21 @@ def test_an_example_runs(name, folder):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_the_readme_shows_an_example_as_it_is():
+    _, _, code = (EXAMPLES / "ten_lines.py").read_text(encoding="utf-8").split('"""', 2)
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert f"```python\n{code.strip()}\n```" in readme
+
+
+@pytest.mark.parametrize("missing", ["torch", "mlx"])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name in ("ten_lines.py", "grow_in_steps.py")])
+def test_an_example_runs_on_either_backend(name, missing, folder):
+    code = f"import runpy, sys; sys.modules[{missing!r}] = None; runpy.run_path('examples/{name}', run_name='__main__')"
+    result = run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "lossless" in result.stdout
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_is_valid(name):
     assert load_run("demo", EXAMPLES / name).name == yaml.safe_load((EXAMPLES / name).read_text())["name"]

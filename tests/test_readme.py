@@ -16,8 +16,14 @@ DOCUMENTS = ["README.md", "docs/guides/training.md"]
 SMALL = [
     *("--steps", "2", "-o", "data.n_documents=100", "-o", "model.d_model=32", "-o", "model.n_layers=2"),
     *("-o", "model.n_heads=2", "-o", "model.context_length=32", "-o", "training.eval_sequences=4"),
-    *("-o", "phases.large_moe.d_model=48", "-o", "phases.large_moe.n_layers=3"),
+    *("-o", "phases.moe.n_experts=4"),
 ]
+# Sizes of the phases that grow, by what names them.
+GROWTH = {
+    "grow-first": ["-o", "phases.large.d_model=48", "-o", "phases.large.n_layers=3"],
+    "my-run.yaml": ["-o", "phases.large.d_model=48", "-o", "phases.large.n_layers=3"],
+    "": ["-o", "phases.large_moe.d_model=48", "-o", "phases.large_moe.n_layers=3"],
+}
 OFFLINE = {"--data": "stories", "--tokenizer": "bpe:300"}
 PLACEHOLDERS = {"IN": "model", "1024": "64", "12": "3", "bpe:4096": "bpe:300"}
 
@@ -33,7 +39,7 @@ def commands(document: str) -> list[str]:
 def scaled(command: str) -> list[str]:
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command)[1:]]
     if words[0] == "train" and "--resume" not in words:
-        words += SMALL
+        words += [*SMALL, *next(size for name, size in GROWTH.items() if not name or name in words)]
         for option, value in OFFLINE.items():
             if option not in words:
                 words += [option, value]
@@ -45,6 +51,8 @@ def test_every_command_runs(document, mlxmoe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = (json.dumps({"text": story(i)}) + "\n" for i in range(200))
     (tmp_path / "my-stories.jsonl").write_text("".join(lines), encoding="utf-8")
+    if configs := re.findall(r"```yaml\n# my-run.yaml\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL):
+        (tmp_path / "my-run.yaml").write_text(configs[0])
     save("llama-tied", tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     found = commands(document)
