@@ -12,6 +12,7 @@ are float32, and so is everything outside a step: evaluation, certificates, gene
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,27 +55,42 @@ def without_loss_scale(state: Arrays) -> Arrays:
 
 @dataclass
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018): halved when a gradient overflows, and that step is left out;
-    doubled after GROWTH_INTERVAL steps in which none did."""
+    """A factor that keeps small gradients from underflowing: dynamic in fp16 (Micikevicius et al. 2018), else 1.
+
+    The scale halves when a gradient overflows, and that step is left out. It doubles after GROWTH_INTERVAL steps
+    without an overflow.
+    """
 
     scale: float = 2.0**16
     good_steps: int = 0
+    is_dynamic: bool = True
+
+    @classmethod
+    def of(cls, precision: PrecisionName) -> LossScale:
+        """Return the scale that training in this precision starts with."""
+        return cls() if precision == "fp16" else cls(scale=1.0, is_dynamic=False)
 
     def arrays(self) -> Arrays:
-        """What a checkpoint keeps, beside the optimizer's state."""
+        """Return what a checkpoint keeps beside the optimizer's state; nothing of a constant scale."""
+        if not self.is_dynamic:
+            return {}
         return {
             "loss_scale": np.array(self.scale, np.float32),
             "good_steps": np.array(self.good_steps, np.float32),
         }
 
     def load(self, state: Arrays) -> None:
-        """Go on from a checkpoint; one of another precision leaves the scale as it is."""
-        self.scale = float(state.get("loss_scale", self.scale))
-        self.good_steps = int(state.get("good_steps", self.good_steps))
+        """Continue from a checkpoint; one of another precision leaves the scale as it is."""
+        if self.is_dynamic:
+            self.scale = float(state.get("loss_scale", self.scale))
+            self.good_steps = int(state.get("good_steps", self.good_steps))
 
-    def update(self, overflowed: bool) -> None:
+    def accepts(self, grad_norm: float) -> bool:
+        """Adapt the scale to a step's gradient norm; return False if a gradient overflowed, and the step with it."""
+        overflowed = not math.isfinite(grad_norm)
         self.good_steps = 0 if overflowed else self.good_steps + 1
         if overflowed:
             self.scale = max(1.0, self.scale / 2)
         elif self.good_steps == GROWTH_INTERVAL:
             self.scale, self.good_steps = min(LARGEST_SCALE, self.scale * 2), 0
+        return not overflowed

@@ -129,7 +129,7 @@ SIZED: dict[str, Callable[[float], Mutation]] = {
     "one addition to the residual stream": _residual,
 }
 
-_MOE, _ATTENTION, _TRAINER = "torch_ref.moe", "torch_ref.attention", "torch_ref.trainer"
+_MOE, _ATTENTION, _STEP = "torch_ref.moe", "torch_ref.attention", "torch_ref.step"
 MUTATIONS: Sequence[Mutation] = (
     Mutation("norm ε 1e-6 -> 1e-8", "llama", {"norm_eps": 1e-8}),
     _theta(1e-5),
@@ -248,7 +248,7 @@ MUTATIONS: Sequence[Mutation] = (
     Mutation(
         "balance asked for 0.1 % too loudly",
         "llama+",
-        patch=(_TRAINER, "auxiliary_loss", lambda old: lambda routing, load, moe: old(routing, 1.001 * load, moe)),
+        patch=(_STEP, "auxiliary_loss", lambda old: lambda routing, load, moe: old(routing, 1.001 * load, moe)),
         shows_in="step",
     ),
     Mutation(

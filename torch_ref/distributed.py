@@ -89,18 +89,20 @@ def connect() -> World:
     return World(dist.get_rank(), size)
 
 
-def distribute(model: Transformer, world: World, strategy: str) -> nn.Module:
-    """What to call in place of the model, so that gradients come out averaged over the processes."""
-    if world.size == 1:
-        return model
-    if strategy != "fsdp":
-        return DistributedDataParallel(model)
+def shard(model: Transformer, world: World, strategy: str) -> None:
+    """Leave a slice of each weight to each process in `fsdp`, in place; nothing otherwise."""
+    if world.size == 1 or strategy != "fsdp":
+        return
     from torch.distributed.fsdp import fully_shard  # a second to load, which a run on one device need not wait for
 
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
-    return model
+
+
+def average_gradients(model: Transformer, world: World, strategy: str) -> nn.Module:
+    """Return a module to call in place of the model, whose gradients are means over the processes."""
+    return model if world.size == 1 or strategy == "fsdp" else DistributedDataParallel(model)
 
 
 def share_out(

@@ -5,6 +5,7 @@ B batch, T time, N tokens (B·T), D model, F ffn, E experts, K experts per token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -39,6 +40,11 @@ def load(routing: Routing) -> Tensor:
     """The share of the assignments that each expert takes, (E,) float32; sums to 1."""
     experts_NK, n_experts = routing.experts_NK, routing.logits_NE.shape[-1]
     return F.one_hot(experts_NK, n_experts).float().mean(dim=(0, 1))
+
+
+def loads(routings: Sequence[Routing]) -> Tensor:
+    """Return the load of each of L layers, (L, E) float32."""
+    return torch.stack([load(routing) for routing in routings])
 
 
 def entropy(routing: Routing) -> Tensor:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.parameters import Arrays, check_optimizer_state, optimizer_groups
+from mlx_moe.training.muon import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, SMALLEST_NORM, update_rms
+from mlx_moe.training.step_settings import StepSettings
 from torch_ref import place_compiler_cache
 from torch_ref.distributed import World, like, own_part, share_out
 
-# What PyTorch's optimizers call m and v.
-STATE_KEYS = {"muon": {"m": "momentum_buffer"}, "adamw": {"m": "exp_avg", "v": "exp_avg_sq"}}
+Array = Tensor
 
-# The quintic of Jordan et al. 2024: steep at 0 rather than exact at 1. After 5 steps, singular values that were 0.15 %
-# or more of the matrix's Frobenius norm lie between 0.68 and 1.21.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
-SMALLEST_NORM = 1e-7  # a gradient of 0, such as that of an expert that no token chose, gives a direction of 0
+# Names of m and v in the state of PyTorch's optimizers.
+STATE_KEYS = {"muon": {"m": "momentum_buffer"}, "adamw": {"m": "exp_avg", "v": "exp_avg_sq"}}
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) on matrices (out, in) and on stacks of them (E, out, in), each for itself.
 
-    Nesterov momentum, decoupled decay. Orthogonal matrices are scaled by 0.2·√max(out, in) to AdamW's usual root mean
-    square, so that one learning rate and one decay serve both (Moonlight, Liu et al. 2025).
-    `dtype` is that of the Newton–Schulz iteration.
+    Nesterov momentum, decoupled decay, steps as large as `update_rms` says. `dtype` is that of the iteration.
     """
 
     def __init__(
@@ -52,11 +47,11 @@ class Muon(torch.optim.Optimizer):
                 mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
                 direction = orthogonalize(gradient.lerp(mean, group["momentum"]), group["dtype"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction, alpha=-group["lr"] * 0.2 * max(parameter.shape[-2:]) ** 0.5)
+                parameter.add_(direction, alpha=-group["lr"] * update_rms(parameter.shape))
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """U·Vᵀ of every matrix U·S·Vᵀ in (..., out, in), with singular values near 1; by products only, in `dtype`."""
+    """Return U·Vᵀ of every matrix U·S·Vᵀ in (..., out, in), with singular values near 1; by products in `dtype`."""
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if is_tall else matrices).to(dtype)
     x = x.reshape(-1, *x.shape[-2:])
@@ -68,72 +63,78 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     return (x.mT if is_tall else x).reshape(matrices.shape)
 
 
-def build_optimizers(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    config: ModelConfig,
-    optimizer: OptimizerConfig,
-    world: World,
-    strategy: str,
-) -> list[torch.optim.Optimizer]:
-    """[AdamW] or [Muon, AdamW]. Their learning rate is 0 until each step sets it."""
+class RuledParameter(NamedTuple):
+    """A trained parameter and the rule that updates it."""
+
+    rule: str
+    name: str
+    parameter: Array
+
+
+class MultiOptimizer:
+    """An optimizer for each rule, as one: [AdamW] or [Muon, AdamW]."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[RuledParameter], world: World):
+        self.optimizers, self.parameters, self.world = optimizers, parameters, world
+
+    @property
+    def learning_rate(self) -> float:
+        rate: float = self.optimizers[0].param_groups[0]["lr"]
+        return rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
+    def step(self) -> None:
+        """Update all parameters by the gradients that they hold."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def build_optimizer(parameters: Mapping[str, Array], settings: StepSettings, world: World) -> MultiOptimizer:
+    """Return AdamW, or Muon and AdamW, for the trained parameters. The learning rate is 0 until each step sets it."""
     place_compiler_cache()  # the first optimizer of a process loads the compiler
-    parameters = dict(named_parameters)
+    optimizer, strategy = settings.optimizer, settings.engine.strategy
     groups: dict[str, list[dict[str, Any]]] = {"muon": [], "adamw": []}
-    for group in optimizer_groups(config, optimizer):
+    ruled = list[RuledParameter]()
+    for group in optimizer_groups(settings.model, optimizer):
         params = [parameters[name] for name in group.names]
         groups[group.rule].append({"params": params, "weight_decay": group.weight_decay})
+        ruled += [RuledParameter(group.rule, name, parameters[name]) for name in group.names]
     adamw = {"lr": 0.0, "betas": optimizer.betas, "eps": optimizer.eps, "fused": True}
     optimizers = [share_out(torch.optim.AdamW, groups["adamw"], adamw, world, strategy)]
     if groups["muon"]:
         optimizers.insert(0, share_out(Muon, groups["muon"], {"momentum": optimizer.momentum}, world, strategy))
-    return optimizers
+    return MultiOptimizer(optimizers, ruled, world)
 
 
-def state_tensors(
-    optimizers: Sequence[torch.optim.Optimizer],
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    config: ModelConfig,
-    optimizer: OptimizerConfig,
-    world: World,
-) -> dict[str, Tensor]:
-    """Those of `parameters.optimizer_table`, as they are; zeros before the first step."""
-    states = {parameter: state for one in optimizers for parameter, state in own_part(one).state.items()}
-    is_shared_out = any(own_part(one) is not one for one in optimizers)
+def state_tensors(multi: MultiOptimizer) -> dict[str, Array]:
+    """Return the tensors of `parameters.optimizer_table`, not copied; zeros before the first step."""
+    states = {parameter: state for one in multi.optimizers for parameter, state in own_part(one).state.items()}
+    is_sharded = any(own_part(one) is not one for one in multi.optimizers)
     tensors = {"step": torch.zeros(())}
-    for rule, name, parameter in _ruled(named_parameters, config, optimizer):
+    for rule, name, parameter in multi.parameters:
         state = states.get(parameter, {})  # PyTorch makes it in the first step
         for moment, key in STATE_KEYS[rule].items():
             tensor = state[key] if state else torch.zeros_like(parameter)
-            tensors[f"{moment}.{name}"] = world.sum(tensor) if is_shared_out else tensor
+            tensors[f"{moment}.{name}"] = multi.world.sum(tensor) if is_sharded else tensor
         if "step" in state:
             tensors["step"] = state["step"]
     return tensors
 
 
-def load_optimizer_state(
-    optimizers: Sequence[torch.optim.Optimizer],
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    config: ModelConfig,
-    optimizer: OptimizerConfig,
-    arrays: Arrays,
-) -> None:
-    """Go on from a state that either backend wrote. Raises InputError where it is not of this model and optimizer."""
-    check_optimizer_state(config, optimizer, arrays)
-    parts = [own_part(one) for one in optimizers]
+def load_optimizer_state(multi: MultiOptimizer, settings: StepSettings, arrays: Arrays) -> None:
+    """Continue from a state that either backend wrote. Raises InputError if it is not of this model and optimizer."""
+    check_optimizer_state(settings.model, settings.optimizer, arrays)
+    parts = [own_part(one) for one in multi.optimizers]
     owner = {parameter: one for one in parts for group in one.param_groups for parameter in group["params"]}
-    for rule, name, parameter in _ruled(named_parameters, config, optimizer):
+    for rule, name, parameter in multi.parameters:
         if parameter not in owner:
             continue
         state = {key: like(parameter, arrays[f"{moment}.{name}"]) for moment, key in STATE_KEYS[rule].items()}
         if rule == "adamw":
             state["step"] = torch.tensor(float(arrays["step"]), device=parameter.device)
         owner[parameter].state[parameter] = state
-
-
-def _ruled(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: ModelConfig, optimizer: OptimizerConfig
-) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(rule, name, parameter), in the order of the groups."""
-    parameters = dict(named_parameters)
-    for group in optimizer_groups(config, optimizer):
-        yield from ((group.rule, name, parameters[name]) for name in group.names)

@@ -40,9 +40,8 @@ class StreamedModel:
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
         logits_BTV = F.linear(normed_BTD, self._head()).cpu().numpy()
-        router_logits_LNE = [routing.logits_NE.cpu().numpy() for routing in routings]
-        chosen_LNK = [routing.experts_NK.cpu().numpy() for routing in routings]
-        return RoutedLogits(logits_BTV, np.array(router_logits_LNE), np.array(chosen_LNK))
+        found = [(routing.logits_NE.cpu().numpy(), routing.experts_NK.cpu().numpy()) for routing in routings]
+        return RoutedLogits.stack(logits_BTV, found)
 
     @torch.no_grad()
     def ffn_inputs(self, tokens_BT: Tokens, layers: Collection[int]) -> Iterator[NDArray[np.float32]]:

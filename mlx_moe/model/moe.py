@@ -6,7 +6,7 @@ P rows of the blocked layout: the assignments sorted by expert, each expert's pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -48,6 +48,11 @@ def load(routing: Routing) -> mx.array:
     """The share of the assignments that each expert takes, (E,) float32; sums to 1."""
     experts_NK, n_experts = routing.experts_NK, routing.logits_NE.shape[-1]
     return (experts_NK[..., None] == mx.arange(n_experts)).astype(mx.float32).mean(axis=(0, 1))
+
+
+def loads(routings: Sequence[Routing]) -> mx.array:
+    """Return the load of each of L layers, (L, E) float32."""
+    return mx.stack([load(routing) for routing in routings])
 
 
 def entropy(routing: Routing) -> mx.array:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.optimizers import MultiOptimizer
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_moe.accounting.memory import FLOAT, MLX_UPDATE_PART, MLX_UPDATED_AT_ONCE
 from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.parameters import Arrays, OptimizerGroup, check_optimizer_state, optimizer_groups, table
+from mlx_moe.training.muon import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, SMALLEST_NORM, update_rms
+from mlx_moe.training.step_settings import StepSettings
 
-# The quintic of Jordan et al. 2024: steep at 0 rather than exact at 1. After 5 steps, singular values that were 0.15 %
-# or more of the matrix's Frobenius norm lie between 0.68 and 1.21.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
-SMALLEST_NORM = 1e-7  # a gradient of 0, such as that of an expert that no token chose, gives a direction of 0
+Array = mx.array
 
 
 class Muon(optim.Optimizer):
     """Muon (Jordan et al. 2024) on matrices (out, in) and on stacks of them (E, out, in), each for itself.
 
-    Nesterov momentum, decoupled decay. Orthogonal matrices are scaled by 0.2·√max(out, in) to AdamW's usual root mean
-    square, so that one learning rate and one decay serve both (Moonlight, Liu et al. 2025).
-    `dtype` is that of the Newton–Schulz iteration.
+    Nesterov momentum, decoupled decay, steps as large as `update_rms` says. `dtype` is that of the iteration.
     """
 
     def __init__(
@@ -48,12 +46,12 @@ class Muon(optim.Optimizer):
         state["m"] = self.momentum * state["m"] + (1 - self.momentum) * gradient
         nesterov = self.momentum * state["m"] + (1 - self.momentum) * gradient
         direction = orthogonalize(nesterov, self.dtype).astype(parameter.dtype)
-        scale = self.learning_rate * (0.2 * max(parameter.shape[-2:]) ** 0.5)
+        scale = self.learning_rate * update_rms(parameter.shape)
         return parameter * (1 - self.learning_rate * self.weight_decay) - scale * direction
 
 
 def orthogonalize(matrices: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """U·Vᵀ of every matrix U·S·Vᵀ in (..., out, in), with singular values near 1; by products only, in `dtype`."""
+    """Return U·Vᵀ of every matrix U·S·Vᵀ in (..., out, in), with singular values near 1; by products in `dtype`."""
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.swapaxes(-2, -1) if is_tall else matrices).astype(dtype)
     # One axis after the other: on CPU, one sum over a million squares is wrong in the third digit.
@@ -66,23 +64,26 @@ def orthogonalize(matrices: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
     return x.swapaxes(-2, -1) if is_tall else x
 
 
-def build_optimizer(config: ModelConfig, optimizer: OptimizerConfig) -> optim.MultiOptimizer:
-    """AdamW, or Muon and AdamW. The learning rate is 0 until each step sets it."""
+def build_optimizer(parameters: Mapping[str, Array], settings: StepSettings) -> MultiOptimizer:
+    """Return AdamW, or Muon and AdamW, for the trained parameters. The learning rate is 0 until each step sets it."""
+    optimizer = settings.optimizer
 
     def build(group: OptimizerGroup) -> optim.Optimizer:
         if group.rule == "muon":
             return Muon(momentum=optimizer.momentum, weight_decay=group.weight_decay)
         return optim.AdamW(0.0, list(optimizer.betas), optimizer.eps, group.weight_decay, bias_correction=True)
 
-    groups = update_groups(config, optimizer)
+    groups = update_groups(settings.model, optimizer)
     filters = [lambda name, _, names=frozenset(group.names): name in names for group in groups[:-1]]
-    return optim.MultiOptimizer([build(group) for group in groups], filters)
+    multi = MultiOptimizer([build(group) for group in groups], filters)
+    multi.init(tree_unflatten(list(parameters.items())))
+    return multi
 
 
 def update_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[OptimizerGroup]:
-    """What is updated in one go: a rule's parameters; of a large model parts of them, one after the other.
+    """Return the groups of parameters that are updated at once: a rule's; of a large model, parts of them.
 
-    An update puts new weights and moments beside the old ones. Of parts, only one at a time has both.
+    An update puts new weights and moments beside the old ones. In parts, only one part at a time has both.
     """
     groups = optimizer_groups(config, optimizer)
     sizes = {p.name: FLOAT * math.prod(p.shape) for p in table(config) if p.is_trained}
@@ -101,10 +102,10 @@ def update_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[Optim
     return parts
 
 
-def state_tensors(optimizer: optim.MultiOptimizer) -> dict[str, mx.array]:
-    """Those of `parameters.optimizer_table`, as they are; zeros before the first step."""
-    tensors: dict[str, mx.array] = {}
-    for state in optimizer.state["states"]:
+def state_tensors(multi: MultiOptimizer) -> dict[str, Array]:
+    """Return the tensors of `parameters.optimizer_table`, not copied; zeros before the first step."""
+    tensors: dict[str, Array] = {}
+    for state in multi.state["states"]:
         for path, array in tree_flatten(state):
             name, _, moment = path.rpartition(".")
             if moment in ("m", "v"):
@@ -114,16 +115,20 @@ def state_tensors(optimizer: optim.MultiOptimizer) -> dict[str, mx.array]:
     return tensors
 
 
-def load_optimizer_state(
-    multi: optim.MultiOptimizer, config: ModelConfig, optimizer: OptimizerConfig, arrays: Arrays
-) -> None:
-    """Go on from a state that either backend wrote. Raises InputError where it is not of this model and optimizer."""
-    check_optimizer_state(config, optimizer, arrays)
+def load_optimizer_state(multi: MultiOptimizer, settings: StepSettings, arrays: Arrays) -> None:
+    """Continue from a state that either backend wrote. Raises InputError if it is not of this model and optimizer.
 
-    def restore(path: str, value: mx.array) -> mx.array:
-        name, _, moment = path.rpartition(".")
-        if path == "step":
-            return mx.array(int(arrays["step"]), dtype=value.dtype)
-        return mx.array(arrays[f"{moment}.{name}"]) if moment in ("m", "v") else value
-
-    multi.state = {"states": [tree_map_with_path(restore, state) for state in multi.state["states"]]}
+    The containers of the old state stay, since compiled graphs are bound to them.
+    """
+    check_optimizer_state(settings.model, settings.optimizer, arrays)
+    for state in multi.state["states"]:
+        for path, value in tree_flatten(state):
+            name, _, moment = path.rpartition(".")
+            *parents, leaf = path.split(".")
+            container = state
+            for key in parents:
+                container = container[int(key) if isinstance(container, list) else key]
+            if path == "step":
+                container[leaf] = mx.array(int(arrays["step"]), dtype=value.dtype)
+            elif moment in ("m", "v"):
+                container[leaf] = mx.array(arrays[f"{moment}.{name}"])

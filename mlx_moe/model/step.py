@@ -1,4 +1,7 @@
-"""One training step, compiled. B batch, T time, V vocabulary, L layers, E experts."""
+"""One training step: losses → gradients → clip → update.
+
+B batch, T time, V vocabulary, L layers with experts, E experts.
+"""
 
 from __future__ import annotations
 
@@ -8,106 +11,163 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_moe.config import ModelConfig, OptimizerConfig
+from mlx_moe.model.device import DTYPES
 from mlx_moe.model.distributed import World
 from mlx_moe.model.loss import cross_entropy
-from mlx_moe.model.moe import Routing, auxiliary_loss, entropy, load
-from mlx_moe.model.optimizers import update_groups
+from mlx_moe.model.moe import auxiliary_loss, entropy, loads
+from mlx_moe.model.optimizers import build_optimizer, update_groups
 from mlx_moe.model.transformer import Transformer
 from mlx_moe.parameters import optimizer_groups
+from mlx_moe.precision import LossScale
+from mlx_moe.training.step_settings import StepSettings
+
+Array = mx.array
+Gradients = Any  # a tree like the trained parameters
 
 
-class CompiledStep(NamedTuple):
-    """A step as a whole, where that fits; and in pieces. Losses are (loss, cross entropy, router entropies…)."""
+class StepOutput(NamedTuple):
+    """What a step reports, on the device; `losses` (2 + L,): loss, cross entropy, router entropies."""
 
-    # Tokens -> losses, load (L, E), gradients' norm.
-    whole: Callable[[mx.array], tuple[mx.array, mx.array, mx.array]] | None
-    load: Callable[[mx.array], mx.array]  # tokens -> load (L, E)
-    # Tokens, load (or none, (0, 0): their own), scale of the loss -> losses, load, gradients.
-    gradients: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array, Any]]
-    update: Callable[[Any, mx.array], mx.array]  # gradients, what to multiply them by -> their norm
+    losses: Array
+    load_LE: Array | None
+    grad_norm: Array
 
 
-def compile_step(
-    model: Transformer,
-    optimizer: optim.MultiOptimizer,
-    config: ModelConfig,
-    optimizer_config: OptimizerConfig,
-    world: World,
-    dtype: mx.Dtype,
-) -> CompiledStep:
-    """Bound to the model's and the optimizer's present state, which it changes."""
-    state = [model.state, optimizer.state, mx.random.state]
-    groups = update_groups(config, optimizer_config)
+class TrainingStep:
+    """A model's training step with its optimizer and loss scale, whose states it changes.
 
-    def losses(tokens_BT1: mx.array, load_LE: mx.array | None, scale: mx.array | None) -> tuple[mx.array, ...]:
-        x_BTD, routings = model(tokens_BT1[:, :-1], dtype=dtype, hidden_only=True)
-        loss = tokens_loss = cross_entropy(x_BTD, model.head, tokens_BT1[:, 1:], needs_gradients=True)
-        if config.moe:
-            load_LE = world.mean(loads_of(routings)) if load_LE is None else load_LE
+    MLX compiles it as one graph. With accumulated gradients, with a dynamic loss scale and for large models, each of
+    its stages is a graph.
+    """
+
+    def __init__(self, model: Transformer, settings: StepSettings, world: World):
+        self.optimizer = build_optimizer(dict(tree_flatten(model.trainable_parameters())), settings)
+        self.loss_scale = LossScale.of(settings.precision)
+        self.settings, self._model, self._world = settings, model, world
+        self._dtype = DTYPES[settings.precision]
+        self._compile()
+        self._in_flight: Array | None = None
+
+    def __call__(self, tokens_BT1: Array, learning_rate: float, dropout_seed: int) -> StepOutput:
+        """Train on this process's rows of a batch. Returns before the device has finished."""
+        self._model.train()
+        self.optimizer.learning_rate = learning_rate
+        parts = list(mx.split(tokens_BT1, self.settings.n_parts))
+        seeds = self.settings.part_seeds(dropout_seed, self._world.rank)
+        if self._is_one_graph:
+            self._seed_dropout(seeds[0])
+            output = StepOutput(*self._whole_graph(parts[0]))
+        else:
+            output = self._by_stages(parts, seeds)
+        mx.async_eval(output, self._model.state, self.optimizer.state)
+        if self._in_flight is not None:
+            mx.eval(self._in_flight)  # never more than one step ahead of the device
+        self._in_flight = output.losses
+        return output
+
+    def losses(self, tokens_BT1: Array, load_LE: Array | None) -> tuple[Array, Array, Array | None]:
+        """Return the loss with its auxiliary terms (), all reported losses (2 + L,), and the load (L, E) of experts.
+
+        Balance is asked of the whole batch: `load_LE` is its load; None if `tokens_BT1` are all of it.
+        """
+        x_BTD, routings = self._model(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
+        loss = tokens_loss = cross_entropy(x_BTD, self._model.head, tokens_BT1[:, 1:], needs_gradients=True)
+        if self.settings.model.moe:
+            load_LE = self._world.mean(loads(routings)) if load_LE is None else load_LE
             for routing, load_E in zip(routings, load_LE, strict=True):
-                loss = loss + auxiliary_loss(routing, load_E, config.moe)
-        reported = mx.stack([loss, tokens_loss, *map(entropy, routings)])
-        return loss if scale is None else loss * scale, reported, mx.zeros((0, 0)) if load_LE is None else load_LE
+                loss = loss + auxiliary_loss(routing, load_E, self.settings.model.moe)
+        return loss, mx.stack([loss, tokens_loss, *map(entropy, routings)]), load_LE
 
-    differentiate = nn.value_and_grad(model, losses)
+    def gradients(
+        self, tokens_BT1: Array, load_LE: Array | None, scale: Array | float
+    ) -> tuple[Gradients, Array, Array | None]:
+        """Return the gradients of the loss times `scale`, the reported losses and the load."""
 
-    def clip(gradients: Any, factor: mx.array | float) -> tuple[mx.array, mx.array]:
-        norm = norm_of(gradients) * factor
-        return norm, factor * mx.minimum(optimizer_config.max_grad_norm / (norm + 1e-6), 1.0)
+        def scaled_loss(tokens_BT1: Array) -> tuple[Array, Array, Array | None]:
+            loss, reported, load = self.losses(tokens_BT1, load_LE)
+            return loss * scale, reported, load
 
-    def update(gradients: Any, factor: mx.array | float) -> mx.array:
-        gradients = nn.average_gradients(gradients)
-        norm, factor = clip(gradients, factor)
-        optimizer.update(model, tree_map(lambda gradient: gradient * factor, gradients))
-        return norm
+        (_, reported, load_LE), gradients = nn.value_and_grad(self._model, scaled_loss)(tokens_BT1)
+        return gradients, reported, load_LE
 
-    clip_alone = mx.compile(clip)
+    def clip(self, gradients: Gradients, loss_scale: Array | float) -> tuple[Gradients, Array]:
+        """Take the loss scale out of the gradients and bound their norm. Returns them and the norm before, ()."""
+        norm = global_norm(gradients) / loss_scale
+        factor = mx.minimum(self.settings.optimizer.max_grad_norm / (norm + 1e-6), 1.0) / loss_scale
+        return tree_map(lambda gradient: gradient * factor, gradients), norm
 
-    def updating(part: optim.Optimizer) -> Callable[[Any, mx.array], None]:
-        def updated(gradients: Any, factor: mx.array) -> None:
-            part.update(model, tree_map(lambda gradient: gradient * factor, gradients))
+    def update(self, gradients: Gradients) -> None:
+        """Let each rule update its parameters.
 
-        return mx.compile(updated, inputs=state, outputs=state)
-
-    parts = [(group.names, updating(part)) for group, part in zip(groups, optimizer.optimizers, strict=True)]
-
-    def update_in_parts(gradients: Any, factor: mx.array) -> mx.array:
-        gradients = nn.average_gradients(gradients)
-        norm, factor = clip_alone(gradients, factor)
+        New weights and moments stand beside the old ones until these are freed: a large model is updated in parts.
+        """
         named = dict(tree_flatten(gradients))
-        for names, update_part in parts:
-            update_part(tree_unflatten([(name, named[name]) for name in names]), factor)
-            mx.eval(model.state, optimizer.state)  # what this part replaced is freed before the next begins
-        return norm
+        for names, update_part in self._updates:
+            update_part(tree_unflatten([(name, named[name]) for name in names]))
+            if self._is_large:
+                mx.eval(self._model.state, self.optimizer.state)
 
-    @partial(mx.compile, inputs=state, outputs=state)
-    def whole(tokens_BT1: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        (_, reported, load_LE), gradients = differentiate(tokens_BT1, None, None)
-        return reported, load_LE, update(gradients, 1.0)
+    def load(self, tokens_BT1: Array) -> Array:
+        """Return the share of each layer's assignments that each expert takes in a part of the batch, (L, E)."""
+        _, routings = self._model(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
+        return loads(routings)
 
-    @partial(mx.compile, inputs=state, outputs=[mx.random.state])
-    def load_in(tokens_BT1: mx.array) -> mx.array:
-        return loads_of(model(tokens_BT1[:, :-1], dtype=dtype, hidden_only=True)[1])
+    def _whole(self, tokens_BT1: Array) -> tuple[Array, Array | None, Array]:
+        gradients, losses, load_LE = self.gradients(tokens_BT1, None, 1.0)
+        gradients, norm = self.clip(nn.average_gradients(gradients), 1.0)
+        self.update(gradients)
+        return losses, load_LE, norm
 
-    @partial(mx.compile, inputs=state, outputs=[model.state, mx.random.state])
-    def gradients_in(tokens_BT1: mx.array, load_LE: mx.array, scale: mx.array) -> tuple[mx.array, mx.array, Any]:
-        (_, reported, load_LE), gradients = differentiate(tokens_BT1, load_LE if load_LE.size else None, scale)
-        return reported, load_LE, gradients
+    def _by_stages(self, parts: Sequence[Array], seeds: Sequence[int]) -> StepOutput:
+        load_LE = self._load_of_batch(parts, seeds) if self.settings.model.moe and len(parts) > 1 else None
+        loss_scale = mx.array(self.loss_scale.scale)
+        gradients, losses = None, list[Array]()
+        for part, seed in zip(parts, seeds, strict=True):
+            self._seed_dropout(seed)
+            of_part, part_losses, load_LE = self._gradients_graph(part, load_LE, loss_scale / len(parts))
+            gradients = of_part if gradients is None else tree_map(mx.add, gradients, of_part)
+            losses.append(part_losses)
+            mx.eval(gradients, losses)
+        gradients, norm = self._clip_graph(nn.average_gradients(gradients), loss_scale)
+        if not self.loss_scale.is_dynamic or self.loss_scale.accepts(float(np.array(norm))):
+            self.update(gradients)
+        return StepOutput(mx.stack(losses).mean(axis=0), load_LE, norm)
 
-    if len(groups) > len(optimizer_groups(config, optimizer_config)):
-        return CompiledStep(None, load_in, gradients_in, update_in_parts)
-    return CompiledStep(whole, load_in, gradients_in, mx.compile(update, inputs=state, outputs=state))
+    def _load_of_batch(self, parts: Sequence[Array], seeds: Sequence[int]) -> Array:
+        """Return the load over all parts and processes."""
+        found = list[Array]()
+        for part, seed in zip(parts, seeds, strict=True):
+            self._seed_dropout(seed)
+            found.append(self._load_graph(part))
+            mx.eval(found)
+        return self._world.mean(mx.stack(found).mean(axis=0))
+
+    def _seed_dropout(self, seed: int) -> None:
+        if self.settings.model.dropout:
+            mx.random.seed(seed)
+
+    def _compile(self) -> None:
+        config, optimizer = self.settings.model, self.settings.optimizer
+        groups = update_groups(config, optimizer)
+        self._is_large = len(groups) > len(optimizer_groups(config, optimizer))
+        self._is_one_graph = not (self._is_large or self.settings.n_parts > 1 or self.loss_scale.is_dynamic)
+        state = [self._model.state, self.optimizer.state, mx.random.state]
+        compiled = partial(mx.compile, inputs=state, outputs=state)
+        self._whole_graph = compiled(self._whole)
+        self._gradients_graph = compiled(self.gradients)
+        self._load_graph = compiled(self.load)
+        self._clip_graph = mx.compile(self.clip)
+        self._updates: list[tuple[list[str], Callable[[Gradients], None]]] = []
+        for group, rule in zip(groups, self.optimizer.optimizers, strict=True):
+            update_part = partial(rule.update, self._model)
+            self._updates.append((group.names, update_part if self._is_one_graph else compiled(update_part)))
 
 
-def loads_of(routings: Sequence[Routing]) -> mx.array:
-    return mx.stack([load(routing) for routing in routings]) if routings else mx.zeros((0, 0))
-
-
-def norm_of(gradients: Any) -> mx.array:
+def global_norm(gradients: Gradients) -> Array:
+    """Return the norm of all gradients together, ()."""
     # One axis first: on CPU, one sum over a million squares is wrong in the third digit.
     squares = [mx.square(gradient).sum(axis=-1).sum() for _, gradient in tree_flatten(gradients)]
     return mx.sqrt(mx.stack(squares).sum())

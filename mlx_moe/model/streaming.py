@@ -45,9 +45,8 @@ class StreamedModel:
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
         logits_BTV = self._logits(normed_BTD, self._head())
-        router_logits_LNE = [np.array(routing.logits_NE) for routing in routings]
-        chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
-        return RoutedLogits(logits_BTV, np.array(router_logits_LNE), np.array(chosen_LNK))
+        found = [(np.array(routing.logits_NE), np.array(routing.experts_NK)) for routing in routings]
+        return RoutedLogits.stack(logits_BTV, found)
 
     def ffn_inputs(self, tokens_BT: Tokens, layers: Collection[int]) -> Iterator[NDArray[np.float32]]:
         x_BTD = self._embedded(tokens_BT)

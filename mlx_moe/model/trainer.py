@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.device import Device
 from mlx_moe.errors import InputError
-from mlx_moe.model.device import DTYPES, choose_device, keep_freed_buffers, on_its_device, running_on
+from mlx_moe.model.device import choose_device, keep_freed_buffers, on_its_device, running_on
 from mlx_moe.model.distributed import connect
 from mlx_moe.model.loss import cross_entropy
-from mlx_moe.model.optimizers import build_optimizer, load_optimizer_state, state_tensors
-from mlx_moe.model.step import CompiledStep, compile_step, loads_of, norm_of
+from mlx_moe.model.moe import loads
+from mlx_moe.model.optimizers import load_optimizer_state, state_tensors
+from mlx_moe.model.step import TrainingStep
 from mlx_moe.model.transformer import Decoder, Transformer
 from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
-from mlx_moe.precision import LossScale, choose_precision, without_loss_scale
+from mlx_moe.precision import choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows, required
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
+from mlx_moe.training.step_settings import StepSettings, required, step_metrics
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 
 
@@ -47,24 +47,17 @@ class Trainer:
         self.device = choose_device(device)
         keep_freed_buffers()
         self.precision = choose_precision(engine.precision, self.device, has_bf16=True)
-        self._loss_scale = LossScale() if self.precision.name == "fp16" else None
         self._optimizer_config, self._engine = optimizer, engine
         with running_on(self.device):
             self._model = self._build(weights)
         self._loss = mx.compile(self._loss_of, inputs=[self._model.state])
         self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
-        self._in_flight: mx.array | None = None
 
     @cached_property
-    def _optimizer(self) -> optim.MultiOptimizer:
-        optimizer = build_optimizer(self.config, required(self._optimizer_config))
-        optimizer.init(self._model.trainable_parameters())
-        return optimizer
-
-    @cached_property
-    def _step(self) -> CompiledStep:
-        config, dtype = required(self._optimizer_config), DTYPES[self.precision.name]
-        return compile_step(self._model, self._optimizer, self.config, config, self.world, dtype)
+    def _step(self) -> TrainingStep:
+        """The step with its optimizer, built on first use: inference needs neither."""
+        settings = StepSettings(self.config, required(self._optimizer_config), self._engine, self.precision.name)
+        return TrainingStep(self._model, settings, self.world)
 
     def _build(self, weights: Weights | dict[str, mx.array]) -> Transformer:
         model = Transformer(self.config)
@@ -87,61 +80,15 @@ class Trainer:
 
     @on_its_device
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
-        self._model.train()
-        self._optimizer.learning_rate = learning_rate
-        n_parts = self._engine.accumulation_steps
-        parts = [mx.array(part) for part in np.split(own_rows(self.world, tokens_BT1), n_parts)]
-        seeds = [dropout_seed + self.world.rank * n_parts + part for part in range(n_parts)]
-        if n_parts == 1 and self._loss_scale is None and self._step.whole:
-            self._seed_dropout(seeds[0])
-            losses, load_LE, grad_norm = self._step.whole(parts[0])
-        else:
-            losses, load_LE, grad_norm = self._step_in_parts(parts, seeds)
-        mx.async_eval(losses, load_LE, grad_norm, self._model.state, self._optimizer.state)
-        if self._in_flight is not None:
-            mx.eval(self._in_flight)  # never more than one step ahead of the device
-        self._in_flight = losses
+        output = self._step(mx.array(own_rows(self.world, tokens_BT1)), learning_rate, dropout_seed)
 
-        def fetch() -> StepMetrics:
+        def fetch_metrics() -> StepMetrics:
             with running_on(self.device):
-                loss, tokens_loss, *entropy_L = np.array(self.world.mean(losses)).tolist()
-            if self.config.moe is None:
-                return StepMetrics(loss, tokens_loss, _float(grad_norm))
-            entropies = np.array(entropy_L, np.float32)
-            return StepMetrics(loss, tokens_loss, _float(grad_norm), np.array(load_LE), entropies)
+                losses = np.array(self.world.mean(output.losses))
+            load_LE = None if output.load_LE is None else np.array(output.load_LE)
+            return step_metrics(losses, load_LE, _float(output.grad_norm))
 
-        return fetch
-
-    def _step_in_parts(self, parts: list[mx.array], seeds: list[int]) -> tuple[mx.array, mx.array, mx.array]:
-        """One part's gradients at a time; no update where a scaled gradient overflowed."""
-        load_LE = mx.zeros((0, 0))
-        if self.config.moe and len(parts) > 1:
-            # Balance is asked of the batch, not of each part.
-            loads = []
-            for part, seed in zip(parts, seeds, strict=True):
-                self._seed_dropout(seed)
-                loads.append(self._step.load(part))
-                mx.eval(loads)
-            load_LE = self.world.mean(mx.stack(loads).mean(axis=0))
-        scale = mx.array(self._loss_scale.scale if self._loss_scale else 1.0)
-        summed, losses = None, []
-        for part, seed in zip(parts, seeds, strict=True):
-            self._seed_dropout(seed)
-            part_losses, load_LE, gradients = self._step.gradients(part, load_LE, scale)
-            summed = gradients if summed is None else tree_map(mx.add, summed, gradients)
-            losses.append(part_losses)
-            mx.eval(summed, losses)
-        mean_losses = mx.stack(losses).mean(axis=0)
-        if self._loss_scale:
-            overflowed = bool(self.world.largest(not math.isfinite(_float(norm_of(summed)))))
-            self._loss_scale.update(overflowed)
-            if overflowed:
-                return mean_losses, load_LE, mx.array(mx.inf)
-        return mean_losses, load_LE, self._step.update(summed, 1 / (scale * len(parts)))
-
-    def _seed_dropout(self, seed: int) -> None:
-        if self.config.dropout:
-            mx.random.seed(seed)
+        return fetch_metrics
 
     @on_its_device
     def loss(self, tokens_BT1: Tokens) -> float:
@@ -165,9 +112,8 @@ class Trainer:
         if experts_LNK is not None:
             forced = dict(zip(self.config.expert_layers, mx.array(experts_LNK, mx.int32), strict=True))
         logits_BTV, routings = self._model(mx.array(tokens_BT), experts=forced)
-        router_logits_LNE = [np.array(routing.logits_NE) for routing in routings]
-        chosen_LNK = [np.array(routing.experts_NK, np.int64) for routing in routings]
-        return RoutedLogits(np.array(logits_BTV.astype(mx.float32)), np.array(router_logits_LNE), np.array(chosen_LNK))
+        found = [(np.array(routing.logits_NE), np.array(routing.experts_NK)) for routing in routings]
+        return RoutedLogits.stack(np.array(logits_BTV.astype(mx.float32)), found)
 
     @on_its_device
     def module_output(self, name: str, *inputs: NDArray[Any]) -> NDArray[np.float32]:
@@ -179,7 +125,7 @@ class Trainer:
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()
         _, routings = self._model(mx.array(tokens_BT), hidden_only=True)
-        return np.array(loads_of(routings)) if routings else None
+        return np.array(loads(routings)) if routings else None
 
     def decoder(self) -> Decoder:
         self._model.eval()
@@ -191,23 +137,20 @@ class Trainer:
 
     @on_its_device
     def optimizer_state(self) -> Arrays:
-        state = {name: np.array(array) for name, array in state_tensors(self._optimizer).items()}
-        return state | (self._loss_scale.arrays() if self._loss_scale else {})
+        state = {name: np.array(array) for name, array in state_tensors(self._step.optimizer).items()}
+        return state | self._step.loss_scale.arrays()
 
     @on_its_device
     def stored(self) -> tuple[Weights, Weights]:
-        if self._loss_scale:
+        if self._step.loss_scale.is_dynamic:
             return self.weights(), self.optimizer_state()
-        weights, state = dict(tree_flatten(self._model.parameters())), state_tensors(self._optimizer)
+        weights, state = dict(tree_flatten(self._model.parameters())), state_tensors(self._step.optimizer)
         return _as_asked_for(weights), _as_asked_for(state)
 
     @on_its_device
     def load_optimizer_state(self, state: Arrays) -> None:
-        if self._loss_scale:
-            self._loss_scale.load(state)
-        config = required(self._optimizer_config)
-        load_optimizer_state(self._optimizer, self.config, config, without_loss_scale(state))
-        self.__dict__.pop("_step", None)  # it is bound to the old state
+        self._step.loss_scale.load(state)
+        load_optimizer_state(self._step.optimizer, self._step.settings, without_loss_scale(state))
 
     @on_its_device
     def transferred(self, plan: Plan, carry: bool = False) -> Trainer:

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol
@@ -54,11 +54,17 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class RoutedLogits:
-    """What a model says, and how it got there; without experts, L is 0. N = B·T, in the order of the tokens."""
+    """Logits with the routing that produced them; L is 0 without experts. N = B·T, in the order of the tokens."""
 
     logits_BTV: Logits
     router_logits_LNE: NDArray[np.float32]
     experts_LNK: NDArray[np.int64]
+
+    @classmethod
+    def stack(cls, logits_BTV: Logits, routings: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> RoutedLogits:
+        """Return the logits with each layer's routing: router logits (N, E) and experts (N, K)."""
+        router_logits, experts = zip(*routings, strict=True) if (routings := list(routings)) else ((), ())
+        return cls(logits_BTV, np.array(router_logits), np.array([np.asarray(nk, np.int64) for nk in experts]))
 
 
 class Decoder(Protocol):
@@ -74,13 +80,6 @@ def own_rows(world: World, tokens_BT1: Tokens) -> Tokens:
     """A process's share of a global batch; all of one that does not come in equal shares."""
     share, rest = divmod(len(tokens_BT1), world.size)
     return tokens_BT1 if rest else tokens_BT1[world.rank * share : (world.rank + 1) * share]
-
-
-def required(optimizer: OptimizerConfig | None) -> OptimizerConfig:
-    """Return the optimizer's config. Raises InputError if the trainer was built without one."""
-    if optimizer is None:
-        raise InputError("this trainer has no optimizer; to train, build it with Trainer(config, weights, optimizer)")
-    return optimizer
 
 
 class Trainer(Protocol):

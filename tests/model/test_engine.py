@@ -154,11 +154,11 @@ def test_the_loss_scale_is_part_of_the_state(backend):
 def test_the_loss_scale_grows_and_falls():
     scale = LossScale(scale=4.0)
     for _ in range(GROWTH_INTERVAL):
-        scale.update(overflowed=False)
+        assert scale.accepts(1.0)
     assert (scale.scale, scale.good_steps) == (8.0, 0)
-    scale.update(overflowed=False)
+    assert scale.accepts(1.0)
     for expected in (4.0, 2.0, 1.0, 1.0):
-        scale.update(overflowed=True)
+        assert not scale.accepts(np.inf)
         assert (scale.scale, scale.good_steps) == (expected, 0)
 
 

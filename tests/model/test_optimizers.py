@@ -11,9 +11,10 @@ from support.small_models import BACKENDS, EXPERTS, build, random_tokens, rough_
 
 import mlx_moe.model.optimizers as on_mlx
 import torch_ref.optimizers as on_torch
-from mlx_moe.config import OptimizerConfig
+from mlx_moe.config import EngineConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import optimizer_groups, optimizer_table, table
+from mlx_moe.training.step_settings import StepSettings
 from torch_ref.distributed import World
 
 MUON = OptimizerConfig(name="muon", weight_decay=1.0)
@@ -88,21 +89,18 @@ def test_the_backends_step_alike_on_the_same_gradients(config, rule):
     optimizer = OptimizerConfig(name=rule)
     weights = rough_weights(config, seed=0)
     mlx_weights = tree(weights)
-    mlx_optimizer = on_mlx.build_optimizer(config, optimizer)
-    mlx_optimizer.init(mlx_weights)
+    settings = StepSettings(config, optimizer, EngineConfig(), "fp32")
+    mlx_optimizer = on_mlx.build_optimizer(dict(tree_flatten(mlx_weights)), settings)
     mlx_optimizer.learning_rate = LEARNING_RATE
     parameters = {name: torch.nn.Parameter(torch.tensor(array)) for name, array in weights.items()}
-    torch_optimizers = on_torch.build_optimizers(parameters.items(), config, optimizer, World(0, 1), "ddp")
-    for one in torch_optimizers:
-        for group in one.param_groups:
-            group["lr"] = LEARNING_RATE
+    torch_optimizer = on_torch.build_optimizer(parameters, settings, World(0, 1))
+    torch_optimizer.learning_rate = LEARNING_RATE
     for seed in range(1, 5):
         gradients = {name: array * np.float32(1e-3) for name, array in rough_weights(config, seed).items()}
         mlx_weights = mlx_optimizer.apply_gradients(tree(gradients), mlx_weights)
         for name, parameter in parameters.items():
             parameter.grad = torch.tensor(gradients[name])
-        for one in torch_optimizers:
-            one.step()
+        torch_optimizer.step()
     for name, array in tree_flatten(mlx_weights):
         mlx_, torch_ = np.array(array), parameters[name].detach().numpy()
         moved = np.linalg.norm(torch_ - weights[name])

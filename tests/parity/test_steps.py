@@ -42,7 +42,7 @@ def gradient_of_gates_lost(gate):
     [
         ("torch_ref.moe", "gate", gradient_of_gates_lost, "gradient of layers.0.mlp.router.weight"),
         (
-            "torch_ref.trainer",
+            "torch_ref.step",
             "auxiliary_loss",
             lambda old: lambda routing, load, moe: old(routing, load * 1.001, moe),
             "gradient of",
