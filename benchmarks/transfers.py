@@ -125,7 +125,7 @@ def watch(command: list[Any]) -> dict[str, Any]:
 
 
 def compare_with_mergekit(model: Path, ours: Path, scratch: Path, mergekit: Path) -> dict[str, Any]:
-    import torch_ref.library
+    import parity.libraries.transformers
 
     recipe, theirs, exported = scratch / "mergekit.yaml", scratch / "theirs", scratch / "exported"
     recipe.write_text(MERGEKIT.format(model.resolve()))
@@ -134,9 +134,9 @@ def compare_with_mergekit(model: Path, ours: Path, scratch: Path, mergekit: Path
     del found["output"]
     subprocess.run([MLXMOE, "export", ours, exported, "--no-verify"], check=True, stdout=subprocess.DEVNULL)
     tokens_BT = probe_tokens(open_model(model), 4)[:, :-1]
-    dense_BTV = torch_ref.library.logits(model, tokens_BT)
+    dense_BTV = parity.libraries.transformers.logits(model, tokens_BT)
     for name, folder in (("mlxmoe", exported), ("mergekit", theirs)):
-        found[name] = float(np.abs(torch_ref.library.logits(folder, tokens_BT) - dense_BTV).max())
+        found[name] = float(np.abs(parity.libraries.transformers.logits(folder, tokens_BT) - dense_BTV).max())
     found |= {"bytes": sum(file.stat().st_size for file in theirs.glob("*.safetensors"))}
     print(
         f"mergekit-moe: {found['all']:.1f} s, {found['resident'] / 1e9:.2f} GB resident, "

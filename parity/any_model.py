@@ -72,7 +72,7 @@ def compare_model(folder: Path, seed: int = 0) -> Report:
 def _compare(folder: Path, found: ForeignModel, n_parameters: int, seed: int) -> Report:
     config, hashes = found.config, {file.name: sha256(file) for file in found.files}
     report = Report(str(folder), str(config["model_type"]), n_parameters, sha256(folder / "config.json"), hashes)
-    torch_library = importlib.import_module("torch_ref.library")
+    torch_library = importlib.import_module("parity.libraries.transformers")
     try:
         torch, exact = torch_library.LibraryModel(folder), torch_library.LibraryModel(folder, exact=True)
         bench = Bench(torch, exact, _tokens(torch, n_parameters, seed))
@@ -90,7 +90,7 @@ class _Comparison:
 
     def __init__(self, folder: Path, config: Config, torch: Any, bench: Bench):
         self._folder, self._config, self._torch, self._bench = folder, config, torch, bench
-        self._library = importlib.import_module("mlx_moe.model.library")
+        self._library = importlib.import_module("parity.libraries.mlx_lm")
 
     def report(self, report: Report) -> Report:
         try:

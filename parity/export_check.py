@@ -23,8 +23,8 @@ LIMIT = 1e-4  # of logits; more where rounding alone does more, as for a boundar
 SEQUENCES = 4
 # Library -> what it runs on, and the module of that backend that asks it.
 LIBRARIES = {
-    "transformers": ("torch", "torch_ref.library"),
-    "mlx_lm": ("mlx", "mlx_moe.model.library"),
+    "transformers": ("torch", "parity.libraries.transformers"),
+    "mlx_lm": ("mlx", "parity.libraries.mlx_lm"),
 }
 
 

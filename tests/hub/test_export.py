@@ -11,8 +11,8 @@ from support.published_models import LIMIT, logits, our_logits, random_tokens, s
 from support.small_models import rough_weights, small_model
 from transformers import AutoTokenizer
 
-import mlx_moe.model.library
-import torch_ref.library
+import parity.libraries.mlx_lm
+import parity.libraries.transformers
 from mlx_moe.config import MoEConfig
 from mlx_moe.errors import InputError
 from mlx_moe.hub.export import export
@@ -22,7 +22,7 @@ from mlx_moe.storage import checkpoint
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from parity.export_check import export_checked
 
-LIBRARIES = (torch_ref.library, mlx_moe.model.library)
+LIBRARIES = (parity.libraries.transformers, parity.libraries.mlx_lm)
 EXPERTS = MoEConfig(n_experts=4, top_k=2)
 MODELS = {
     "llama": ("llama", small_model("llama", rope_theta=5e5, n_kv_heads=2)),
@@ -190,8 +190,8 @@ def test_what_a_format_cannot_hold_is_named(case):
 
 def test_a_library_that_disagrees_fails_the_export(tmp_path, monkeypatch):
     save("llama", tmp_path / "theirs")
-    true = mlx_moe.model.library.logits
-    monkeypatch.setattr(mlx_moe.model.library, "logits", lambda folder, tokens: true(folder, tokens) + 1e-3)
+    true = parity.libraries.mlx_lm.logits
+    monkeypatch.setattr(parity.libraries.mlx_lm, "logits", lambda folder, tokens: true(folder, tokens) + 1e-3)
     with pytest.raises(InputError, match=r"mlx_lm gives logits that differ by 1\.0e-03"):
         export_checked(tmp_path / "theirs", tmp_path / "out", "auto", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from support.published_models import LIMIT, edit_config, logits, random_tokens, save
 
-import mlx_moe.model.library
-import torch_ref.library
+import parity.libraries.mlx_lm
+import parity.libraries.transformers
 from mlx_moe.config import MoEConfig, RopeScaling
 from mlx_moe.errors import InputError
 from mlx_moe.hub.export import export
@@ -15,7 +15,7 @@ from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_upcycling
 
-LIBRARIES = (torch_ref.library, mlx_moe.model.library)
+LIBRARIES = (parity.libraries.transformers, parity.libraries.mlx_lm)
 TOKENS = random_tokens()
 # Family -> the formats of it, of its upcycling, of its growth and of the grown upcycling.
 OUT = {

@@ -14,7 +14,7 @@ import pytest
 from support.published_models import random_tokens, save_tokenizer
 from support.small_models import rough_weights, small_model
 
-import mlx_moe.model.library
+import parity.libraries.mlx_lm
 from mlx_moe.config import MoEConfig
 from mlx_moe.hub.export import export
 from mlx_moe.storage import checkpoint
@@ -51,7 +51,7 @@ def test_quantized(bits, error, exported, tmp_path, monkeypatch):
     main()
     assert json.loads((out / "config.json").read_text())["quantization"]["bits"] == bits
     tokens = random_tokens()
-    exact, rounded = (mlx_moe.model.library.logits(folder, tokens) for folder in (exported, out))
+    exact, rounded = (parity.libraries.mlx_lm.logits(folder, tokens) for folder in (exported, out))
     difference = np.abs(rounded - exact).mean() / exact.std()
     assert 1e-4 < difference < error
     text = mlx_lm.generate(*mlx_lm.load(str(out)), prompt="w1 w2", max_tokens=5)

@@ -9,8 +9,8 @@ import pytest
 from support.published_models import our_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import mlx_moe.model.library
-import torch_ref.library
+import parity.libraries.mlx_lm
+import parity.libraries.transformers
 from mlx_moe.hub.models import open_model, probe_tokens
 
 SMOLLM2 = Path(os.environ.get("SMOLLM2", "smollm2"))
@@ -29,15 +29,15 @@ def exported(mlxmoe, tmp_path_factory):
 def test_its_logits_are_those_of_transformers():
     loaded = open_model(SMOLLM2)
     tokens = probe_tokens(loaded, 2)[:, :-1]
-    theirs = torch_ref.library.logits(loaded.path, tokens)
+    theirs = parity.libraries.transformers.logits(loaded.path, tokens)
     assert np.abs(our_logits("torch", loaded, tokens) - theirs).max() < 1e-4  # of logits up to 40
 
 
 def test_other_tools_give_the_dense_model_s_logits(exported):
     """The exact ones: two float32 computations of the same model, the same tool's too, differ by 1e-4."""
     tokens_BT = probe_tokens(open_model(SMOLLM2), 4)[:, :-1]
-    exact = torch_ref.library.LibraryModel(SMOLLM2, exact=True).logits(tokens_BT)
-    for library in (torch_ref.library, mlx_moe.model.library):
+    exact = parity.libraries.transformers.LibraryModel(SMOLLM2, exact=True).logits(tokens_BT)
+    for library in (parity.libraries.transformers, parity.libraries.mlx_lm):
         assert np.abs(library.logits(exported, tokens_BT) - exact).max() < 1e-4, library.__name__
 
 

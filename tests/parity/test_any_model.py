@@ -15,8 +15,8 @@ from support.small_models import rough_weights, small_model
 from test_against_transformers import llama_config, llama_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import mlx_moe.model.library
-import torch_ref.library
+import parity.libraries.mlx_lm
+import parity.libraries.transformers
 from mlx_moe.errors import InputError
 from parity.any_model import compare_model
 from parity.library_bench import Bench
@@ -109,10 +109,10 @@ def test_a_weight_that_is_off_is_found_in_its_module(folder, tmp_path):
     name = "model.layers.1.mlp.down_proj"
     weights[f"{name}.weight"] = weights[f"{name}.weight"].astype(np.float16).astype(np.float32)
     safetensors.numpy.save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    library = torch_ref.library.LibraryModel
+    library = parity.libraries.transformers.LibraryModel
     tokens = np.random.default_rng(0).integers(0, 96, (2, 64)).astype(np.int32)
     bench = Bench(library(folder("llama")), library(folder("llama"), exact=True), tokens)
-    measured = bench.measure(mlx_moe.model.library.LibraryModel(broken))
+    measured = bench.measure(parity.libraries.mlx_lm.LibraryModel(broken))
     assert not measured.passed
     assert measured.first_module.name == name
     assert "std" in str(measured.first_module)
@@ -141,7 +141,7 @@ def test_at_ties_all_is_judged_with_the_truths_experts(tied):
 
 
 def test_a_library_that_cannot_be_told_is_judged_up_to_a_tie(tied, folder, monkeypatch):
-    monkeypatch.setattr(mlx_moe.model.library, "_choosing", lambda routes: nullcontext([]))
+    monkeypatch.setattr(parity.libraries.mlx_lm, "_choosing", lambda routes: nullcontext([]))
     report = compare_model(folder("mixtral"))
     assert report.passed, report
     assert "0 of 128 positions" in report.measured.remarks[0]
@@ -153,10 +153,10 @@ def test_other_experts_without_a_tie_are_counted(folder, tmp_path):
     """Of mlx-lm's side alone, whose routers know two experts by each other's names."""
     broken = shutil.copytree(folder("mixtral"), tmp_path / "broken")
     edit(broken, "gate.weight", lambda gate_ED: gate_ED.__setitem__([0, 1], gate_ED[[1, 0]]))
-    library = torch_ref.library.LibraryModel
+    library = parity.libraries.transformers.LibraryModel
     tokens = np.random.default_rng(0).integers(0, 96, (2, 64)).astype(np.int32)
     bench = Bench(library(folder("mixtral")), library(folder("mixtral"), exact=True), tokens)
-    measured = bench.measure(mlx_moe.model.library.LibraryModel(broken))
+    measured = bench.measure(parity.libraries.mlx_lm.LibraryModel(broken))
     assert not measured.passed
     assert measured.misrouted > 50
 
@@ -180,7 +180,7 @@ def test_transformers_in_float64_is_float64_throughout(tmp_path):
     model.load_state_dict({name: torch.tensor(array) for name, array in llama_weights(config, weights).items()})
     model.save_pretrained(tmp_path)
     truth = Oracle(config, weights)(tokens).logits_BTV
-    found = torch_ref.library.LibraryModel(tmp_path, exact=True).logits(tokens)
+    found = parity.libraries.transformers.LibraryModel(tmp_path, exact=True).logits(tokens)
     assert np.abs(found - truth).max() < 1e-12
     with torch.no_grad():
         plain = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(torch.from_numpy(tokens).long())

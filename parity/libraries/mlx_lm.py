@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx_moe.model  # noqa: F401 (sets what MLX reads when mlx is loaded)
+
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -26,7 +29,7 @@ Routes = Sequence[NDArray[np.int64]]  # of every router in turn, experts (B, T, 
 
 
 def logits(folder: Path, tokens_BT: Tokens) -> Logits:
-    """Of the model in a folder, (B, T, V), in float32 on the CPU."""
+    """Return the logits of the model in a folder, (B, T, V), in float32 on the CPU."""
     return LibraryModel(folder).logits(tokens_BT)
 
 

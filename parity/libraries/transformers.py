@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch_ref  # noqa: F401 (sets what PyTorch reads when torch is loaded)
+
+# isort: split
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -30,7 +33,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def logits(folder: Path, tokens_BT: Tokens) -> Logits:
-    """Of the model in a folder, (B, T, V), in float32 on the CPU."""
+    """Return the logits of the model in a folder, (B, T, V), in float32 on the CPU."""
     return LibraryModel(folder).logits(tokens_BT)
 
 
