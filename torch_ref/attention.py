@@ -82,7 +82,7 @@ def sdpa_attention(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
 
 
 def manual_attention(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
-    """The textbook's softmax(QKᵀ/√d)V; a query at T sees the keys up to S − T plus its own place."""
+    """Return softmax(QKᵀ/√d)V as textbooks write it; query t sees the keys up to S − T + t."""
     group = q_BHTd.shape[1] // k_BGSd.shape[1]
     k_BHSd, v_BHSd = k_BGSd.repeat_interleave(group, dim=1), v_BGSd.repeat_interleave(group, dim=1)
     scores_BHTS = (q_BHTd * q_BHTd.shape[-1] ** -0.5) @ k_BHSd.transpose(-1, -2)

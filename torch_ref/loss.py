@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlx_moe.accounting.memory import TORCH_LOGITS
+from mlx_moe.kernel_sizes import TORCH_LOGITS
 
 
 def cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, compiled: bool = False) -> Tensor:

@@ -19,16 +19,21 @@ from typing import Any, Literal, NamedTuple
 from mlx_moe.accounting.parameters import counted_table, layer_of
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.device import DeviceKind
+from mlx_moe.kernel_sizes import (
+    MLX_EXPERT_ROWS,
+    MLX_LOGITS,
+    MLX_QUERIES,
+    MLX_UPDATE_PART,
+    MLX_UPDATED_AT_ONCE,
+    TORCH_LOGITS,
+)
 from mlx_moe.parameters import FFN_INPUTS, Parameter
 
 FLOAT = 4
 Backend = Literal["mlx", "torch"]
 
-MLX_BLOCK = 64  # rows of one product of experts on CPU
-MLX_QUERIES = 64  # of one block of attention on CPU
-
 # Arrays of R × F that MLX keeps per FFN: the activation's input, its output, and what its formula and its gradient both
-# compute, which `mx.compile` computes once and keeps. On CPU, `model/elementwise.py` has gradients of its own.
+# compute, which `mx.compile` computes once and keeps. On CPU, `mlx_moe/model/cpu` has gradients of its own.
 MLX_KEPT_NEURONS = {
     "cpu": {"gelu": 2, "gelu_tanh": 2, "silu": 2, "relu": 2, "leaky_relu": 3},
     "gpu": {"gelu": 4, "gelu_tanh": 5, "silu": 3, "relu": 2, "leaky_relu": 3},
@@ -39,18 +44,11 @@ MLX_KEPT_NEURONS = {
 MLX_WAITING_RESIDUAL = 16
 MLX_WAITING_SCORES = 1.5
 MLX_WAITING_NEURONS = {"gelu": 3, "gelu_tanh": 3, "silu": 3, "relu": 1, "leaky_relu": 1}
-# The loss takes a chunk of tokens at a time, in logits of so many numbers: 333 tokens of 50,257 words on CPU, 667 on
-# GPUs. These many arrays of that size stand at a time, of one chunk alone and of one after the other.
-MLX_LOGITS = {"cpu": 1 << 24, "gpu": 1 << 25}
+# Arrays of a chunk of logits (MLX_LOGITS numbers) that stand at a time, with one chunk alone and with several.
 MLX_LOGITS_ARRAYS = {"cpu": (6, 18), "gpu": (3, 5)}
-# The weights of a model above the first of these, in bytes, are updated in parts of the second or of one tensor.
-MLX_UPDATED_AT_ONCE, MLX_UPDATE_PART = 1 << 30, 1 << 28
 MLX_UPDATES_AHEAD = 140  # tensors whose old and new weights and moments are there at once, on CPU
 METAL_COMMAND_BUFFERS, METAL_COMMAND_BUFFER_BYTES = 10, 50 << 20  # mlx/backend/metal/device.cpp, scheduler.h
 
-# PyTorch computes the loss a chunk of tokens at a time, in logits of so many numbers: 667 tokens of 50,257 words on
-# CPU, 5,341 on GPUs. A chunk reads and writes the head's whole gradient, which what is faster at products feels sooner.
-TORCH_LOGITS = {"cpu": 1 << 25, "gpu": 1 << 28}
 MUON_ARRAYS = 4  # while PyTorch makes a matrix orthogonal: its mean gradient, normed, before and after an iteration
 TORCH_RUNTIME = 345 << 20  # a process that has trained a tiny model: PyTorch's code, its threads, NumPy
 
@@ -94,7 +92,7 @@ def step_memory(
 ) -> StepMemory:
     """Bytes that training steps take at most, on one device; `engine.precision` "auto" counts as fp32."""
     is_half = engine.precision in ("bf16", "fp16")
-    # On CPU, MLX rounds to half precision, and keeps the rounded numbers in float32 (`model/elementwise.widened`).
+    # On CPU, MLX rounds to half precision, and keeps the rounded numbers in float32 (`model/functional.py`).
     half = 2 if is_half and (backend, device) != ("mlx", "cpu") else FLOAT
     sizes = _sizes(config)
     weights = FLOAT * sizes.all
@@ -203,11 +201,11 @@ class _Block:
         on_mlx_cpu = (backend, device) == ("mlx", "cpu")
         R = assignments
         if moe and on_mlx_cpu:
-            R = (-(-assignments // MLX_BLOCK) + moe.n_experts) * MLX_BLOCK
+            R = (-(-assignments // MLX_EXPERT_ROWS) + moe.n_experts) * MLX_EXPERT_ROWS
         RF = R * config.expert_d_ff + N * moe.shared_d_ff if moe else R * config.d_ff
         gated = config.ffn_type == "swiglu"
         scores = at_work = N * H * T
-        if on_mlx_cpu and config.attention_backend == "sdpa":  # `mlx_moe.model.blocked_attention`
+        if on_mlx_cpu and config.attention_backend == "sdpa":  # `mlx_moe.model.cpu.attention`
             block = min(T, MLX_QUERIES)
             scores, at_work = N * H * (T + block) // 2, N * H * block
 

@@ -2,7 +2,7 @@
 
 import os
 
-from mlx_moe.model.blas import load_fast_blas
+from mlx_moe.model.cpu.blas import load_fast_blas
 
 # On an M5 and on CUDA, MLX multiplies float32 in TF32 unless told otherwise, at errors near 1e-3
 # (github.com/ml-explore/mlx/issues/3860); boundaries are proven to 1e-4, so float32 is to mean float32.

@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.model.blocked_attention import blocked_attention, causal_mask
-from mlx_moe.model.elementwise import on_cpu, softmax, widened
+from mlx_moe.model.functional import causal_attention, compute_in_float32_on_cpu, repeat_heads, softmax
 from mlx_moe.model.layers import Linear
+from mlx_moe.model.mask import causal_mask
 from mlx_moe.rotations import rotation_frequencies
 
 
@@ -56,26 +56,16 @@ POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, mx.array], mx.array]] = {
 
 
 def sdpa_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx.array:
-    n_queries = q_BHTd.shape[2]
-    if on_cpu() and n_queries > 1:  # MLX fuses attention on GPUs only
-        return blocked_attention(q_BHTd, *_repeated(q_BHTd, k_BGSd, v_BGSd))
-    mask = "causal" if n_queries > 1 else None
-    scale = q_BHTd.shape[-1] ** -0.5
-    return mx.fast.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, scale=scale, mask=mask)
+    return causal_attention(q_BHTd, k_BGSd, v_BGSd)
 
 
+@compute_in_float32_on_cpu
 def manual_attention(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> mx.array:
-    """The textbook's softmax(QKᵀ/√d)V; a query at T sees the keys up to S − T plus its own place."""
-    k_BHSd, v_BHSd = _repeated(q_BHTd, k_BGSd, v_BGSd)
+    """Return softmax(QKᵀ/√d)V as textbooks write it; query t sees the keys up to S − T + t."""
+    k_BHSd, v_BHSd = repeat_heads(q_BHTd, k_BGSd, v_BGSd)
     scores_BHTS = (q_BHTd * q_BHTd.shape[-1] ** -0.5) @ k_BHSd.swapaxes(-1, -2)
     mask_TS = causal_mask(scores_BHTS.shape[-2], scores_BHTS.shape[-1], scores_BHTS.dtype)
     return softmax(scores_BHTS + mask_TS) @ v_BHSd
-
-
-def _repeated(q_BHTd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array) -> tuple[mx.array, mx.array]:
-    """Keys and values, one for each query head."""
-    group = q_BHTd.shape[1] // k_BGSd.shape[1]
-    return mx.repeat(k_BGSd, group, axis=1), mx.repeat(v_BGSd, group, axis=1)
 
 
 ATTENTION_BACKENDS: dict[str, Callable[[mx.array, mx.array, mx.array], mx.array]] = {
@@ -110,7 +100,7 @@ class Attention(nn.Module):
         v_BGSd = self._split_heads(self.v_proj(x_BTD))
         if cache:
             k_BGSd, v_BGSd = cache.extend(k_BGSd, v_BGSd)
-        out_BHTd = widened(self._attend, q_BHTd, k_BGSd, v_BGSd)
+        out_BHTd = self._attend(q_BHTd, k_BGSd, v_BGSd)
         return self.o_proj(out_BHTd.swapaxes(1, 2).flatten(2))
 
     def _split_heads(self, x_BTC: mx.array) -> mx.array:

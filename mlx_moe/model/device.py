@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from mlx_moe.device import CPU, CUDA, METAL, Device, requested_name
 from mlx_moe.errors import InputError
-from mlx_moe.model import blas
-from mlx_moe.model.elementwise import widened
+from mlx_moe.model.cpu import blas
+from mlx_moe.model.functional import matmul
 from mlx_moe.precision import PrecisionName
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
@@ -71,10 +71,10 @@ def measure_flops_per_s(precision: PrecisionName, device: str | Device = "auto")
     seconds: list[float] = []
     with running_on(chosen):
         left, right = (mx.random.normal((n, n)).astype(DTYPES[precision]) for _ in range(2))
-        mx.eval(left, right, widened(mx.matmul, left, right))
+        mx.eval(left, right, matmul(left, right))
         while sum(seconds) < SECONDS:
             start = time.perf_counter()
-            mx.eval(widened(mx.matmul, left, right))
+            mx.eval(matmul(left, right))
             seconds.append(time.perf_counter() - start)
     return 2 * n**3 / statistics.median(seconds)
 

@@ -9,8 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_moe.config import LoRAConfig, ModelConfig
-from mlx_moe.model.elementwise import gelu, gelu_tanh, silu, widened
-from mlx_moe.model.norms import layer_norm, rms_norm
+from mlx_moe.model.functional import gelu, gelu_tanh, layer_norm, linear, rms_norm, silu
 from mlx_moe.parameters import FFN_INPUTS, NORMS_WITH_BIAS
 
 NORMALIZATIONS: dict[str, Callable[[mx.array, mx.array, mx.array | None, float], mx.array]] = {
@@ -20,9 +19,9 @@ NORMALIZATIONS: dict[str, Callable[[mx.array, mx.array, mx.array | None, float],
 }
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": partial(widened, gelu),
-    "gelu_tanh": partial(widened, gelu_tanh),
-    "silu": partial(widened, silu),
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": silu,
     "relu": nn.relu,
     "leaky_relu": partial(nn.leaky_relu, negative_slope=0.01),
 }
@@ -63,13 +62,10 @@ class Linear(nn.Linear):
             self.lora_b = mx.zeros((n_out, adapter.rank))
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight = self.weight.astype(x.dtype).T
-        bias = (self.bias.astype(x.dtype),) if "bias" in self else ()
-        y = widened(mx.addmm if bias else mx.matmul, *bias, x, weight)
+        y = linear(x, self.weight, self.get("bias"))
         if not self._scale:
             return y
-        low = widened(mx.matmul, x, self.lora_a.astype(x.dtype).T)
-        return y + self._scale * widened(mx.matmul, low, self.lora_b.astype(x.dtype).T)
+        return y + self._scale * linear(linear(x, self.lora_a), self.lora_b)
 
 
 class Norm(nn.Module):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_moe.accounting.memory import MLX_LOGITS
-from mlx_moe.model.elementwise import logsumexp, on_cpu, widened, with_vjp
+from mlx_moe.kernel_sizes import MLX_LOGITS
+from mlx_moe.model.cpu.elementwise import with_vjp
+from mlx_moe.model.functional import linear, logsumexp, on_cpu
 
 
 def cross_entropy(
@@ -52,7 +53,7 @@ _sum_and_gradients = with_vjp(_forward, _backward)
 
 
 def _sum(x_CD: mx.array, weight_VD: mx.array, targets_C: mx.array) -> mx.array:
-    logits_CV = widened(mx.matmul, x_CD, weight_VD.astype(x_CD.dtype).T).astype(mx.float32)
+    logits_CV = linear(x_CD, weight_VD).astype(mx.float32)
     chosen_C = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1).squeeze(-1)
     return (logsumexp(logits_CV) - chosen_C).sum()
 

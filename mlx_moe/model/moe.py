@@ -1,7 +1,6 @@
-"""Mixtures of experts: routing, dispatch, and what keeps the load balanced.
+"""Mixtures of experts: routing, dispatch, and the loss that balances the load.
 
 B batch, T time, N tokens (B·T), D model, F ffn, E experts, K experts per token, A assignments (N·K).
-P rows of the blocked layout: the assignments sorted by expert, each expert's padded to whole blocks.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_moe.accounting.memory import MLX_BLOCK
 from mlx_moe.config import LoRAConfig, ModelConfig, MoEConfig
-from mlx_moe.model.elementwise import on_cpu, widened, with_vjp
+from mlx_moe.kernel_sizes import MLX_EXPERT_ROWS
+from mlx_moe.model.cpu.experts import dispatch_padded
+from mlx_moe.model.functional import expert_products, on_cpu
 from mlx_moe.model.layers import ACTIVATIONS, FFN, FFN_TYPES
 from mlx_moe.parameters import FFN_INPUTS
-
-BLOCK = MLX_BLOCK  # rows of one product; on CPU a row by itself is a matrix-vector product
 
 
 class Routing(NamedTuple):
@@ -87,14 +85,12 @@ class ExpertLinear(nn.Module):
 
     def __call__(self, x: mx.array, expert: mx.array) -> mx.array:
         """x (M, rows, in), one expert for each of the M groups of rows, in rising order."""
-        products = block_products if x.shape[1] > 1 else _products
-
-        def product(x: mx.array, weight: mx.array) -> mx.array:
-            return widened(lambda x, weight: products(x, weight, expert), x, weight.astype(x.dtype))
-
-        y = product(x, self.weight)
-        y = y + self.bias.astype(x.dtype)[expert][:, None] if "bias" in self else y
-        return y + self._scale * product(product(x, self.lora_a), self.lora_b) if self._scale else y
+        y = expert_products(x, self.weight, expert)
+        if "bias" in self:
+            y = y + self.bias.astype(x.dtype)[expert][:, None]
+        if self._scale:
+            y = y + self._scale * expert_products(expert_products(x, self.lora_a, expert), self.lora_b, expert)
+        return y
 
 
 class Experts(nn.Module):
@@ -109,7 +105,7 @@ class Experts(nn.Module):
 
     def __call__(self, x_ND: mx.array, experts_NK: mx.array) -> mx.array:
         """The chosen experts' outputs, (N, K, D)."""
-        dispatch = in_blocks if on_cpu() and experts_NK.size > BLOCK else in_rows
+        dispatch = dispatch_padded if on_cpu() and experts_NK.size > MLX_EXPERT_ROWS else dispatch_sorted
         return dispatch(self._ffn, x_ND, experts_NK, self.down_proj.weight.shape[0])
 
     def _ffn(self, x: mx.array, expert: mx.array) -> mx.array:
@@ -145,76 +141,10 @@ class MoE(nn.Module):
 ExpertFFN = Callable[[mx.array, mx.array], mx.array]
 
 
-def in_rows(ffn: ExpertFFN, x_ND: mx.array, experts_NK: mx.array, n_experts: int) -> mx.array:
-    """Every assignment is a group of one row; sorted, which GPUs turn into grouped products."""
+def dispatch_sorted(ffn: ExpertFFN, x_ND: mx.array, experts_NK: mx.array, n_experts: int) -> mx.array:
+    """Run the experts on one row for each assignment, sorted by expert: GPUs group the products. Returns (N, K, D)."""
     expert_A = experts_NK.flatten()
     order_A = mx.argsort(expert_A)
     x_A1D = x_ND[order_A // experts_NK.shape[1]][:, None]
     y_AD = ffn(x_A1D, expert_A[order_A])[:, 0]
     return y_AD[mx.argsort(order_A)].reshape(*experts_NK.shape, -1)
-
-
-def in_blocks(ffn: ExpertFFN, x_ND: mx.array, experts_NK: mx.array, n_experts: int) -> mx.array:
-    """Groups of BLOCK rows. At most A/BLOCK + E blocks, so shapes do not depend on the routing."""
-    expert_A = experts_NK.flatten()
-    is_expert_AE = (expert_A[:, None] == mx.arange(n_experts)).astype(mx.int32)
-    rank_A = mx.take_along_axis(mx.cumsum(is_expert_AE, axis=0), expert_A[:, None], axis=1)[:, 0] - 1
-    blocks_E = (is_expert_AE.sum(axis=0) + BLOCK - 1) // BLOCK
-    last_block_E = mx.cumsum(blocks_E)
-    row_A = (last_block_E - blocks_E)[expert_A] * BLOCK + rank_A
-
-    n_assignments = expert_A.size
-    n_blocks = -(-n_assignments // BLOCK) + n_experts
-    assignment_P = mx.full((n_blocks * BLOCK,), n_assignments, dtype=mx.int32)  # that number stands for none
-    assignment_P = mx.put_along_axis(assignment_P, row_A, mx.arange(n_assignments, dtype=mx.int32), axis=0)
-    row_NK = row_A.reshape(experts_NK.shape)
-    x_blocks = to_rows(x_ND, row_NK, assignment_P).reshape(n_blocks, BLOCK, -1)
-    expert_of_block = (mx.arange(n_blocks)[:, None] >= last_block_E).astype(mx.int32).sum(axis=1)
-    y_blocks = ffn(x_blocks, mx.minimum(expert_of_block, n_experts - 1))
-    return from_rows(y_blocks.flatten(0, 1), row_NK, assignment_P)
-
-
-def _products(x: mx.array, weight: mx.array, expert: mx.array) -> mx.array:
-    """x (M, rows, in), each group times its expert's weight (E, out, in); experts in rising order."""
-    return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=expert, sorted_indices=True)
-
-
-def _products_vjp(primals: list[mx.array], gradient: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-    """The weights' by one product over each expert's rows; MLX's own builds a matrix for each block."""
-    x, weight, expert = primals
-    end_E = (expert[:, None] <= mx.arange(weight.shape[0])).astype(mx.uint32).sum(axis=0) * x.shape[1]
-    segments_E2 = mx.stack([mx.concatenate([mx.zeros((1,), mx.uint32), end_E[:-1]]), end_E], axis=1)
-    weight_gradient = mx.segmented_mm(gradient.flatten(0, 1).T, x.flatten(0, 1), segments_E2)
-    x_gradient = mx.gather_mm(gradient, weight, rhs_indices=expert, sorted_indices=True)
-    return x_gradient, weight_gradient, mx.zeros_like(expert)
-
-
-def _rows(x_ND: mx.array, row_NK: mx.array, assignment_P: mx.array) -> mx.array:
-    """What goes into the blocked layout, (P, D)."""
-    return _with_zeros(x_ND)[assignment_P // row_NK.shape[1]]
-
-
-def _rows_vjp(primals: list[mx.array], gradient_PD: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-    _, row_NK, assignment_P = primals
-    return gradient_PD[row_NK].sum(axis=1), mx.zeros_like(row_NK), mx.zeros_like(assignment_P)
-
-
-def _assigned(y_PD: mx.array, row_NK: mx.array, assignment_P: mx.array) -> mx.array:
-    """What comes out of it, (N, K, D)."""
-    return y_PD[row_NK]
-
-
-def _assigned_vjp(primals: list[mx.array], gradient_NKD: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-    _, row_NK, assignment_P = primals
-    gradient_PD = _with_zeros(gradient_NKD.flatten(0, 1))[assignment_P]
-    return gradient_PD, mx.zeros_like(row_NK), mx.zeros_like(assignment_P)
-
-
-def _with_zeros(x: mx.array) -> mx.array:
-    """One more row, for those of no assignment to read."""
-    return mx.concatenate([x, mx.zeros((1, x.shape[1]), dtype=x.dtype)])
-
-
-block_products = with_vjp(_products, _products_vjp)
-# Each is the other's transpose, so that gradients are gathered too: MLX's CPU adds scattered rows one number at a time.
-to_rows, from_rows = with_vjp(_rows, _rows_vjp), with_vjp(_assigned, _assigned_vjp)

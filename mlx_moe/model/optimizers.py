@@ -11,8 +11,9 @@ import mlx.optimizers as optim
 from mlx.optimizers import MultiOptimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_moe.accounting.memory import FLOAT, MLX_UPDATE_PART, MLX_UPDATED_AT_ONCE
+from mlx_moe.accounting.memory import FLOAT
 from mlx_moe.config import ModelConfig, OptimizerConfig
+from mlx_moe.kernel_sizes import MLX_UPDATE_PART, MLX_UPDATED_AT_ONCE
 from mlx_moe.parameters import Arrays, OptimizerGroup, check_optimizer_state, optimizer_groups, table
 from mlx_moe.training.muon import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, SMALLEST_NORM, update_rms
 from mlx_moe.training.step_settings import StepSettings

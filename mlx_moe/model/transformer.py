@@ -15,7 +15,7 @@ from mlx_moe.config import ModelConfig
 from mlx_moe.device import Device
 from mlx_moe.model.attention import Attention, KVCache
 from mlx_moe.model.device import on_its_device
-from mlx_moe.model.elementwise import widened
+from mlx_moe.model.functional import linear
 from mlx_moe.model.layers import FFN, Linear, Norm, dropout
 from mlx_moe.model.moe import MoE, Routing
 from mlx_moe.training.backend import Tokens
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         x_BTD = self.norm(x_BTD).astype(dtype)
         if hidden_only:
             return x_BTD, routings
-        return widened(mx.matmul, x_BTD, self.head.astype(dtype).T), routings
+        return linear(x_BTD, self.head), routings
 
     @property
     def head(self) -> mx.array:

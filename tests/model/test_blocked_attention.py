@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_moe.accounting.memory import MLX_QUERIES
-from mlx_moe.model.blocked_attention import blocked_attention
+from mlx_moe.kernel_sizes import MLX_QUERIES
+from mlx_moe.model.cpu.attention import blocked_attention
 
 B, H, D = 2, 3, 8
 LENGTHS = [(1, 1), (1, 130), (MLX_QUERIES, MLX_QUERIES), (MLX_QUERIES + 1, MLX_QUERIES + 1), (150, 150), (70, 200)]

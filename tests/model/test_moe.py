@@ -13,7 +13,9 @@ from support.small_models import BACKENDS, build, random_tokens, rough_weights, 
 import mlx_moe.model.moe as mlx_moe_layers
 import torch_ref.moe as torch_moe_layers
 from mlx_moe.config import MoEConfig, OptimizerConfig
-from mlx_moe.model.moe import BLOCK, in_blocks, in_rows
+from mlx_moe.kernel_sizes import MLX_EXPERT_ROWS
+from mlx_moe.model.cpu.experts import dispatch_padded
+from mlx_moe.model.moe import dispatch_sorted
 from mlx_moe.model.transformer import Transformer as MLXTransformer
 from mlx_moe.transfer.upcycling import plan_upcycling
 from torch_ref.transformer import Transformer as TorchTransformer
@@ -121,7 +123,7 @@ def assignments(kind, n_tokens, n_experts, k):
 
 
 ASSIGNMENTS = ["any", "one takes all", "the first gets none", "the last gets none"]
-SIZES = [(1, 1), (5, 2), (BLOCK, 1), (BLOCK + 1, 1), (97, 2), (2 * BLOCK, 3)]
+SIZES = [(1, 1), (5, 2), (MLX_EXPERT_ROWS, 1), (MLX_EXPERT_ROWS + 1, 1), (97, 2), (2 * MLX_EXPERT_ROWS, 3)]
 DIMENSIONS = [(16, 32), (9, 7), (12, 6), (5, 8)]  # whole 16 bytes or not, in and out
 LAYERS = [
     {"ffn_type": "swiglu", "activation": "silu", "bias": False},
@@ -145,8 +147,8 @@ def check_dispatch(config, n_tokens, kind):
     theirs, arguments = torch_experts(config, weights), (torch.tensor(x_ND), torch.tensor(experts_NK).long())
     results = {
         "MLX": ours(x, experts),
-        "MLX in blocks": in_blocks(ours._ffn, x, experts, 4),
-        "MLX in rows": in_rows(ours._ffn, x, experts, 4),
+        "MLX in blocks": dispatch_padded(ours._ffn, x, experts, 4),
+        "MLX in rows": dispatch_sorted(ours._ffn, x, experts, 4),
         "torch": theirs(*arguments).detach().numpy(),
     }
     for name, result in results.items():
@@ -198,7 +200,7 @@ def test_gradients_do_not_depend_on_the_dispatch(n_tokens, k, kind):
     y_ND = theirs(inputs["x"], torch.tensor(experts_NK).long(), inputs["gates"])
     (y_ND * torch.tensor(direction)).sum().backward()
     expected = {name: leaf.grad.numpy() for name, leaf in [*theirs.named_parameters(), *inputs.items()]}
-    for dispatch in (in_blocks, in_rows):
+    for dispatch in (dispatch_padded, dispatch_sorted):
         gradients = mlx_gradients(dispatch)
         assert set(gradients) == set(expected)
         for name, gradient in expected.items():

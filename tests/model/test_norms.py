@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_moe.model.norms import layer_norm, rms_norm
+from mlx_moe.model.functional import layer_norm, rms_norm
 
 EPS = 1e-5
 

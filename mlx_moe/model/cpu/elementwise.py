@@ -1,8 +1,7 @@
 """Exponentials at the speed of the CPU's vector units.
 
 MLX's CPU kernels for exp, tanh and erf take 20 to 45 ns a number on one thread, most of a training step there. The
-polynomials here compile to vector code, at 2 to 3 ns, and are as accurate in float32. GPUs and other dtypes take
-MLX's own.
+polynomials here compile to vector code, at 2 to 3 ns, and are as accurate in float32.
 
 What MLX 0.32 compiles for CPUs is vector code only where every input of a kernel is a whole array or a Python number,
 and it puts at most 11 operations in a row into one kernel. Hence the ends of kernels that are set here by hand, and
@@ -16,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 
@@ -31,7 +29,7 @@ class Sigmoid(NamedTuple):
     below: tuple[float, ...]
 
 
-# Of an activation x·(½ + sign(x)·h(|x|)): the first is its h; its derivative is ½ + sign(x)·(the second)(|x|).
+# Curves of an activation x·(½ + sign(x)·h(|x|)): first h, then g of its derivative ½ + sign(x)·g(|x|).
 GELU = (
     Sigmoid(
         5.7,
@@ -92,69 +90,24 @@ LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts, the first 
 ROUNDING = 1.5 * 2.0**23  # added to a smaller number, leaves its nearest whole number in the last bits
 
 
-def softmax(x: mx.array) -> mx.array:
-    """Over the last axis."""
-    return _softmax(x) if float32_on_cpu(x) else mx.softmax(x, axis=-1, precise=True)
-
-
-def logsumexp(x: mx.array) -> mx.array:
-    """Over the last axis."""
-    return _logsumexp(x) if float32_on_cpu(x) else mx.logsumexp(x, axis=-1)
-
-
 def row_sums(x: mx.array) -> mx.array:
-    """Over the last axis, which stays; BLAS adds in many lanes where MLX adds in four, and so is also more accurate."""
+    """Sum over the last axis, which stays. BLAS adds in many lanes, MLX in four: faster, and more accurate."""
     return x @ mx.ones((x.shape[-1], 1))
 
 
 def column_sums(x: mx.array) -> mx.array:
-    """Over all axes but the last; by BLAS, too."""
+    """Sum over all axes but the last, by BLAS too."""
     rows = x.reshape(-1, x.shape[-1])
     return (mx.ones((1, len(rows))) @ rows)[0]
 
 
-def gelu(x: mx.array) -> mx.array:
-    """x·Φ(x) (Hendrycks & Gimpel 2016)."""
-    return _gelu(x) if float32_on_cpu(x) else nn.gelu(x)
-
-
-def gelu_tanh(x: mx.array) -> mx.array:
-    """GELU by tanh, as in GPT-2."""
-    return _gelu_tanh(x) if float32_on_cpu(x) else nn.gelu_approx(x)
-
-
-def silu(x: mx.array) -> mx.array:
-    """x·σ(x)."""
-    return _silu(x) if float32_on_cpu(x) else nn.silu(x)
-
-
-def on_cpu() -> bool:
-    return mx.default_device().type == mx.DeviceType.cpu
-
-
-def float32_on_cpu(x: mx.array) -> bool:
-    """Whether what is written here, rather than MLX's own, is to compute with `x`."""
-    return x.dtype == mx.float32 and on_cpu()
-
-
-def widened(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
-    """`function` of the arrays; on CPU in float32, rounded back to their dtype.
-
-    MLX's CPU kernels for half precision are ten times slower, or missing. GPUs, too, add up products in float32.
-    """
-    dtype = arrays[0].dtype
-    if dtype == mx.float32 or not on_cpu():
-        return function(*arrays)
-    return function(*(array.astype(mx.float32) for array in arrays)).astype(dtype)
-
-
-def end_of_kernel(x: mx.array) -> mx.array:
-    """`x`, which `mx.compile` will not compute in one kernel with what comes after."""
+def fusion_barrier(x: mx.array) -> mx.array:
+    """Return `x`, which `mx.compile` does not fuse with the operations after it."""
     return x.view(mx.int32).view(mx.float32)
 
 
 def with_vjp(function: Callable[..., Any], vjp: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its gradient: `vjp(inputs, cotangents, outputs)`."""
+    """Give a function its gradient: `vjp(inputs, cotangents, outputs)`."""
     differentiable: Any = mx.custom_function(function)
     differentiable.vjp(vjp)
     return differentiable
@@ -178,25 +131,25 @@ def _activation(value: Sigmoid, derivative: Sigmoid) -> Callable[[mx.array], mx.
 def _sigmoid(h: Sigmoid, x: mx.array, bits: mx.Dtype = mx.int32) -> mx.array:
     """h(|x|)."""
     x = _size(x, h.end, bits)
-    return end_of_kernel(x * _polynomial(h.above, x * x) / _polynomial(h.below, x * x))
+    return fusion_barrier(x * _polynomial(h.above, x * x) / _polynomial(h.below, x * x))
 
 
 def _exp(x: mx.array) -> mx.array:
-    """eˣ − 2⁻⁶⁴ for x ≤ 0, and 0 where that would be negative, as 2⁻ⁿ·e⁻ʳ with whole n, whose bits are put together.
+    """Return max(0, eˣ − 2⁻⁶⁴) for x ≤ 0, as 2⁻ⁿ·e⁻ʳ with whole n, whose bits are put together.
 
-    So no product with what is left of a masked score is a denormal number, which CPUs multiply a hundred times slower.
+    So a masked score leaves no denormal number in a product: CPUs multiply these a hundred times slower.
     """
     x = _size(x, 64 * math.log(2))
-    rounded = end_of_kernel(x * (1 / math.log(2)) + ROUNDING)
+    rounded = fusion_barrier(x * (1 / math.log(2)) + ROUNDING)
     n = rounded - ROUNDING
-    power = end_of_kernel(_polynomial(EXP, x - n * LN2_HIGH - n * LN2_LOW))
+    power = fusion_barrier(_polynomial(EXP, x - n * LN2_HIGH - n * LN2_LOW))
     half_of_two_to_minus_n = mx.left_shift(_bits(ROUNDING) + 126 - rounded.view(mx.int32), 23).view(mx.float32)
     half = power * half_of_two_to_minus_n - 2.0**-65
-    return end_of_kernel(half + mx.abs(half))
+    return fusion_barrier(half + mx.abs(half))
 
 
 def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> Any:
-    """By pairs, pairs of pairs, … (Estrin): in fewer operations one after the other than term by term."""
+    """Evaluate by pairs, pairs of pairs, … (Estrin), in a shorter chain of operations than term by term."""
     terms: list[Any] = list(coefficients)
     while len(terms) > 1:
         pairs = [low + high * x for low, high in zip(terms[::2], terms[1::2], strict=False)]
@@ -206,7 +159,7 @@ def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> Any:
 
 
 def _size(x: mx.array, limit: float, bits: mx.Dtype = mx.int32) -> mx.array:
-    """min(|x|, limit), by the bits, which without that of the sign are in the order of the numbers' sizes."""
+    """Return min(|x|, limit), by the bits: without the sign's, they order floats by size."""
     return mx.minimum(mx.bitwise_and(x.view(bits), 0x7FFFFFFF), _bits(limit)).view(mx.float32)
 
 
@@ -217,7 +170,7 @@ def _bits(x: float) -> int:
 def _softmax_forward(x: mx.array) -> mx.array:
     largest = x.max(axis=-1, keepdims=True)
     powers = _exp(x - largest)
-    return end_of_kernel(powers / (row_sums(powers) + (largest - largest)))  # which keeps a NaN
+    return fusion_barrier(powers / (row_sums(powers) + (largest - largest)))  # which keeps a NaN
 
 
 def _logsumexp_forward(x: mx.array) -> mx.array:
@@ -225,7 +178,7 @@ def _logsumexp_forward(x: mx.array) -> mx.array:
     return (mx.log(row_sums(_exp(x - largest))) + largest).squeeze(-1)
 
 
-_softmax = _with_gradient(_softmax_forward, lambda x, cotangent, y: y * (cotangent - row_sums(cotangent * y)))
+softmax = _with_gradient(_softmax_forward, lambda x, cotangent, y: y * (cotangent - row_sums(cotangent * y)))
 # Not exp(x − y): rounding y, which may be large, would change every probability.
-_logsumexp = _with_gradient(_logsumexp_forward, lambda x, cotangent, y: cotangent[..., None] * _softmax_forward(x))
-_gelu, _gelu_tanh, _silu = (_activation(*curves) for curves in (GELU, GELU_TANH, SILU))
+logsumexp = _with_gradient(_logsumexp_forward, lambda x, cotangent, y: cotangent[..., None] * _softmax_forward(x))
+gelu, gelu_tanh, silu = (_activation(*curves) for curves in (GELU, GELU_TANH, SILU))
