@@ -97,9 +97,9 @@ class Pair:
         ]
         return Pair(*trainers)
 
-    def transferred(self, plan: Plan) -> Pair:
+    def apply_transfer(self, plan: Plan) -> Pair:
         """The plan executed by each backend for itself."""
-        return Pair(self.mlx.transferred(plan), self.torch.transferred(plan))
+        return Pair(self.mlx.apply_transfer(plan), self.torch.apply_transfer(plan))
 
 
 def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Comparison]:
@@ -110,7 +110,7 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
         yield _compare(f"{name}, dense", dense, weights, seed)
         moe = experts_of(config, UPCYCLED[name]) if name in UPCYCLED else EXPERTS
         plan = plan_upcycling(config, moe, seed=seed)
-        upcycled, tokens_BT1 = dense.transferred(plan), boundary_tokens(config, seed)
+        upcycled, tokens_BT1 = dense.apply_transfer(plan), boundary_tokens(config, seed)
         claims = [
             *upcycling_claims(plan, weights, tokens_BT1, seed),
             *(
@@ -123,7 +123,7 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[Compariso
         experts = Pair.build(config, weights)  # upcycled ones are all the same, and none could be mistaken
         yield replace(_compare(f"{name}, experts", experts, weights, seed, (dense, upcycled)), claims=tuple(claims))
         plan = plan_growth(config, larger_model(config), seed=seed)
-        grown = experts.transferred(plan)
+        grown = experts.apply_transfer(plan)
         claims = [
             *growth_claims(plan, weights, tokens_BT1),
             execution_claim(plan, weights, grown.mlx, grown.torch),

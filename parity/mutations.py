@@ -221,12 +221,12 @@ MUTATIONS: Sequence[Mutation] = (
     Mutation(
         "gates not renormalised",
         "llama+",
-        patch=(_MOE, "gate", lambda old: lambda logits, experts: logits.softmax(-1).gather(-1, experts)),
+        patch=(_MOE, "gate_weights", lambda old: lambda logits, experts: logits.softmax(-1).gather(-1, experts)),
     ),
     Mutation(
         "gates of equal weight",
         "llama+",
-        patch=(_MOE, "gate", lambda old: lambda logits, experts: old(logits * 0, experts)),
+        patch=(_MOE, "gate_weights", lambda old: lambda logits, experts: old(logits * 0, experts)),
     ),
     Mutation(
         "ties to the higher expert",
@@ -242,7 +242,7 @@ MUTATIONS: Sequence[Mutation] = (
     Mutation(
         "gates without a gradient",
         "llama+",
-        patch=(_MOE, "gate", lambda old: lambda logits, experts: old(logits, experts).detach()),
+        patch=(_MOE, "gate_weights", lambda old: lambda logits, experts: old(logits, experts).detach()),
         shows_in="step",
     ),
     Mutation(

@@ -61,14 +61,14 @@ def _rotation_table(
     return angles_Th.cos().float(), angles_Th.sin().float()
 
 
-def unrotated(x_BHTd: Tensor, offset: int, frequencies_h: Frequencies) -> Tensor:
+def no_rotation(x_BHTd: Tensor, offset: int, frequencies_h: Frequencies) -> Tensor:
     return x_BHTd
 
 
 POSITION_ENCODINGS: dict[str, Callable[[Tensor, int, Frequencies], Tensor]] = {
-    "learned_absolute": unrotated,  # added to the embeddings
+    "learned_absolute": no_rotation,  # added to the embeddings
     "rope": rope,
-    "none": unrotated,
+    "none": no_rotation,
 }
 
 
@@ -136,6 +136,6 @@ class Attention(nn.Module):
 
 
 def _normalized(norm: nn.RMSNorm, x_BHTd: Tensor) -> Tensor:
-    """In float32, like every norm."""
+    """Normalise in float32, like every norm."""
     normed_BHTd: Tensor = norm(x_BHTd.float())
     return normed_BHTd.to(x_BHTd.dtype)

@@ -44,14 +44,14 @@ def rope(x_BHTd: mx.array, offset: int, periods_h: mx.array) -> mx.array:
     )
 
 
-def unrotated(x_BHTd: mx.array, offset: int, periods_h: mx.array) -> mx.array:
+def no_rotation(x_BHTd: mx.array, offset: int, periods_h: mx.array) -> mx.array:
     return x_BHTd
 
 
 POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, mx.array], mx.array]] = {
-    "learned_absolute": unrotated,  # added to the embeddings
+    "learned_absolute": no_rotation,  # added to the embeddings
     "rope": rope,
-    "none": unrotated,
+    "none": no_rotation,
 }
 
 
@@ -108,6 +108,6 @@ class Attention(nn.Module):
 
 
 def _normalized(norm: nn.RMSNorm, x_BHTd: mx.array) -> mx.array:
-    """In float32, like every norm."""
+    """Normalise in float32, like every norm."""
     normed_BHTd: mx.array = norm(x_BHTd.astype(mx.float32))
     return normed_BHTd.astype(x_BHTd.dtype)

@@ -40,7 +40,7 @@ def gradient_of_gates_lost(gate):
 @pytest.mark.parametrize(
     ("module", "attribute", "change", "first"),
     [
-        ("torch_ref.moe", "gate", gradient_of_gates_lost, "gradient of layers.0.mlp.router.weight"),
+        ("torch_ref.moe", "gate_weights", gradient_of_gates_lost, "gradient of layers.0.mlp.router.weight"),
         (
             "torch_ref.step",
             "auxiliary_loss",
