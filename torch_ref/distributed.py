@@ -37,17 +37,17 @@ class ProcessGroup:
     rank: int
     size: int
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, array: Tensor) -> Tensor:
         """Return the sum over the processes; no gradient goes through it."""
         if self.size == 1:
-            return tensor
-        tensor = tensor.detach().clone()
-        dist.all_reduce(tensor)
-        return tensor
+            return array
+        array = array.detach().clone()
+        dist.all_reduce(array)
+        return array
 
-    def mean(self, tensor: Tensor) -> Tensor:
+    def mean(self, array: Tensor) -> Tensor:
         """Return the mean over the processes; no gradient goes through it."""
-        return tensor if self.size == 1 else self.sum(tensor) / self.size
+        return array if self.size == 1 else self.sum(array) / self.size
 
     def all_reduce_max(self, value: int) -> int:
         """Return the largest of the processes' values. The hosts communicate; the devices do not wait."""

@@ -120,7 +120,7 @@ class Trainer:
 
     def decoder(self) -> Decoder:
         self._model.eval()
-        return Decoder(self._model, self._torch_device)
+        return Decoder(self._model, self.device)
 
     def weights(self) -> Arrays:
         return {name: to_numpy(tensor) for name, tensor in self._model.state_dict().items()}
@@ -180,5 +180,6 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
     return tensor.clone() if tensor is source[plan.source] else tensor
 
 
-def lazy(tensors: dict[str, Tensor]) -> Weights:
-    return StoredWeights(tensors, lambda name: to_numpy(tensors[name]))
+def lazy(arrays: dict[str, Tensor]) -> Weights:
+    """Return arrays that are fetched from the device when they are asked for."""
+    return StoredWeights(arrays, lambda name: to_numpy(arrays[name]))

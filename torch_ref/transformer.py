@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.device import Device
 from mlx_moe.training.backend import Tokens
 from torch_ref.attention import Attention, KVCache, rotations
+from torch_ref.device import torch_device
 from torch_ref.layers import FFN, Linear, Norm
 from torch_ref.moe import ExpertLinear, MoE, Routing
 
@@ -126,9 +128,9 @@ class Transformer(nn.Module):
 class Decoder:
     """`mlx_moe.training.backend.Decoder` on PyTorch."""
 
-    def __init__(self, model: Transformer, device: torch.device):
+    def __init__(self, model: Transformer, device: Device):
         self._model = model
-        self._device = device
+        self._device = torch_device(device)
         self._cache = [KVCache() for _ in model.layers]
 
     @property

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.device import Device
 from mlx_moe.errors import InputError
-from mlx_moe.model.device import choose_device, keep_freed_buffers, on_its_device, running_on
+from mlx_moe.model.device import choose_device, has_bf16, keep_freed_buffers, on_its_device, running_on
 from mlx_moe.model.distributed import connect
 from mlx_moe.model.loss import cross_entropy
 from mlx_moe.model.moe import expert_loads
@@ -46,7 +46,7 @@ class Trainer:
         self.world = connect()
         self.device = choose_device(device)
         keep_freed_buffers()
-        self.precision = choose_precision(engine.precision, self.device, has_bf16=True)
+        self.precision = choose_precision(engine.precision, self.device, has_bf16(self.device))
         self._optimizer_config, self._engine = optimizer, engine
         with running_on(self.device):
             self._model = self._build(weights)
@@ -186,6 +186,7 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
 
 
 def lazy(arrays: dict[str, mx.array]) -> Weights:
+    """Return arrays that are fetched from the device when they are asked for."""
     return StoredWeights(arrays, lambda name: np.array(arrays[name]))
 
 
