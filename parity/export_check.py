@@ -14,15 +14,15 @@ from mlx_moe.hub.export import fill
 from mlx_moe.hub.models import open_model, probe_tokens
 from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import Checkpoint
-from mlx_moe.training.backend import choose_backend, is_installed
+from mlx_moe.training.backend import BackendName, choose_backend, is_installed
 from mlx_moe.training.boundary import in_another_order, rounding_floor
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.certificate import MARGIN, max_difference
 
 LIMIT = 1e-4  # of logits; more where rounding alone does more, as for a boundary
 SEQUENCES = 4
-# Library -> what it runs on, and the module of that backend that asks it.
-LIBRARIES = {
+# Library -> what it runs on, and the module that asks it.
+LIBRARIES: dict[str, tuple[BackendName, str]] = {
     "transformers": ("torch", "parity.libraries.transformers"),
     "mlx_lm": ("mlx", "parity.libraries.mlx_lm"),
 }
@@ -53,7 +53,7 @@ def _checker(source: Checkpoint, found: dict[str, tuple[float, float]]) -> Calla
         backend = choose_backend()
         ours = backend.streamed(source.config, source.weights, "cpu")
         for library, (framework, module) in LIBRARIES.items():
-            if not is_installed(framework) or importlib.util.find_spec(library) is None:  # type: ignore[arg-type]
+            if not is_installed(framework) or importlib.util.find_spec(library) is None:
                 continue
             try:
                 theirs_BTV = importlib.import_module(module).logits(folder, tokens_BT)

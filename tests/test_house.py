@@ -135,8 +135,9 @@ UNLIKE = {
         "PyTorch has it": "global_norm",
     },
     "streaming.py": {
+        "PyTorch's arrays move to a device": "StreamedModel._array",
         "MLX runs a generator's steps in contexts, and copies its head by parts": (
-            "StreamedModel._through StreamedModel._head StreamedModel._logits"
+            "StreamedModel._through StreamedModel._logits"
         ),
     },
     "trainer.py": {
