@@ -23,7 +23,7 @@ from interleaved import medians, show  # isort: skip
 from mlx_moe.config import ModelConfig, MoEConfig
 from mlx_moe.model.device import keep_freed_buffers
 from mlx_moe.model.layers import FFN
-from mlx_moe.model.moe import MoE, choose_experts, gate
+from mlx_moe.model.moe import MoE, choose_experts, gate_weights
 
 
 class MlxLm(nn.Module):
@@ -40,7 +40,7 @@ class MlxLm(nn.Module):
         logits_NE = self.router(x_ND)
         experts_NK = choose_experts(logits_NE, self._top_k)
         y_NKD = self.experts(x_ND, experts_NK)
-        return (y_NKD * gate(logits_NE, experts_NK)[..., None]).sum(axis=1).reshape(x_BTD.shape)
+        return (y_NKD * gate_weights(logits_NE, experts_NK)[..., None]).sum(axis=1).reshape(x_BTD.shape)
 
 
 def main() -> None:

@@ -62,7 +62,8 @@ def measure(run: RunConfig, data: TokenData, backend: Backend, results: dict[str
         plan = after.transfer.plan(trainer.config, after.config, run.seed, None)
         unclipped = run.optimizer.model_copy(update={"max_grad_norm": 1e9})
         resting = [
-            backend.trainer(model.config, model.weights(), unclipped) for model in (trainer, trainer.transferred(plan))
+            backend.trainer(model.config, model.weights(), unclipped)
+            for model in (trainer, trainer.apply_transfer(plan))
         ]
         results["second_moments"].append(
             {"seed": run.seed, "phase": phase, **second_moments(run, data, plan, *resting)}
@@ -70,7 +71,7 @@ def measure(run: RunConfig, data: TokenData, backend: Backend, results: dict[str
         ends = {}
         for warmup in (WARMUP, 0):
             for variant in (CARRY, RESET) if warmup or phase == 3 else (CARRY, WITHOUT_NOISE, RESET):
-                after = trainer.transferred(plan, carry=variant != RESET)
+                after = trainer.apply_transfer(plan, carry=variant != RESET)
                 if variant == WITHOUT_NOISE:
                     after.load_optimizer_state(without_noise(after.optimizer_state(), run))
                 curves = train(run, data, after, phase, warmup)

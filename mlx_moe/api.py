@@ -474,7 +474,7 @@ def _transfer(
 
     transfer, limits = TRANSFERS[kind], VerificationConfig()
     plan = transfer.plan(model.config, phase, seed, routers)
-    after = model._trainer.transferred(plan)
+    after = model._trainer.apply_transfer(plan)
     probes_BT1 = probe_tokens(model.config, model.tokenizer, limits.probe_sequences)
     certificate = certify(limits, model._trainer, after, probes_BT1, widened=True)
     if not (certificate.passed or allow_lossy or plan.is_lossy):

@@ -1,4 +1,4 @@
-"""The processes that train together: what a process asks of the others, and a process alone."""
+"""The processes that train together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class World(Protocol):
+class ProcessGroup(Protocol):
     """The processes that train together, this one among them; process 0 alone reads and writes the run's folder."""
 
     @property
@@ -15,22 +15,22 @@ class World(Protocol):
     @property
     def size(self) -> int: ...
 
-    def largest(self, value: int) -> int:
-        """The largest of the processes' values; asks the hosts and leaves the devices alone."""
+    def all_reduce_max(self, value: int) -> int:
+        """Return the largest of the processes' values. The hosts communicate; the devices do not wait."""
 
-    def from_first(self, data: bytes) -> bytes:
-        """What process 0 has; what the others have is not looked at."""
+    def broadcast(self, data: bytes) -> bytes:
+        """Return process 0's data; that of the others is ignored."""
 
 
 @dataclass(frozen=True)
-class Alone:
-    """A world of one."""
+class SingleProcess:
+    """A group of one process."""
 
     rank: int = 0
     size: int = 1
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         return value
 
-    def from_first(self, data: bytes) -> bytes:
+    def broadcast(self, data: bytes) -> bytes:
         return data

@@ -69,9 +69,9 @@ class BackendPair:
         ]
         return BackendPair(*trainers)
 
-    def transferred(self, plan: Plan) -> BackendPair:
+    def apply_transfer(self, plan: Plan) -> BackendPair:
         """Return the model after a transfer that each backend applies by itself."""
-        return BackendPair(self.mlx.transferred(plan), self.torch.transferred(plan))
+        return BackendPair(self.mlx.apply_transfer(plan), self.torch.apply_transfer(plan))
 
 
 def compare_architectures(names: Sequence[str], seed: int) -> Iterator[ModelComparison]:
@@ -82,7 +82,7 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[ModelComp
         yield _compare(f"{name}, dense", dense, weights, seed)
         moe = experts_of(config, UPCYCLED[name]) if name in UPCYCLED else EXPERTS
         plan = plan_upcycling(config, moe, seed=seed)
-        upcycled, tokens_BT1 = dense.transferred(plan), boundary_tokens(config, seed)
+        upcycled, tokens_BT1 = dense.apply_transfer(plan), boundary_tokens(config, seed)
         claims = [
             *upcycling_claims(plan, weights, tokens_BT1, seed),
             *(
@@ -97,7 +97,7 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[ModelComp
         )  # upcycled experts are equal, so mistaking one for another would not show
         yield replace(_compare(f"{name}, experts", experts, weights, seed, (dense, upcycled)), claims=tuple(claims))
         plan = plan_growth(config, larger_model(config), seed=seed)
-        grown = experts.transferred(plan)
+        grown = experts.apply_transfer(plan)
         claims = [
             *growth_claims(plan, weights, tokens_BT1),
             execution_claim(plan, weights, grown.mlx, grown.torch),

@@ -134,7 +134,7 @@ SIZED: dict[str, Callable[[float], Mutation]] = {
     "one addition to the residual stream": _residual,
 }
 
-_MOE, _ATTENTION, _TRAINER = "torch_ref.moe", "torch_ref.attention", "torch_ref.trainer"
+_MOE, _ATTENTION, _STEP = "torch_ref.moe", "torch_ref.attention", "torch_ref.step"
 MUTATIONS: Sequence[Mutation] = (
     Mutation("norm ε 1e-6 -> 1e-8", "llama", {"norm_eps": 1e-8}),
     _theta(1e-5),
@@ -226,12 +226,12 @@ MUTATIONS: Sequence[Mutation] = (
     Mutation(
         "gates not renormalised",
         "llama+",
-        patch=(_MOE, "gate", lambda old: lambda logits, experts: logits.softmax(-1).gather(-1, experts)),
+        patch=(_MOE, "gate_weights", lambda old: lambda logits, experts: logits.softmax(-1).gather(-1, experts)),
     ),
     Mutation(
         "gates of equal weight",
         "llama+",
-        patch=(_MOE, "gate", lambda old: lambda logits, experts: old(logits * 0, experts)),
+        patch=(_MOE, "gate_weights", lambda old: lambda logits, experts: old(logits * 0, experts)),
     ),
     Mutation(
         "ties to the higher expert",
@@ -247,13 +247,13 @@ MUTATIONS: Sequence[Mutation] = (
     Mutation(
         "gates without a gradient",
         "llama+",
-        patch=(_MOE, "gate", lambda old: lambda logits, experts: old(logits, experts).detach()),
+        patch=(_MOE, "gate_weights", lambda old: lambda logits, experts: old(logits, experts).detach()),
         shows_in="train",
     ),
     Mutation(
         "balance coefficient 0.1 % too large",
         "llama+",
-        patch=(_TRAINER, "auxiliary_loss", lambda old: lambda routing, load, moe: old(routing, 1.001 * load, moe)),
+        patch=(_STEP, "auxiliary_loss", lambda old: lambda routing, load, moe: old(routing, 1.001 * load, moe)),
         shows_in="train",
     ),
     Mutation(

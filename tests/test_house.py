@@ -1,6 +1,7 @@
 """The rules of this project that a machine can check: who imports whom, how long files are, what is read back."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,96 @@ except InputError:
     loss, refused = in_new_python(code).split()
     assert 1 < float(loss) < 5
     assert refused == "refused"
+
+
+# What one backend has and the other has not, or has with other parameters, and why.
+UNLIKE = {
+    "attention.py": {
+        "MLX rotates by a kernel of its own": "rope no_rotation rotations _rotation_table",
+        "a mask of MLX is added, one of PyTorch chosen": "_visible",
+    },
+    "device.py": {
+        "each has a handle of its own for a device": "torch_device running_on on_its_device",
+        "MLX's allocator has a limit": "keep_freed_buffers",
+        "PyTorch's products are waited for by reading them": "_wait",
+    },
+    "distributed.py": {
+        "only PyTorch shards": "shard shard_optimizer local_optimizer full_tensor distribute_like ProcessGroup.sum",
+        "DistributedDataParallel is a module": "average_gradients",
+        "a tensor of PyTorch may be a slice, on a device": "to_numpy",
+    },
+    "layers.py": {
+        "MLX's is in functional.py, PyTorch's among its functions": "layer_norm",
+        "MLX has no modules that draw with a key": "dropout",
+        "PyTorch's modules draw weights when they are made": "Linear.reset_parameters",
+    },
+    "loss.py": {
+        "PyTorch knows whether gradients are needed; only its loss is compiled apart": "cross_entropy",
+        "gradients by mx.custom_function": "_forward _backward _sum _chunk_size _chunks wait_for",
+        "gradients by torch.autograd.Function": "_CrossEntropy _likelihood _compiled_likelihood _add_product",
+    },
+    "moe.py": {
+        "products take groups of rows, or the ends of groups": "ExpertLinear.__call__ Experts.__call__",
+        "MLX dispatches in one of two layouts": "Experts._ffn dispatch_sorted",
+        "PyTorch's products, and torch.compile around them": (
+            "ExpertLinear.stay_out_of_graphs ExpertLinear._products _one_by_one _ExpertProducts _Dispatched _Combined "
+            "_dispatched _combined"
+        ),
+    },
+    "optimizers.py": {
+        "each library's interface of an optimizer": (
+            "Muon.__init__ Muon.step Muon.init_single Muon.apply_single RuledParameter MultiOptimizer"
+        ),
+        "only PyTorch shards": "build_optimizer",
+        "only MLX's new weights stand beside the old ones": "update_groups",
+    },
+    "step.py": {
+        "MLX compiles": "TrainingStep._whole TrainingStep._by_stages TrainingStep._compile",
+        "DistributedDataParallel averages while it computes gradients": "TrainingStep._without_averaging",
+        "PyTorch has it": "global_norm",
+    },
+    "streaming.py": {
+        "PyTorch's arrays move to a device": "StreamedModel._array",
+        "MLX runs a generator's steps in contexts, and copies its head by parts": (
+            "StreamedModel._through StreamedModel._logits"
+        ),
+    },
+    "trainer.py": {
+        "MLX compiles, in a context": "Trainer._build Trainer._freeze Trainer._loss_of _float",
+        "PyTorch's tokens are pinned": "Trainer._tensor",
+    },
+    "transformer.py": {
+        "MLX's dropout takes keys": "Block.__call__ Block.attend Block.feed_forward _with_keys",
+        "only PyTorch's blocks are compiled, and draw weights when made": "Transformer.compile_blocks _embedding",
+    },
+    "__init__.py": {"PyTorch's compiler and threads": "place_compiler_cache _cores_are_taken"},
+}
+SAME_TYPES = {
+    r"\b(mx\.array|torch\.Tensor|Tensor)\b": "Array",
+    r"\b(mx\.Dtype|torch\.dtype)\b": "Dtype",
+    r"\b(mx|torch)\.float32\b": "float32",
+}
+
+
+def signatures(path):
+    """Names of all classes, functions and methods with their signatures, in the order of the file."""
+    found = {}
+
+    def visit(body, prefix):
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                found[prefix + node.name] = "class"
+                visit(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                name = prefix + {"forward": "__call__"}.get(node.name, node.name)
+                returns = ast.unparse(node.returns) if node.returns else None
+                signature = f"({ast.unparse(node.args)}) -> {returns}"
+                for pattern, same in SAME_TYPES.items():
+                    signature = re.sub(pattern, same, signature)
+                found[name] = signature
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return found
 
 
 @pytest.mark.parametrize("file", MIRRORED)

@@ -42,7 +42,7 @@ class KVCache:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def _with_room(self, buffer_BGCd: Tensor | None, new_BGTd: Tensor, length: int) -> Tensor:
-        """The buffer, or a copy in a larger one where it holds fewer than `length` tokens. C capacity."""
+        """Return the buffer, or a larger copy if it holds fewer than `length` tokens. C capacity."""
         if buffer_BGCd is not None and length <= buffer_BGCd.shape[2]:
             return buffer_BGCd
         batch, heads, _, width = new_BGTd.shape
@@ -75,14 +75,14 @@ def _rotation_table(
     return angles_Th.cos().float(), angles_Th.sin().float()
 
 
-def unrotated(x_BHTd: Tensor, offset: int, frequencies_h: Frequencies) -> Tensor:
+def no_rotation(x_BHTd: Tensor, offset: int, frequencies_h: Frequencies) -> Tensor:
     return x_BHTd
 
 
 POSITION_ENCODINGS: dict[str, Callable[[Tensor, int, Frequencies], Tensor]] = {
-    "learned_absolute": unrotated,  # added to the embeddings
+    "learned_absolute": no_rotation,  # added to the embeddings
     "rope": rope,
-    "none": unrotated,
+    "none": no_rotation,
 }
 
 
@@ -150,6 +150,6 @@ class Attention(nn.Module):
 
 
 def _normalized(norm: nn.RMSNorm, x_BHTd: Tensor) -> Tensor:
-    """In float32, like every norm."""
+    """Normalise in float32, like every norm."""
     normed_BHTd: Tensor = norm(x_BHTd.float())
     return normed_BHTd.to(x_BHTd.dtype)

@@ -1,4 +1,4 @@
-"""The loss, a chunk of tokens at a time: logits of a large vocabulary never all stand in memory.
+"""The loss by chunks of tokens: logits of a large vocabulary are never all in memory.
 
 B batch, T time, N tokens (B·T, or those of a chunk), D model, V vocabulary.
 """
@@ -16,7 +16,7 @@ from mlx_moe.kernel_sizes import TORCH_LOGITS
 
 
 def cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, compiled: bool = False) -> Tensor:
-    """The mean of −log softmax(x·Wᵀ) at the targets, (), float32 nats per token; products are taken in x's dtype.
+    """Return the mean of −log softmax(x·Wᵀ) at the targets, (), float32 nats per token. Products are in x's dtype.
 
     The gradients are computed along with the loss (Liger Kernel, Hsu et al. 2024), so that a chunk's logits are needed
     once; the graph serves for one backward pass. `compiled`: by torch.compile, but for the products.
@@ -36,30 +36,36 @@ class _CrossEntropy(torch.autograd.Function):
         likelihood = _compiled_likelihood() if compiled else _likelihood
         weight = weight_VD.to(x_ND.dtype)
         loss = torch.zeros((), device=x_ND.device)
-        by_x_ND = torch.empty_like(x_ND) if needs_gradients else x_ND
+        grad_x_ND = torch.empty_like(x_ND) if needs_gradients else x_ND
         trains_weight = needs_gradients and ctx.needs_input_grad[1]
-        by_weight_VD = torch.empty_like(weight_VD) if trains_weight else None
-        chunks = zip(x_ND.chunk(n_chunks), targets_N.chunk(n_chunks), by_x_ND.chunk(n_chunks), strict=True)
-        for i, (x, targets, by_x) in enumerate(chunks):
-            chunk_loss, by_logits_NV = likelihood(x @ weight.mT, targets, needs_gradients)
+        grad_weight_VD = torch.empty_like(weight_VD) if trains_weight else None
+        chunks = zip(x_ND.chunk(n_chunks), targets_N.chunk(n_chunks), grad_x_ND.chunk(n_chunks), strict=True)
+        for i, (x, targets, grad_x) in enumerate(chunks):
+            chunk_loss, grad_logits_NV = likelihood(x @ weight.mT, targets, needs_gradients)
             loss += chunk_loss
             if needs_gradients:
-                torch.mm(by_logits_NV, weight, out=by_x)
-                if by_weight_VD is not None:
-                    _add_product(by_weight_VD, by_logits_NV.mT, x, is_first=i == 0)
-        ctx.gradients = (by_x_ND, by_weight_VD) if needs_gradients else None
+                torch.mm(grad_logits_NV, weight, out=grad_x)
+                if grad_weight_VD is not None:
+                    _add_product(grad_weight_VD, grad_logits_NV.mT, x, is_first=i == 0)
+        ctx.gradients = (grad_x_ND, grad_weight_VD) if needs_gradients else None
         return loss.div_(len(x_ND))
 
     @staticmethod
-    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
-        by_x_ND, by_weight_VD = ctx.gradients
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x_ND, grad_weight_VD = ctx.gradients
         del ctx.gradients  # so that the weight's can become its parameter's without a copy
-        by_loss = by_loss / len(by_x_ND)
-        return by_x_ND.mul_(by_loss), None if by_weight_VD is None else by_weight_VD.mul_(by_loss), None, None, None
+        grad_loss = grad_loss / len(grad_x_ND)
+        return (
+            grad_x_ND.mul_(grad_loss),
+            None if grad_weight_VD is None else grad_weight_VD.mul_(grad_loss),
+            None,
+            None,
+            None,
+        )
 
 
 def _likelihood(logits_NV: Tensor, targets_N: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
-    """The sum of −log softmax at the targets, in float32; and its gradient where needed, in the dtype of the logits."""
+    """Return the sum of −log softmax at the targets in float32, and its gradient, if needed, in the logits' dtype."""
     log_probability_NV = logits_NV.log_softmax(dim=-1, dtype=torch.float32)
     targets_N1 = targets_N[:, None]
     loss = -log_probability_NV.gather(1, targets_N1).sum()
@@ -73,11 +79,11 @@ def _compiled_likelihood() -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Ten
     return torch.compile(_likelihood)
 
 
-def _add_product(sum_VD: Tensor, by_logits_VN: Tensor, x_ND: Tensor, is_first: bool) -> None:
-    """In float32, whatever the factors are."""
+def _add_product(sum_VD: Tensor, grad_logits_VN: Tensor, x_ND: Tensor, is_first: bool) -> None:
+    """Add a product to `sum_VD` in float32, whatever the dtype of the factors."""
     if x_ND.dtype is sum_VD.dtype:
-        sum_VD.addmm_(by_logits_VN, x_ND, beta=0 if is_first else 1)
+        sum_VD.addmm_(grad_logits_VN, x_ND, beta=0 if is_first else 1)
     elif is_first:
-        sum_VD.copy_(by_logits_VN @ x_ND)
+        sum_VD.copy_(grad_logits_VN @ x_ND)
     else:
-        sum_VD.add_(by_logits_VN @ x_ND)
+        sum_VD.add_(grad_logits_VN @ x_ND)

@@ -26,37 +26,37 @@ class Routing(NamedTuple):
 
 
 def choose_experts(router_logits_NE: Tensor, k: int) -> Tensor:
-    """The k experts of each token (N, K), by falling logit, ties to the lower index."""
+    """Choose the top-k experts of each token (N, K), by falling logit, ties to the lower index."""
     # topk leaves the order of equals open; a stable sort keeps the lower index first.
     return router_logits_NE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def gate(router_logits_NE: Tensor, experts_NK: Tensor) -> Tensor:
-    """The weights of the chosen experts, (N, K) float32: the softmax over their logits, which sums to 1."""
+def gate_weights(router_logits_NE: Tensor, experts_NK: Tensor) -> Tensor:
+    """Return the weights of the chosen experts, (N, K) float32: the softmax over their logits."""
     return router_logits_NE.gather(-1, experts_NK).softmax(dim=-1)
 
 
-def load(routing: Routing) -> Tensor:
-    """The share of the assignments that each expert takes, (E,) float32; sums to 1."""
+def expert_load(routing: Routing) -> Tensor:
+    """Return the share of assignments that each expert takes, (E,) float32; sums to 1."""
     experts_NK, n_experts = routing.experts_NK, routing.logits_NE.shape[-1]
     return F.one_hot(experts_NK, n_experts).float().mean(dim=(0, 1))
 
 
-def loads(routings: Sequence[Routing]) -> Tensor:
+def expert_loads(routings: Sequence[Routing]) -> Tensor:
     """Return the load of each of L layers, (L, E) float32."""
-    return torch.stack([load(routing) for routing in routings])
+    return torch.stack([expert_load(routing) for routing in routings])
 
 
-def entropy(routing: Routing) -> Tensor:
-    """Of the router's softmax over all experts, in nats, the mean over tokens, (); ln E for a router that is unsure."""
+def router_entropy(routing: Routing) -> Tensor:
+    """Return the mean router entropy per token (nats), (); ln(E) when the router is uniform."""
     log_probability_NE = routing.logits_NE.log_softmax(dim=-1)
     return -(log_probability_NE.exp() * log_probability_NE).sum(dim=-1).mean()
 
 
 def auxiliary_loss(routing: Routing, load_E: Tensor, config: MoEConfig) -> Tensor:
-    """α·E·Σ fᵢPᵢ (Switch, Fedus et al. 2021) + β·mean(logsumexp²) (ST-MoE, Zoph et al. 2022), for one layer.
+    """Return α·E·Σ fᵢPᵢ (Switch, Fedus et al. 2021) + β·mean(logsumexp²) (ST-MoE, Zoph et al. 2022) of one layer, ().
 
-    fᵢ is `load_E`, over the whole batch, of which `routing` may be a part.
+    fᵢ is `load_E`, the load over the whole batch; `routing` may be that of a part.
     """
     mean_probability_E = routing.logits_NE.softmax(dim=-1).mean(dim=0)
     balance = config.n_experts * (load_E * mean_probability_E).sum()
@@ -78,11 +78,11 @@ class ExpertLinear(nn.Module):
         self._one_by_one, self._grouped_mm = _one_by_one, F.grouped_mm
 
     def stay_out_of_graphs(self) -> None:
-        """Before torch.compile: of all these products PyTorch 2.13 can trace `grouped_mm` in bfloat16 only."""
+        """Keep products out of torch.compile, which traces `grouped_mm` in bfloat16 only (PyTorch 2.13)."""
         self._one_by_one, self._grouped_mm = _uncompiled(_one_by_one), _uncompiled(F.grouped_mm)
 
     def forward(self, x_AC: Tensor, expert_A: Tensor, end_E: Tensor) -> Tensor:
-        """Rows sorted by expert; the rows of expert e end before `end_E[e]`."""
+        """Multiply rows (A, in), sorted by expert; the rows of expert e end before `end_E[e]`."""
         y_AC = self._products(x_AC, self.weight, self.bias, expert_A, end_E)
         if not self._scale:
             return y_AC
@@ -126,20 +126,20 @@ class _ExpertProducts(torch.autograd.Function):
         return y_AC
 
     @staticmethod
-    def backward(ctx: Any, by_y_AC: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y_AC: Tensor) -> tuple[Tensor | None, ...]:
         x_AC, weight = ctx.saved_tensors
-        by_y_AC = by_y_AC.contiguous()
-        by_x_AC = torch.empty_like(x_AC)
-        by_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # frozen ones need none
-        by_bias = weight.new_empty(weight.shape[:2]) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        rows = (tensor.tensor_split(ctx.ends) for tensor in (by_y_AC, x_AC, by_x_AC))
-        for e, (by_y, x, by_x) in enumerate(zip(*rows, strict=True)):
-            torch.mm(by_y, weight[e], out=by_x)
-            if by_weight is not None:
-                torch.mm(by_y.mT, x, out=by_weight[e])
-            if by_bias is not None:
-                torch.sum(by_y, dim=0, out=by_bias[e])
-        return by_x_AC, by_weight, by_bias, None
+        grad_y_AC = grad_y_AC.contiguous()
+        grad_x_AC = torch.empty_like(x_AC)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # frozen ones need none
+        grad_bias = weight.new_empty(weight.shape[:2]) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        rows = (tensor.tensor_split(ctx.ends) for tensor in (grad_y_AC, x_AC, grad_x_AC))
+        for e, (grad_y, x, grad_x) in enumerate(zip(*rows, strict=True)):
+            torch.mm(grad_y, weight[e], out=grad_x)
+            if grad_weight is not None:
+                torch.mm(grad_y.mT, x, out=grad_weight[e])
+            if grad_bias is not None:
+                torch.sum(grad_y, dim=0, out=grad_bias[e])
+        return grad_x_AC, grad_weight, grad_bias, None
 
 
 class Experts(nn.Module):
@@ -153,7 +153,7 @@ class Experts(nn.Module):
         self._activate = ACTIVATIONS[config.activation]
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor | None = None) -> Tensor:
-        """The chosen experts' outputs, (N, K, D); with gates, their weighted sum, (N, D)."""
+        """Return the chosen experts' outputs, (N, K, D); with gates, their weighted sum, (N, D)."""
         expert_A, order_A = experts_NK.flatten().sort(stable=True)
         experts_E = torch.arange(self.down_proj.weight.shape[0], device=x_ND.device)
         end_E = torch.searchsorted(expert_A, experts_E, right=True).int()
@@ -175,9 +175,9 @@ class _Dispatched(torch.autograd.Function):
         return x_ND.index_select(0, order_A // place_NK.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, by_x_AD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_x_AD: Tensor) -> tuple[Tensor, None, None]:
         (place_NK,) = ctx.saved_tensors
-        return F.embedding_bag(place_NK, by_x_AD, mode="sum"), None, None
+        return F.embedding_bag(place_NK, grad_x_AD, mode="sum"), None, None
 
 
 class _Combined(torch.autograd.Function):
@@ -187,12 +187,12 @@ class _Combined(torch.autograd.Function):
         return F.embedding_bag(place_NK, y_AD, per_sample_weights=gates_NK.to(y_AD.dtype), mode="sum")
 
     @staticmethod
-    def backward(ctx: Any, by_y_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_AD, gates_NK, order_A, place_NK = ctx.saved_tensors
-        by_row_AD = by_y_ND.index_select(0, order_A // place_NK.shape[1])
-        by_gate_A = torch.linalg.vecdot(by_row_AD, y_AD).to(gates_NK.dtype)
+        grad_row_AD = grad_y_ND.index_select(0, order_A // place_NK.shape[1])
+        grad_gate_A = torch.linalg.vecdot(grad_row_AD, y_AD).to(gates_NK.dtype)
         gate_A = gates_NK.flatten()[order_A].to(y_AD.dtype)
-        return by_row_AD * gate_A[:, None], by_gate_A[place_NK], None, None
+        return grad_row_AD * gate_A[:, None], grad_gate_A[place_NK], None, None
 
 
 def _dispatched(x_ND: Tensor, order_A: Tensor, place_NK: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def _combined(y_AD: Tensor, gates_NK: Tensor, order_A: Tensor, place_NK: Tensor)
 
 
 class MoE(nn.Module):
-    """No token is dropped: every token goes through its K experts, and through a shared one where there is one."""
+    """A mixture of experts, and a shared one if the config has it. No token is dropped."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
@@ -216,12 +216,12 @@ class MoE(nn.Module):
         self._top_k = moe.top_k
 
     def forward(self, x_BTD: Tensor, experts_NK: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """`experts_NK` takes the place of the router's choice; the gates are still the router's."""
+        """Return the output (B, T, D) and the routing. `experts_NK` replaces the router's choice, not its gates."""
         x_ND = x_BTD.flatten(0, 1)
         logits_NE = self.router(x_ND.float())
         if experts_NK is None:
             experts_NK = choose_experts(logits_NE, self._top_k)
-        gates_NK = gate(logits_NE, experts_NK)
+        gates_NK = gate_weights(logits_NE, experts_NK)
         y_ND = self.experts(x_ND, experts_NK, gates_NK)
         if self.shared_expert is not None:
             y_ND = y_ND + self.shared_expert(x_ND)

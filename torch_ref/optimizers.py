@@ -13,7 +13,7 @@ from mlx_moe.parameters import Arrays, check_optimizer_state, optimizer_groups
 from mlx_moe.training.muon import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, SMALLEST_NORM, update_rms
 from mlx_moe.training.step_settings import StepSettings
 from torch_ref import place_compiler_cache
-from torch_ref.distributed import World, like, own_part, share_out
+from torch_ref.distributed import ProcessGroup, distribute_like, local_optimizer, shard_optimizer
 
 Array = Tensor
 
@@ -74,7 +74,9 @@ class RuledParameter(NamedTuple):
 class MultiOptimizer:
     """An optimizer for each rule, as one: [AdamW] or [Muon, AdamW]."""
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[RuledParameter], world: World):
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[RuledParameter], world: ProcessGroup
+    ):
         self.optimizers, self.parameters, self.world = optimizers, parameters, world
 
     @property
@@ -94,7 +96,7 @@ class MultiOptimizer:
             optimizer.step()
 
 
-def build_optimizer(parameters: Mapping[str, Array], settings: StepSettings, world: World) -> MultiOptimizer:
+def build_optimizer(parameters: Mapping[str, Array], settings: StepSettings, world: ProcessGroup) -> MultiOptimizer:
     """Return AdamW, or Muon and AdamW, for the trained parameters. The learning rate is 0 until each step sets it."""
     place_compiler_cache()  # the first optimizer of a process loads the compiler
     optimizer, strategy = settings.optimizer, settings.engine.strategy
@@ -105,16 +107,16 @@ def build_optimizer(parameters: Mapping[str, Array], settings: StepSettings, wor
         groups[group.rule].append({"params": params, "weight_decay": group.weight_decay})
         ruled += [RuledParameter(group.rule, name, parameters[name]) for name in group.names]
     adamw = {"lr": 0.0, "betas": optimizer.betas, "eps": optimizer.eps, "fused": True}
-    optimizers = [share_out(torch.optim.AdamW, groups["adamw"], adamw, world, strategy)]
+    optimizers = [shard_optimizer(torch.optim.AdamW, groups["adamw"], adamw, world, strategy)]
     if groups["muon"]:
-        optimizers.insert(0, share_out(Muon, groups["muon"], {"momentum": optimizer.momentum}, world, strategy))
+        optimizers.insert(0, shard_optimizer(Muon, groups["muon"], {"momentum": optimizer.momentum}, world, strategy))
     return MultiOptimizer(optimizers, ruled, world)
 
 
 def state_tensors(multi: MultiOptimizer) -> dict[str, Array]:
     """Return the tensors of `parameters.optimizer_table`, not copied; zeros before the first step."""
-    states = {parameter: state for one in multi.optimizers for parameter, state in own_part(one).state.items()}
-    is_sharded = any(own_part(one) is not one for one in multi.optimizers)
+    states = {parameter: state for one in multi.optimizers for parameter, state in local_optimizer(one).state.items()}
+    is_sharded = any(local_optimizer(one) is not one for one in multi.optimizers)
     tensors = {"step": torch.zeros(())}
     for rule, name, parameter in multi.parameters:
         state = states.get(parameter, {})  # PyTorch makes it in the first step
@@ -129,12 +131,14 @@ def state_tensors(multi: MultiOptimizer) -> dict[str, Array]:
 def load_optimizer_state(multi: MultiOptimizer, settings: StepSettings, arrays: Arrays) -> None:
     """Continue from a state that either backend wrote. Raises InputError if it is not of this model and optimizer."""
     check_optimizer_state(settings.model, settings.optimizer, arrays)
-    parts = [own_part(one) for one in multi.optimizers]
+    parts = [local_optimizer(one) for one in multi.optimizers]
     owner = {parameter: one for one in parts for group in one.param_groups for parameter in group["params"]}
     for rule, name, parameter in multi.parameters:
         if parameter not in owner:
             continue
-        state = {key: like(parameter, arrays[f"{moment}.{name}"]) for moment, key in STATE_KEYS[rule].items()}
+        state = {
+            key: distribute_like(parameter, arrays[f"{moment}.{name}"]) for moment, key in STATE_KEYS[rule].items()
+        }
         if rule == "adamw":
             state["step"] = torch.tensor(float(arrays["step"]), device=parameter.device)
         owner[parameter].state[parameter] = state

@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from mlx_moe.precision import LossScale
 from mlx_moe.training.step_settings import StepSettings
 from torch_ref.device import DTYPES
-from torch_ref.distributed import World, average_gradients, whole
+from torch_ref.distributed import ProcessGroup, average_gradients, to_numpy
 from torch_ref.loss import cross_entropy
-from torch_ref.moe import auxiliary_loss, entropy, loads
+from torch_ref.moe import auxiliary_loss, expert_loads, router_entropy
 from torch_ref.optimizers import build_optimizer
 from torch_ref.transformer import Transformer
 
@@ -37,7 +37,7 @@ class StepOutput(NamedTuple):
 class TrainingStep:
     """A model's training step with its optimizer and loss scale, whose states it changes."""
 
-    def __init__(self, model: Transformer, settings: StepSettings, world: World):
+    def __init__(self, model: Transformer, settings: StepSettings, world: ProcessGroup):
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.optimizer = build_optimizer(trained, settings, world)
         self.loss_scale = LossScale.of(settings.precision)
@@ -62,7 +62,7 @@ class TrainingStep:
                 gradients, part_losses, load_LE = self.gradients(part, load_LE, loss_scale / len(parts))
             losses.append(part_losses)
         gradients, norm = self.clip(gradients, loss_scale)
-        if not self.loss_scale.is_dynamic or self.loss_scale.accepts(float(whole(norm))):
+        if not self.loss_scale.is_dynamic or self.loss_scale.accepts(float(to_numpy(norm))):
             self.update(gradients)
         for parameter in gradients:
             parameter.grad = None  # frees memory for evaluating and saving
@@ -77,10 +77,10 @@ class TrainingStep:
         compiled = self.settings.engine.compile
         loss = tokens_loss = cross_entropy(x_BTD, self._model.head, tokens_BT1[:, 1:], compiled)
         if self.settings.model.moe:
-            load_LE = self._world.mean(loads(routings)) if load_LE is None else load_LE
+            load_LE = self._world.mean(expert_loads(routings)) if load_LE is None else load_LE
             for routing, load_E in zip(routings, load_LE, strict=True):
                 loss = loss + auxiliary_loss(routing, load_E, self.settings.model.moe)
-        return loss, torch.stack([loss, tokens_loss, *map(entropy, routings)]).detach(), load_LE
+        return loss, torch.stack([loss, tokens_loss, *map(router_entropy, routings)]).detach(), load_LE
 
     def gradients(
         self, tokens_BT1: Array, load_LE: Array | None, scale: Array | float
@@ -109,7 +109,7 @@ class TrainingStep:
     def load(self, tokens_BT1: Array) -> Array:
         """Return the share of each layer's assignments that each expert takes in a part of the batch, (L, E)."""
         _, routings = self._model(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
-        return loads(routings)
+        return expert_loads(routings)
 
     def _load_of_batch(self, parts: Sequence[Array], seeds: Sequence[int]) -> Array:
         """Return the load over all parts and processes."""

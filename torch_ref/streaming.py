@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from mlx_moe.config import ModelConfig
 from mlx_moe.device import Device
 from mlx_moe.parameters import Weights
 from mlx_moe.training.backend import Logits, RoutedLogits, Tokens
+from mlx_moe.training.streamed_weights import embed, forced_experts, head
 from torch_ref.device import choose_device, torch_device
 from torch_ref.layers import Norm
 from torch_ref.moe import Routing
@@ -25,7 +26,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class StreamedModel:
-    """`mlx_moe.training.backend.StreamedModel` on PyTorch; on the CPU, weights that lie in a file are not copied."""
+    """`mlx_moe.training.backend.StreamedModel` on PyTorch; on the CPU it copies no weights that lie in a file."""
 
     def __init__(self, config: ModelConfig, weights: Weights, device: str | Device = "auto"):
         self.config = config
@@ -34,12 +35,12 @@ class StreamedModel:
 
     def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
         normed_BTD, _ = self._below_the_head(tokens_BT, None)
-        head = self._head()
-        return (F.linear(normed_TD, head).cpu().numpy() for normed_TD in normed_BTD)
+        head_VD = self._array(head(self.config, self._weights))
+        return (F.linear(normed_TD, head_VD).cpu().numpy() for normed_TD in normed_BTD)
 
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
-        logits_BTV = F.linear(normed_BTD, self._head()).cpu().numpy()
+        logits_BTV = F.linear(normed_BTD, self._array(head(self.config, self._weights))).cpu().numpy()
         found = [(routing.logits_NE.cpu().numpy(), routing.experts_NK.cpu().numpy()) for routing in routings]
         return RoutedLogits.stack(logits_BTV, found)
 
@@ -54,24 +55,18 @@ class StreamedModel:
             x_BTD, _ = block.feed_forward(x_BTD)
 
     def _embedded(self, tokens_BT: Tokens) -> Tensor:
-        embedded_BTD = self._weights["embed_tokens.weight"][tokens_BT]
-        if self.config.position_encoding == "learned_absolute":
-            embedded_BTD += self._weights["embed_positions.weight"][: tokens_BT.shape[1]]
-        return torch.from_numpy(embedded_BTD).to(self._device)
+        return self._array(embed(self.config, self._weights, tokens_BT))
 
     @torch.no_grad()
     def _below_the_head(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None) -> tuple[Tensor, list[Routing]]:
         x_BTD, routings = self._embedded(tokens_BT), []
-        forced = {} if experts_LNK is None else dict(zip(self.config.expert_layers, experts_LNK, strict=True))
+        forced = forced_experts(self.config, experts_LNK)
         for layer in range(self.config.n_layers):
-            experts_NK = torch.from_numpy(forced[layer]).to(self._device) if layer in forced else None
+            experts_NK = self._array(forced[layer]) if layer in forced else None
             x_BTD, routing = self._block(layer)(x_BTD, None, experts_NK)
             if routing is not None:
                 routings.append(routing)
         return self._load(Norm, "norm.")(x_BTD), routings
-
-    def _head(self) -> Tensor:
-        return self._tensor("embed_tokens.weight" if self.config.weight_tying else "lm_head.weight")
 
     def _block(self, layer: int) -> Block:
         return self._load(partial(Block, layer=layer), f"layers.{layer}.")
@@ -79,8 +74,10 @@ class StreamedModel:
     def _load(self, kind: Callable[[ModelConfig], Module], prefix: str) -> Module:
         with torch.device("meta"):
             module = kind(self.config).eval()
-        module.load_state_dict({name: self._tensor(prefix + name) for name in module.state_dict()}, assign=True)
+        module.load_state_dict(
+            {name: self._array(self._weights[prefix + name]) for name in module.state_dict()}, assign=True
+        )
         return module
 
-    def _tensor(self, name: str) -> Tensor:
-        return torch.from_numpy(self._weights[name]).to(self._device)
+    def _array(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)

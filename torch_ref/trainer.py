@@ -1,4 +1,4 @@
-"""The model, its optimizers and one step, on PyTorch. B batch, T time, V vocabulary, L layers, E experts."""
+"""A model on PyTorch, and its training step. B batch, T time, V vocabulary, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mlx_moe.device import Device
 from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, local_batch
 from mlx_moe.training.step_settings import StepSettings, required, step_metrics
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 from torch_ref import place_compiler_cache
 from torch_ref.device import choose_device, has_bf16, torch_device
-from torch_ref.distributed import connect, gathered, shard, whole
+from torch_ref.distributed import connect, full_tensor, shard, to_numpy
 from torch_ref.loss import cross_entropy
-from torch_ref.moe import loads
+from torch_ref.moe import expert_loads
 from torch_ref.optimizers import load_optimizer_state, state_tensors
 from torch_ref.step import TrainingStep
 from torch_ref.transformer import Decoder, Transformer
@@ -76,19 +76,19 @@ class Trainer:
         return self._model
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
-        output = self._step(self._tensor(own_rows(self.world, tokens_BT1)), learning_rate, dropout_seed)
+        output = self._step(self._tensor(local_batch(self.world, tokens_BT1)), learning_rate, dropout_seed)
 
         def fetch_metrics() -> StepMetrics:
-            losses = whole(self.world.mean(output.losses))
-            load_LE = None if output.load_LE is None else whole(output.load_LE)
-            return step_metrics(losses, load_LE, float(whole(output.grad_norm)))
+            losses = to_numpy(self.world.mean(output.losses))
+            load_LE = None if output.load_LE is None else to_numpy(output.load_LE)
+            return step_metrics(losses, load_LE, float(to_numpy(output.grad_norm)))
 
         return fetch_metrics
 
     @torch.no_grad()
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
-        tokens = self._tensor(own_rows(self.world, tokens_BT1))
+        tokens = self._tensor(local_batch(self.world, tokens_BT1))
         x_BTD, _ = self._model(tokens[:, :-1], hidden_only=True)
         return self.world.mean(cross_entropy(x_BTD, self._model.head, tokens[:, 1:])).item()
 
@@ -120,30 +120,30 @@ class Trainer:
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()
         _, routings = self._model(self._tensor(tokens_BT), hidden_only=True)
-        return loads(routings).cpu().numpy() if routings else None
+        return expert_loads(routings).cpu().numpy() if routings else None
 
     def decoder(self) -> Decoder:
         self._model.eval()
-        return Decoder(self._model, self._torch_device)
+        return Decoder(self._model, self.device)
 
     def weights(self) -> Arrays:
-        return {name: whole(tensor) for name, tensor in self._model.state_dict().items()}
+        return {name: to_numpy(tensor) for name, tensor in self._model.state_dict().items()}
 
     def optimizer_state(self) -> Arrays:
-        state = {name: whole(tensor) for name, tensor in state_tensors(self._step.optimizer).items()}
+        state = {name: to_numpy(tensor) for name, tensor in state_tensors(self._step.optimizer).items()}
         return state | self._step.loss_scale.arrays()
 
-    def stored(self) -> tuple[Weights, Weights]:
+    def lazy_state(self) -> tuple[Weights, Weights]:
         if self.world.size > 1 or self._step.loss_scale.is_dynamic:
             return self.weights(), self.optimizer_state()
-        return _as_asked_for(self._model.state_dict()), _as_asked_for(state_tensors(self._step.optimizer))
+        return lazy(self._model.state_dict()), lazy(state_tensors(self._step.optimizer))
 
     def load_optimizer_state(self, state: Arrays) -> None:
         self._step.loss_scale.load(state)
         load_optimizer_state(self._step.optimizer, self._step.settings, without_loss_scale(state))
 
-    def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
-        source = {name: gathered(tensor) for name, tensor in self._model.state_dict().items()}
+    def apply_transfer(self, plan: Plan, carry: bool = False) -> Trainer:
+        source = {name: full_tensor(tensor) for name, tensor in self._model.state_dict().items()}
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
         trainer = Trainer(plan.target_config, weights, self._optimizer_config, self.device, self._engine)
         if carry:
@@ -165,7 +165,7 @@ class Trainer:
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
-    """The target tensor, by PyTorch; it shares no memory with the source. Pads and draws are the plan's."""
+    """Return the target tensor; it shares no memory with the source. The plan computes pads and draws."""
     if plan.source is None:
         return torch.from_numpy(plan.fresh())
     if plan.draw is not None:
@@ -184,5 +184,6 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
     return tensor.clone() if tensor is source[plan.source] else tensor
 
 
-def _as_asked_for(tensors: dict[str, Tensor]) -> Weights:
-    return StoredWeights(tensors, lambda name: whole(tensors[name]))
+def lazy(arrays: dict[str, Tensor]) -> Weights:
+    """Return arrays that are fetched from the device when they are asked for."""
+    return StoredWeights(arrays, lambda name: to_numpy(arrays[name]))

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.device import Device
 from mlx_moe.training.backend import Tokens
 from torch_ref.attention import Attention, KVCache, rotations
+from torch_ref.device import torch_device
 from torch_ref.layers import FFN, Linear, Norm
 from torch_ref.moe import ExpertLinear, MoE, Routing
 
@@ -39,20 +41,20 @@ class Block(nn.Module):
         return self.feed_forward(self.attend(x_BTD, cache, dtype), experts_NK, dtype)
 
     def attend(self, x_BTD: Tensor, cache: KVCache | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The residual stream after attention."""
+        """Return the residual stream after attention."""
         if self._pre_norm:
             return x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD).to(dtype), cache))
         after: Tensor = self.input_layernorm(x_BTD + self.dropout(self.self_attn(x_BTD.to(dtype), cache)))
         return after
 
     def ffn_input(self, x_BTD: Tensor) -> Tensor:
-        """What the FFN, or the router, reads of the residual stream after attention."""
+        """Return the FFN's or router's input, from the residual stream after attention."""
         return self.post_attention_layernorm(x_BTD) if self._pre_norm else x_BTD
 
     def feed_forward(
         self, x_BTD: Tensor, experts_NK: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Routing | None]:
-        """The residual stream after the block, from that after attention."""
+        """Return the residual stream after the block, from that after attention."""
         y_BTD, routing = self._feed_forward(self.ffn_input(x_BTD).to(dtype), experts_NK)
         x_BTD = x_BTD + self.dropout(y_BTD)
         return x_BTD if self._pre_norm else self.post_attention_layernorm(x_BTD), routing
@@ -82,11 +84,11 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         hidden_only: bool = False,
     ) -> tuple[Tensor, list[Routing]]:
-        """Returns (logits (B, T, V) in `dtype`, the routing of every MoE layer).
+        """Return (logits (B, T, V) in `dtype`, the routing of every MoE layer).
 
-        With a cache, tokens continue what it holds. `experts` forces the choices of these layers. Matrix products take
+        With a cache, tokens continue those in it. `experts` forces the choices of these layers. Matrix products take
         and give `dtype`; the residual stream, norms and routers stay in float32. `hidden_only` leaves the head out:
-        the first result is then what it would read, (B, T, D).
+        the first result is then the head's input, (B, T, D).
         """
         x_BTD = self.embed_tokens(tokens_BT)
         if self.embed_positions is not None:
@@ -110,11 +112,11 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """(V, D): the embeddings where they are tied."""
+        """Weights of the head, (V, D): the embeddings where they are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def compile_blocks(self) -> None:
-        """From now on by torch.compile, each block by itself: the second one finds the first one's code."""
+        """Compile each block by itself from now on: the second one finds the first one's code."""
         # Marked here and not where they are defined, since it takes two seconds to load the compiler.
         torch.compiler.assume_constant_result(rotations)
         for module in self.modules():
@@ -127,9 +129,9 @@ class Transformer(nn.Module):
 class Decoder:
     """`mlx_moe.training.backend.Decoder` on PyTorch."""
 
-    def __init__(self, model: Transformer, device: torch.device):
+    def __init__(self, model: Transformer, device: Device):
         self._model = model
-        self._device = device
+        self._device = torch_device(device)
         self._cache = [KVCache(model.context_length) for _ in model.layers]
 
     @property
@@ -144,5 +146,5 @@ class Decoder:
 
 
 def _embedding(n: int, d_model: int) -> nn.Embedding:
-    """Without initial weights of its own, as Linear."""
+    """Return an embedding without initial weights, as Linear has none."""
     return nn.Embedding.from_pretrained(torch.empty(n, d_model), freeze=False)

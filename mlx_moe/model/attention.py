@@ -42,7 +42,7 @@ class KVCache:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def _with_room(self, buffer_BGCd: mx.array | None, new_BGTd: mx.array, length: int) -> mx.array:
-        """The buffer, or a copy in a larger one where it holds fewer than `length` tokens. C capacity."""
+        """Return the buffer, or a larger copy if it holds fewer than `length` tokens. C capacity."""
         if buffer_BGCd is not None and length <= buffer_BGCd.shape[2]:
             return buffer_BGCd
         batch, heads, _, width = new_BGTd.shape
@@ -58,14 +58,14 @@ def rope(x_BHTd: mx.array, offset: int, frequencies_h: Frequencies) -> mx.array:
     return rotate(x_BHTd, offset, frequencies_h)
 
 
-def unrotated(x_BHTd: mx.array, offset: int, frequencies_h: Frequencies) -> mx.array:
+def no_rotation(x_BHTd: mx.array, offset: int, frequencies_h: Frequencies) -> mx.array:
     return x_BHTd
 
 
 POSITION_ENCODINGS: dict[str, Callable[[mx.array, int, Frequencies], mx.array]] = {
-    "learned_absolute": unrotated,  # added to the embeddings
+    "learned_absolute": no_rotation,  # added to the embeddings
     "rope": rope,
-    "none": unrotated,
+    "none": no_rotation,
 }
 
 
@@ -122,6 +122,6 @@ class Attention(nn.Module):
 
 
 def _normalized(norm: nn.RMSNorm, x_BHTd: mx.array) -> mx.array:
-    """In float32, like every norm."""
+    """Normalise in float32, like every norm."""
     normed_BHTd: mx.array = norm(x_BHTd.astype(mx.float32))
     return normed_BHTd.astype(x_BHTd.dtype)

@@ -64,6 +64,11 @@ def keep_freed_buffers() -> None:
     mx.set_cache_limit(CACHE_LIMIT_BYTES)
 
 
+def has_bf16(device: Device) -> bool:
+    """Return whether the device multiplies bfloat16: all of MLX's do."""
+    return True
+
+
 def measure_flops_per_s(precision: PrecisionName, device: str | Device = "auto") -> float:
     """Return the operations per second of a square matrix product, the median of half a second of them."""
     chosen = choose_device(device)

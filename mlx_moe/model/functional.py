@@ -17,6 +17,7 @@ from mlx_moe.model.cpu.attention import blocked_attention
 from mlx_moe.model.cpu.experts import block_products, gathered_products
 from mlx_moe.model.cpu.one_token import rotate_token, rotation
 
+FEW_NUMBERS = 2048  # as in decoding, where to start an operation takes longer than its numbers; this takes two
 FEW_ROWS = 16  # as in decoding, where calling so many functions from Python takes longer than BLAS saves
 
 
@@ -71,6 +72,8 @@ def gelu_tanh(x: mx.array) -> mx.array:
 @compute_in_float32_on_cpu
 def silu(x: mx.array) -> mx.array:
     """Return x·σ(x)."""
+    if x.size <= FEW_NUMBERS:
+        return x * mx.sigmoid(x)
     return elementwise.silu(x) if float32_on_cpu(x) else nn.silu(x)
 
 

@@ -47,7 +47,7 @@ FFN_TYPES: dict[str, Callable[[Projection, Activation], mx.array]] = {
 
 
 def dropout(x: mx.array, p: float, key: mx.array | None) -> mx.array:
-    """With a key, a block that is computed again for its gradient drops the same features again."""
+    """Drop features with probability p; with a key, a block computed again for its gradient drops the same ones."""
     return x if p == 0 else x * mx.random.bernoulli(1 - p, x.shape, key) / (1 - p)
 
 

@@ -1,4 +1,4 @@
-"""The loss, a chunk of tokens at a time: logits of a large vocabulary never all stand in memory.
+"""The loss by chunks of tokens: logits of a large vocabulary are never all in memory.
 
 B batch, T time, N tokens (B·T), C tokens of a chunk, D model, V vocabulary.
 """
@@ -15,7 +15,7 @@ from mlx_moe.model.functional import linear, logsumexp, on_cpu
 def cross_entropy(
     x_BTD: mx.array, weight_VD: mx.array, targets_BT: mx.array, needs_gradients: bool = False
 ) -> mx.array:
-    """The mean of −log softmax(x·Wᵀ) at the targets, (), float32 nats per token; products are taken in x's dtype.
+    """Return the mean of −log softmax(x·Wᵀ) at the targets, (), float32 nats per token. Products are in x's dtype.
 
     Gradients are computed along with the loss (Liger Kernel, Hsu et al. 2024), so a chunk's logits are needed once.
     """
@@ -27,26 +27,26 @@ def cross_entropy(
         return total / targets_N.size
     sums: list[mx.array] = []
     for x_CD, targets_C in _chunks(x_ND, weight_VD, targets_N):
-        sums.append(_sum(_after(x_CD, sums), weight_VD, targets_C))
+        sums.append(_sum(wait_for(x_CD, sums), weight_VD, targets_C))
     return mx.stack(sums).sum() / targets_N.size
 
 
 def _forward(x_ND: mx.array, weight_VD: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     differentiate = mx.value_and_grad(_sum, argnums=(0, 1))
     sums: list[mx.array] = []
-    by_x: list[mx.array] = []
-    by_weight_VD = mx.zeros_like(weight_VD)
+    grad_x: list[mx.array] = []
+    grad_weight_VD = mx.zeros_like(weight_VD)
     for x_CD, targets_C in _chunks(x_ND, weight_VD, targets_N):
-        chunk_sum, (by_x_CD, chunk_by_weight_VD) = differentiate(_after(x_CD, sums), weight_VD, targets_C)
-        by_weight_VD = by_weight_VD + chunk_by_weight_VD
-        by_x.append(by_x_CD)
-        sums.append(mx.depends(chunk_sum, [by_weight_VD, by_x_CD]))
-    return mx.stack(sums).sum(), mx.concatenate(by_x), by_weight_VD
+        chunk_sum, (grad_x_CD, chunk_grad_weight_VD) = differentiate(wait_for(x_CD, sums), weight_VD, targets_C)
+        grad_weight_VD = grad_weight_VD + chunk_grad_weight_VD
+        grad_x.append(grad_x_CD)
+        sums.append(mx.depends(chunk_sum, [grad_weight_VD, grad_x_CD]))
+    return mx.stack(sums).sum(), mx.concatenate(grad_x), grad_weight_VD
 
 
 def _backward(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> tuple[mx.array, ...]:
-    _, by_x_ND, by_weight_VD = outputs
-    return by_x_ND * cotangents[0].astype(by_x_ND.dtype), by_weight_VD * cotangents[0], mx.zeros_like(primals[2])
+    _, grad_x_ND, grad_weight_VD = outputs
+    return grad_x_ND * cotangents[0].astype(grad_x_ND.dtype), grad_weight_VD * cotangents[0], mx.zeros_like(primals[2])
 
 
 _sum_and_gradients = with_vjp(_forward, _backward)
@@ -67,6 +67,6 @@ def _chunks(x_ND: mx.array, weight_VD: mx.array, targets_N: mx.array) -> list[tu
     return list(zip(mx.split(x_ND, ends), mx.split(targets_N, ends), strict=True))
 
 
-def _after(x: mx.array, others: list[mx.array]) -> mx.array:
-    """`x`, not read before the others stand; else MLX may begin all chunks at once."""
+def wait_for(x: mx.array, others: list[mx.array]) -> mx.array:
+    """Make `x` depend on `others`, so that MLX runs the chunks one by one."""
     return mx.depends(x, others) if others else x

@@ -27,7 +27,7 @@ class Routing(NamedTuple):
 
 
 def choose_experts(router_logits_NE: mx.array, k: int) -> mx.array:
-    """The k experts of each token (N, K), by falling logit, ties to the lower index."""
+    """Choose the top-k experts of each token (N, K), by falling logit, ties to the lower index."""
     remaining_NE = mx.stop_gradient(router_logits_NE)
     chosen = []
     for _ in range(k):  # argmax takes the first of equals, which sorting need not
@@ -37,32 +37,32 @@ def choose_experts(router_logits_NE: mx.array, k: int) -> mx.array:
     return mx.concatenate(chosen, axis=-1).astype(mx.int32)
 
 
-def gate(router_logits_NE: mx.array, experts_NK: mx.array) -> mx.array:
-    """The weights of the chosen experts, (N, K) float32: the softmax over their logits, which sums to 1."""
+def gate_weights(router_logits_NE: mx.array, experts_NK: mx.array) -> mx.array:
+    """Return the weights of the chosen experts, (N, K) float32: the softmax over their logits."""
     return mx.softmax(mx.take_along_axis(router_logits_NE, experts_NK, axis=-1), axis=-1)
 
 
-def load(routing: Routing) -> mx.array:
-    """The share of the assignments that each expert takes, (E,) float32; sums to 1."""
+def expert_load(routing: Routing) -> mx.array:
+    """Return the share of assignments that each expert takes, (E,) float32; sums to 1."""
     experts_NK, n_experts = routing.experts_NK, routing.logits_NE.shape[-1]
     return (experts_NK[..., None] == mx.arange(n_experts)).astype(mx.float32).mean(axis=(0, 1))
 
 
-def loads(routings: Sequence[Routing]) -> mx.array:
+def expert_loads(routings: Sequence[Routing]) -> mx.array:
     """Return the load of each of L layers, (L, E) float32."""
-    return mx.stack([load(routing) for routing in routings])
+    return mx.stack([expert_load(routing) for routing in routings])
 
 
-def entropy(routing: Routing) -> mx.array:
-    """Of the router's softmax over all experts, in nats, the mean over tokens, (); ln E for a router that is unsure."""
+def router_entropy(routing: Routing) -> mx.array:
+    """Return the mean router entropy per token (nats), (); ln(E) when the router is uniform."""
     log_probability_NE = routing.logits_NE - mx.logsumexp(routing.logits_NE, axis=-1, keepdims=True)
     return -(mx.exp(log_probability_NE) * log_probability_NE).sum(axis=-1).mean()
 
 
 def auxiliary_loss(routing: Routing, load_E: mx.array, config: MoEConfig) -> mx.array:
-    """α·E·Σ fᵢPᵢ (Switch, Fedus et al. 2021) + β·mean(logsumexp²) (ST-MoE, Zoph et al. 2022), for one layer.
+    """Return α·E·Σ fᵢPᵢ (Switch, Fedus et al. 2021) + β·mean(logsumexp²) (ST-MoE, Zoph et al. 2022) of one layer, ().
 
-    fᵢ is `load_E`, over the whole batch, of which `routing` may be a part.
+    fᵢ is `load_E`, the load over the whole batch; `routing` may be that of a part.
     """
     mean_probability_E = mx.softmax(routing.logits_NE, axis=-1).mean(axis=0)
     balance = config.n_experts * (load_E * mean_probability_E).sum()
@@ -84,7 +84,7 @@ class ExpertLinear(nn.Module):
             self.lora_b = mx.zeros((n_experts, n_out, adapter.rank))
 
     def __call__(self, x: mx.array, expert: mx.array) -> mx.array:
-        """x (M, rows, in), one expert for each of the M groups of rows, in rising order."""
+        """Multiply x (M, rows, in) by one expert for each of the M groups of rows, in rising order."""
         y = expert_products(x, self.weight, expert)
         if "bias" in self:
             y = y + self.bias.astype(x.dtype)[expert][:, None]
@@ -104,7 +104,7 @@ class Experts(nn.Module):
         self._activate = ACTIVATIONS[config.activation]
 
     def __call__(self, x_ND: mx.array, experts_NK: mx.array) -> mx.array:
-        """The chosen experts' outputs, (N, K, D)."""
+        """Return the chosen experts' outputs, (N, K, D)."""
         dispatch = dispatch_padded if on_cpu() and experts_NK.size > MLX_EXPERT_ROWS else dispatch_sorted
         return dispatch(self._ffn, x_ND, experts_NK, self.down_proj.weight.shape[0])
 
@@ -114,7 +114,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """No token is dropped: every token goes through its K experts, and through a shared one where there is one."""
+    """A mixture of experts, and a shared one if the config has it. No token is dropped."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
@@ -125,12 +125,12 @@ class MoE(nn.Module):
         self._top_k = moe.top_k
 
     def __call__(self, x_BTD: mx.array, experts_NK: mx.array | None = None) -> tuple[mx.array, Routing]:
-        """`experts_NK` takes the place of the router's choice; the gates are still the router's."""
+        """Return the output (B, T, D) and the routing. `experts_NK` replaces the router's choice, not its gates."""
         x_ND = x_BTD.flatten(0, 1)
         logits_NE = self.router(x_ND.astype(mx.float32))
         if experts_NK is None:
             experts_NK = choose_experts(logits_NE, self._top_k)
-        gates_NK = gate(logits_NE, experts_NK)
+        gates_NK = gate_weights(logits_NE, experts_NK)
         y_NKD = self.experts(x_ND, experts_NK)
         y_ND = (y_NKD * gates_NK[..., None].astype(y_NKD.dtype)).sum(axis=1)
         if "shared_expert" in self:

@@ -15,9 +15,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_moe.model.device import DTYPES
-from mlx_moe.model.distributed import World
+from mlx_moe.model.distributed import ProcessGroup
 from mlx_moe.model.loss import cross_entropy
-from mlx_moe.model.moe import auxiliary_loss, entropy, loads
+from mlx_moe.model.moe import auxiliary_loss, expert_loads, router_entropy
 from mlx_moe.model.optimizers import build_optimizer, update_groups
 from mlx_moe.model.transformer import Transformer
 from mlx_moe.parameters import optimizer_groups
@@ -43,7 +43,7 @@ class TrainingStep:
     its stages is a graph.
     """
 
-    def __init__(self, model: Transformer, settings: StepSettings, world: World):
+    def __init__(self, model: Transformer, settings: StepSettings, world: ProcessGroup):
         self.optimizer = build_optimizer(dict(tree_flatten(model.trainable_parameters())), settings)
         self.loss_scale = LossScale.of(settings.precision)
         self.settings, self._model, self._world = settings, model, world
@@ -76,10 +76,10 @@ class TrainingStep:
         x_BTD, routings = self._model(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
         loss = tokens_loss = cross_entropy(x_BTD, self._model.head, tokens_BT1[:, 1:], needs_gradients=True)
         if self.settings.model.moe:
-            load_LE = self._world.mean(loads(routings)) if load_LE is None else load_LE
+            load_LE = self._world.mean(expert_loads(routings)) if load_LE is None else load_LE
             for routing, load_E in zip(routings, load_LE, strict=True):
                 loss = loss + auxiliary_loss(routing, load_E, self.settings.model.moe)
-        return loss, mx.stack([loss, tokens_loss, *map(entropy, routings)]), load_LE
+        return loss, mx.stack([loss, tokens_loss, *map(router_entropy, routings)]), load_LE
 
     def gradients(
         self, tokens_BT1: Array, load_LE: Array | None, scale: Array | float
@@ -113,7 +113,7 @@ class TrainingStep:
     def load(self, tokens_BT1: Array) -> Array:
         """Return the share of each layer's assignments that each expert takes in a part of the batch, (L, E)."""
         _, routings = self._model(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
-        return loads(routings)
+        return expert_loads(routings)
 
     def _whole(self, tokens_BT1: Array) -> tuple[Array, Array | None, Array]:
         gradients, losses, load_LE = self.gradients(tokens_BT1, None, 1.0)

@@ -20,6 +20,7 @@ from mlx_moe.model.moe import Routing
 from mlx_moe.model.transformer import Block
 from mlx_moe.parameters import Weights
 from mlx_moe.training.backend import Logits, RoutedLogits, Tokens
+from mlx_moe.training.streamed_weights import embed, forced_experts, head
 
 HEAD_ROWS = 8192  # words
 
@@ -27,7 +28,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class StreamedModel:
-    """`mlx_moe.training.backend.StreamedModel` on MLX; of weights that lie in a file, one layer is copied at a time."""
+    """`mlx_moe.training.backend.StreamedModel` on MLX; it copies one layer at a time of weights that lie in a file."""
 
     def __init__(self, config: ModelConfig, weights: Weights, device: str | Device = "auto"):
         self.config = config
@@ -38,13 +39,13 @@ class StreamedModel:
     @on_its_device
     def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
         normed_BTD, _ = self._below_the_head(tokens_BT, None)
-        head_VD, sequences = self._head(), list(normed_BTD)
+        head_VD, sequences = head(self.config, self._weights), list(normed_BTD)
         return (self._logits(normed_TD, head_VD) for normed_TD in sequences)
 
     @on_its_device
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
         normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
-        logits_BTV = self._logits(normed_BTD, self._head())
+        logits_BTV = self._logits(normed_BTD, head(self.config, self._weights))
         found = [(np.array(routing.logits_NE), np.array(routing.experts_NK)) for routing in routings]
         return RoutedLogits.stack(logits_BTV, found)
 
@@ -67,16 +68,13 @@ class StreamedModel:
         return x_BTD, read_ND
 
     def _embedded(self, tokens_BT: Tokens) -> mx.array:
-        embedded_BTD = self._weights["embed_tokens.weight"][tokens_BT]
-        if self.config.position_encoding == "learned_absolute":
-            embedded_BTD += self._weights["embed_positions.weight"][: tokens_BT.shape[1]]
-        return mx.array(embedded_BTD)
+        return mx.array(embed(self.config, self._weights, tokens_BT))
 
     def _below_the_head(
         self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None
     ) -> tuple[mx.array, list[Routing]]:
         x_BTD, routings = self._embedded(tokens_BT), []
-        forced = {} if experts_LNK is None else dict(zip(self.config.expert_layers, experts_LNK, strict=True))
+        forced = forced_experts(self.config, experts_LNK)
         for layer in range(self.config.n_layers):
             experts_NK = mx.array(forced[layer], mx.int32) if layer in forced else None
             x_BTD, routing = self._block(layer)(x_BTD, None, experts_NK)
@@ -86,21 +84,16 @@ class StreamedModel:
             mx.clear_cache()  # lets go of the layer
         return self._load(Norm, "norm.")(x_BTD), routings
 
-    def _head(self) -> NDArray[np.float32]:
-        """(V, D); mapped, where it lies in a file as float32."""
-        return self._weights["embed_tokens.weight" if self.config.weight_tying else "lm_head.weight"]
-
     def _block(self, layer: int) -> Block:
         return self._load(partial(Block, layer=layer), f"layers.{layer}.")
 
     def _load(self, kind: Callable[[ModelConfig], Module], prefix: str) -> Module:
         module = kind(self.config)
-        module.load_weights([(name, self._tensor(prefix + name)) for name, _ in tree_flatten(module.parameters())])
+        module.load_weights(
+            [(name, mx.array(self._weights[prefix + name])) for name, _ in tree_flatten(module.parameters())]
+        )
         module.eval()
         return module
-
-    def _tensor(self, name: str) -> mx.array:
-        return mx.array(self._weights[name])
 
     @on_its_device
     def _logits(self, normed: mx.array, head_VD: NDArray[np.float32]) -> Logits:

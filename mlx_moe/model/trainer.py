@@ -1,4 +1,4 @@
-"""The model, its optimizer and one compiled step, on MLX. B batch, T time, V vocabulary, L layers, E experts."""
+"""A model on MLX, and its training step. B batch, T time, V vocabulary, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.device import Device
 from mlx_moe.errors import InputError
-from mlx_moe.model.device import choose_device, keep_freed_buffers, on_its_device, running_on
+from mlx_moe.model.device import choose_device, has_bf16, keep_freed_buffers, on_its_device, running_on
 from mlx_moe.model.distributed import connect
 from mlx_moe.model.loss import cross_entropy
-from mlx_moe.model.moe import loads
+from mlx_moe.model.moe import expert_loads
 from mlx_moe.model.optimizers import load_optimizer_state, state_tensors
 from mlx_moe.model.step import TrainingStep
 from mlx_moe.model.transformer import Decoder, Transformer
 from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, own_rows
+from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, local_batch
 from mlx_moe.training.step_settings import StepSettings, required, step_metrics
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 
@@ -46,7 +46,7 @@ class Trainer:
         self.world = connect()
         self.device = choose_device(device)
         keep_freed_buffers()
-        self.precision = choose_precision(engine.precision, self.device, has_bf16=True)
+        self.precision = choose_precision(engine.precision, self.device, has_bf16(self.device))
         self._optimizer_config, self._engine = optimizer, engine
         with running_on(self.device):
             self._model = self._build(weights)
@@ -84,7 +84,7 @@ class Trainer:
 
     @on_its_device
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
-        output = self._step(mx.array(own_rows(self.world, tokens_BT1)), learning_rate, dropout_seed)
+        output = self._step(mx.array(local_batch(self.world, tokens_BT1)), learning_rate, dropout_seed)
 
         def fetch_metrics() -> StepMetrics:
             with running_on(self.device):
@@ -97,7 +97,7 @@ class Trainer:
     @on_its_device
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
-        tokens = mx.array(own_rows(self.world, tokens_BT1))
+        tokens = mx.array(local_batch(self.world, tokens_BT1))
         return _float(self.world.mean(self._loss(tokens)))
 
     def _loss_of(self, tokens_BT1: mx.array) -> mx.array:
@@ -129,7 +129,7 @@ class Trainer:
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()
         _, routings = self._model(mx.array(tokens_BT), hidden_only=True)
-        return np.array(loads(routings)) if routings else None
+        return np.array(expert_loads(routings)) if routings else None
 
     def decoder(self) -> Decoder:
         self._model.eval()
@@ -145,11 +145,11 @@ class Trainer:
         return state | self._step.loss_scale.arrays()
 
     @on_its_device
-    def stored(self) -> tuple[Weights, Weights]:
+    def lazy_state(self) -> tuple[Weights, Weights]:
         if self._step.loss_scale.is_dynamic:
             return self.weights(), self.optimizer_state()
         weights, state = dict(tree_flatten(self._model.parameters())), state_tensors(self._step.optimizer)
-        return _as_asked_for(weights), _as_asked_for(state)
+        return lazy(weights), lazy(state)
 
     @on_its_device
     def load_optimizer_state(self, state: Arrays) -> None:
@@ -157,7 +157,7 @@ class Trainer:
         load_optimizer_state(self._step.optimizer, self._step.settings, without_loss_scale(state))
 
     @on_its_device
-    def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
+    def apply_transfer(self, plan: Plan, carry: bool = False) -> Trainer:
         source = dict(tree_flatten(self._model.parameters()))
         weights = {tensor.target: apply_plan(tensor, source) for tensor in plan.tensors}
         trainer = Trainer(plan.target_config, weights, self._optimizer_config, self.device, self._engine)
@@ -171,7 +171,7 @@ class Trainer:
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
-    """The target tensor, by MLX. Pads and draws are computed by the plan, once for both backends."""
+    """Return the target tensor. The plan computes pads and draws, once for both backends."""
     if plan.source is None:
         return mx.array(plan.fresh())
     if plan.draw is not None:
@@ -189,7 +189,8 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
     return array
 
 
-def _as_asked_for(arrays: dict[str, mx.array]) -> Weights:
+def lazy(arrays: dict[str, mx.array]) -> Weights:
+    """Return arrays that are fetched from the device when they are asked for."""
     return StoredWeights(arrays, lambda name: np.array(arrays[name]))
 
 

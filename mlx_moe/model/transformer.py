@@ -51,7 +51,7 @@ class Block(nn.Module):
         dtype: mx.Dtype = mx.float32,
         dropout_key: mx.array | None = None,
     ) -> mx.array:
-        """The residual stream after attention."""
+        """Return the residual stream after attention."""
         p = self._dropout if self.training else 0.0
         if self._pre_norm:
             y_BTD = self.self_attn(self.input_layernorm(x_BTD).astype(dtype), cache)
@@ -60,7 +60,7 @@ class Block(nn.Module):
         return self.input_layernorm(x_BTD + dropout(y_BTD, p, dropout_key))
 
     def ffn_input(self, x_BTD: mx.array) -> mx.array:
-        """What the FFN, or the router, reads of the residual stream after attention."""
+        """Return the FFN's or router's input, from the residual stream after attention."""
         return self.post_attention_layernorm(x_BTD) if self._pre_norm else x_BTD
 
     def feed_forward(
@@ -70,7 +70,7 @@ class Block(nn.Module):
         dtype: mx.Dtype = mx.float32,
         dropout_key: mx.array | None = None,
     ) -> tuple[mx.array, Routing | None]:
-        """The residual stream after the block, from that after attention."""
+        """Return the residual stream after the block, from that after attention."""
         p = self._dropout if self.training else 0.0
         y_BTD, routing = self._feed_forward(self.ffn_input(x_BTD).astype(dtype), experts_NK)
         x_BTD = x_BTD + dropout(y_BTD, p, dropout_key)
@@ -108,11 +108,11 @@ class Transformer(nn.Module):
         dtype: mx.Dtype = mx.float32,
         hidden_only: bool = False,
     ) -> tuple[mx.array, list[Routing]]:
-        """Returns (logits (B, T, V) in `dtype`, the routing of every MoE layer).
+        """Return (logits (B, T, V) in `dtype`, the routing of every MoE layer).
 
-        With a cache, tokens continue what it holds. `experts` forces the choices of these layers. Matrix products take
+        With a cache, tokens continue those in it. `experts` forces the choices of these layers. Matrix products take
         and give `dtype`; the residual stream, norms and routers stay in float32. `hidden_only` leaves the head out:
-        the first result is then what it would read, (B, T, D).
+        the first result is then the head's input, (B, T, D).
         """
         x_BTD = self.embed_tokens(tokens_BT)
         if "embed_positions" in self:
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> mx.array:
-        """(V, D): the embeddings where they are tied."""
+        """Weights of the head, (V, D): the embeddings where they are tied."""
         return (self.lm_head if "lm_head" in self else self.embed_tokens).weight
 
 

@@ -21,7 +21,7 @@ from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Arrays, Weights
-from mlx_moe.processes import Alone, World
+from mlx_moe.processes import ProcessGroup, SingleProcess
 from mlx_moe.storage import checkpoint, jsonl, locks
 from mlx_moe.storage.atomic import (
     SYSTEM_FILES,
@@ -115,7 +115,7 @@ class RunFolder:
     """Every method that writes raises InputError where the disk does not let it, and names the last checkpoint."""
 
     path: Path
-    world: World = Alone()
+    world: ProcessGroup = SingleProcess()
     tracker: Tracker | None = None
     lock: int | None = None  # a file descriptor
     warn: Callable[[str], None] | None = None  # gets a line where rows of a log could not be read
@@ -326,13 +326,13 @@ class RunFolder:
         """What the first process reads."""
         if self.world.size == 1:
             return read()
-        return json.loads(self.world.from_first(json.dumps(read()).encode() if self._is_ours else b""))
+        return json.loads(self.world.broadcast(json.dumps(read()).encode() if self._is_ours else b""))
 
     def _arrays(self, arrays: Weights | None) -> Arrays:
         if self.world.size == 1:
             return dict(arrays or {})
         shapes = self._told(lambda: {name: array.shape for name, array in (arrays or {}).items()})
-        told = {name: self.world.from_first(arrays[name].tobytes() if arrays else b"") for name in shapes}
+        told = {name: self.world.broadcast(arrays[name].tobytes() if arrays else b"") for name in shapes}
         return {name: np.frombuffer(told[name], np.float32).reshape(shape) for name, shape in shapes.items()}
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:

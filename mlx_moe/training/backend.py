@@ -25,7 +25,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.extras import how_to_install, is_installed
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import Precision, PrecisionName
-from mlx_moe.processes import Alone, World
+from mlx_moe.processes import ProcessGroup, SingleProcess
 from mlx_moe.transfer.plan import Plan
 
 Tokens = NDArray[np.int32]
@@ -76,7 +76,7 @@ class Decoder(Protocol):
         """Append tokens; the logits (B, V) that follow the last one."""
 
 
-def own_rows(world: World, tokens_BT1: Tokens) -> Tokens:
+def local_batch(world: ProcessGroup, tokens_BT1: Tokens) -> Tokens:
     """A process's share of a global batch; all of one that does not come in equal shares."""
     share, rest = divmod(len(tokens_BT1), world.size)
     return tokens_BT1 if rest else tokens_BT1[world.rank * share : (world.rank + 1) * share]
@@ -95,7 +95,7 @@ class Trainer(Protocol):
     precision: Precision
 
     @property
-    def world(self) -> World: ...
+    def world(self) -> ProcessGroup: ...
 
     @property
     def module(self) -> Any:
@@ -126,12 +126,12 @@ class Trainer(Protocol):
     def optimizer_state(self) -> Arrays:
         """What `parameters.optimizer_table` names, and in fp16 the loss scale."""
 
-    def stored(self) -> tuple[Weights, Weights]:
+    def lazy_state(self) -> tuple[Weights, Weights]:
         """Weights and optimizer state to save: not copied, where that can be, but each array fetched when asked for."""
 
     def load_optimizer_state(self, state: Arrays) -> None: ...
 
-    def transferred(self, plan: Plan, carry: bool = False) -> Trainer:
+    def apply_transfer(self, plan: Plan, carry: bool = False) -> Trainer:
         """A new trainer on this device, with the plan applied to these weights.
 
         Its optimizer starts fresh; or, to `carry`, with these moments through the plan and the same count of steps.
@@ -214,11 +214,11 @@ class Backend:
         module: DeviceModule = self._module("device")
         return module
 
-    def connect(self) -> World:
+    def connect(self) -> ProcessGroup:
         """Meet the other processes of `torchrun` or `mlx.launch`; alone without them."""
         if self.name == "torch" and "WORLD_SIZE" not in os.environ:
-            return Alone()  # as PyTorch would say, without the seconds that it takes to load
-        world: World = self._module("distributed").connect()
+            return SingleProcess()  # as PyTorch would say, without the seconds that it takes to load
+        world: ProcessGroup = self._module("distributed").connect()
         return world
 
     def _module(self, name: str) -> Any:

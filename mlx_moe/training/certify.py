@@ -30,7 +30,7 @@ def certify(
     replay = partial(replay_routing, before, after) if before.config.moe and after.config.moe else None
 
     def floor(tokens_BT: Tokens) -> float:
-        return rounding_floor(before, before.transferred(plan_reordering(before.config)), tokens_BT)
+        return rounding_floor(before, before.apply_transfer(plan_reordering(before.config)), tokens_BT)
 
     models = partial(each_logits, before), partial(each_logits, after)
     return probe(

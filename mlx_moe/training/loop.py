@@ -171,7 +171,7 @@ def _validation_loss(
 
 
 def _save(log: RunLog, phase: Phase, trainer: Trainer, state: TrainerState, keep: int, stopwatch: _Stopwatch) -> None:
-    weights, optimizer_state = trainer.stored()
+    weights, optimizer_state = trainer.lazy_state()
     with stopwatch.stopped():
         for name, arrays in {"weights": weights, "optimizer's moments": optimizer_state}.items():
             if not all(np.isfinite(array).all() for array in arrays.values()):

@@ -19,7 +19,7 @@ from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
 from mlx_moe.errors import InputError, is_out_of_memory, one_line
 from mlx_moe.parameters import Weights, initialize, merged, start_adapters, table
 from mlx_moe.phases import Phase, get_phase, get_phases, phase_config, phase_state, start_phase, trained_model
-from mlx_moe.processes import Alone, World
+from mlx_moe.processes import ProcessGroup, SingleProcess
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.environment import environment, library_versions
 from mlx_moe.storage.identity import RunIdentity, changed_settings, differences
@@ -248,7 +248,7 @@ class Experiment:
     def save_start(self, trainer: Trainer) -> None:
         """Save the model that the run starts from, so that nothing else is needed to resume it."""
         phase = get_phase(self.run, self.run.first_phase)
-        weights, _ = trainer.stored()
+        weights, _ = trainer.lazy_state()
         state = phase_state(self.run, phase, 0, self.backend.name)
         self.folder.save(trainer.config, state, weights, None, self.run.training.keep_checkpoints)
 
@@ -262,7 +262,7 @@ class Experiment:
         plan = after.transfer.plan(plain.config, after.config, self.run.seed, routers)
         # What starts the run has no moments yet, and the adapters that have some end here.
         carry = self.run.optimizer.transfer == "carry" and phase >= self.run.first_phase and not self.run.lora.rank
-        grown = plain.transferred(plan, carry)
+        grown = plain.apply_transfer(plan, carry)
         limits, width, is_published = self.run.verification, trainer.config.context_length, self.run.start is not None
         width = min(width, PROBE_TOKENS) if is_published else width
         probes = fixed_windows(self.data.validation, limits.probe_sequences, width)
@@ -285,7 +285,7 @@ class Experiment:
         self.folder.log_event({"event": "boundary", "phase": phase + 1, **record})
         state = phase_state(self.run, after, 0, self.backend.name)
         grown = self._adapted(grown, phase + 1)
-        weights, optimizer_state = grown.stored()
+        weights, optimizer_state = grown.lazy_state()
         moments = optimizer_state if carry else None
         self.folder.save(grown.config, state, weights, moments, self.run.training.keep_checkpoints)
         return grown
@@ -301,7 +301,7 @@ class Experiment:
             dense = self.backend.streamed(config, weights, self.options.device)
             routers = centroid_routers(dense, phase, tokens_BT, self.run.seed)
             found = np.array(list(routers.values())).tobytes()
-        rows_LED = np.frombuffer(world.from_first(found), np.float32).reshape(-1, phase.n_experts, config.d_model)
+        rows_LED = np.frombuffer(world.broadcast(found), np.float32).reshape(-1, phase.n_experts, config.d_model)
         return dict(zip(after.model.expert_layers, rows_LED, strict=True))
 
     def _adapted(self, trainer: Trainer, phase: int) -> Trainer:
@@ -328,7 +328,7 @@ class Experiment:
         return self.backend.trainer(model, weights, self.run.optimizer, self.options.device, self.run.engine)
 
 
-def open_run(directory: Path, world: World = Alone()) -> RunConfig:
+def open_run(directory: Path, world: ProcessGroup = SingleProcess()) -> RunConfig:
     """The config of a run to resume. Raises InputError where there is none."""
     return RunFolder(directory, world).open()
 
@@ -348,7 +348,7 @@ def begin(
     return Experiment(run, folder, backend, options, console, data)
 
 
-def _check_batch(run: RunConfig, world: World) -> None:
+def _check_batch(run: RunConfig, world: ProcessGroup) -> None:
     batch_size, shares = run.training.batch_size, world.size * run.engine.accumulation_steps
     if batch_size % shares:
         raise InputError(

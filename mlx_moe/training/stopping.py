@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from mlx_moe.errors import Error
-from mlx_moe.processes import World
+from mlx_moe.processes import ProcessGroup
 
 # What they do by default. A shell starts its background jobs with SIGINT ignored, but who sends one means it; SIGHUP is
 # ignored where nohup asked for that.
@@ -36,9 +36,9 @@ class Interruption:
     received: int | None = None  # by this process
     number: int | None = None  # as all of them have heard
 
-    def came(self, world: World) -> bool:
+    def came(self, world: ProcessGroup) -> bool:
         """Whether one has come to any of the processes: all ask, at the same place, and all hear the same."""
-        self.number = world.largest(self.received or 0) or None
+        self.number = world.all_reduce_max(self.received or 0) or None
         return self.number is not None
 
     @property

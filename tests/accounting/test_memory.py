@@ -12,7 +12,7 @@ from mlx_moe.config import EngineConfig, MoEConfig, OptimizerConfig
 from mlx_moe.parameters import initialize, table
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.training.backend import choose_backend
-from torch_ref.moe import auxiliary_loss, load
+from torch_ref.moe import auxiliary_loss, expert_load
 from torch_ref.transformer import Transformer
 
 BACKENDS = ("mlx", "torch")
@@ -103,5 +103,5 @@ def kept_by_pytorch(config):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _, routings = model(tokens_BT1[:, :-1])
         for routing in routings:
-            auxiliary_loss(routing, load(routing), config.moe)
+            auxiliary_loss(routing, expert_load(routing), config.moe)
     return sum(saved.values())

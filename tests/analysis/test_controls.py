@@ -19,7 +19,7 @@ def test_a_mixture_of_one_expert_trains_like_the_dense_model():
     tokens = np.random.default_rng(0).integers(0, 64, (8, 4, 17)).astype(np.int32)
     for step in range(2):
         dense.step(tokens[step], 1e-2, 0)()
-    one = dense.transferred(plan_upcycling(config, ONE), carry=True)
+    one = dense.apply_transfer(plan_upcycling(config, ONE), carry=True)
     for step in range(2, 8):
         losses = [trainer.step(tokens[step], 1e-2, 0)().loss for trainer in (dense, one)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.small_models import BACKENDS, EXPERTS, build, random_tokens, rough_weights, small_model
 
-from mlx_moe.inference.decoding import generate_tokens
+from mlx_moe.inference.decoding import generate_text, generate_tokens, stream_generate
 from mlx_moe.inference.sampling import Sampling
 
 MODELS = [
@@ -17,6 +17,7 @@ MODELS = [
     for name, fields in (("gpt2", {}), ("smollm", {}), ("simple", {"position_encoding": "none"}))
     for moe in (None, EXPERTS)
 ]
+PENALTIES = Sampling(), Sampling(repetition_penalty=100.0)
 
 
 def eloquent(backend, config):
@@ -80,3 +81,34 @@ def test_generation_stops(backend):
     assert list(itertools.islice(generate_tokens(trainer, [1, 2, 3], 10**9), 3)) == list(
         generate_tokens(trainer, [1, 2, 3], 3)
     )
+
+
+class WithHoles:
+    """A tokenizer of which only some ids have a token; its text is their numbers."""
+
+    ids, eot_id = frozenset({0, 3, 4, 7, 20}), 20
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids):
+        return "".join(f"{i} " for i in ids)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(5.0), Sampling(1.0, top_k=4, top_p=0.99)], ids=str)
+def test_ids_that_the_tokenizer_lacks_are_never_written(backend, sampling):
+    trainer = eloquent(backend, small_model("llama", context_length=16))
+    assert trainer.config.vocab_size > 21
+    assert not set(generate_tokens(trainer, [3, 4], 30, sampling)) <= WithHoles.ids
+    text = generate_text(trainer, WithHoles(), "3 4", 30, sampling)
+    assert set(map(int, text.split())) <= WithHoles.ids - {20}
+    assert "".join(stream_generate(trainer, WithHoles(), "3 4", 30, sampling)) == text
+
+
+def test_the_penalty_counts_the_prompt_and_all_that_was_written():
+    trainer = eloquent("torch", small_model("llama", context_length=16))
+    n = trainer.config.vocab_size // 4
+    plain, penalized = (list(generate_tokens(trainer, [1, 2], n, sampling)) for sampling in PENALTIES)
+    assert len(set(penalized)) > len(set(plain))
+    assert len({1, 2, *penalized}) == n + 2

@@ -121,7 +121,5 @@ def test_logits_of_damaged_weights_are_refused(wrong):
 )
 def test_values_out_of_range_are_refused(field, values):
     for value in values:
-        with pytest.raises(
-            InputError, match=rf"^--{field.replace('_', '-')} .*: must be from|: must be 0|: must be above"
-        ):
+        with pytest.raises(InputError, match=f"^--{field.replace('_', '-')} .*: must be "):
             Sampling(**{field: value})

@@ -68,7 +68,7 @@ def mlx_gradients(config, weights, batch):
     def loss(tokens):
         logits, routings = model(tokens[:, :-1])
         auxiliary = [
-            mlx_moe.model.moe.auxiliary_loss(routing, mlx_moe.model.moe.load(routing), config.moe)
+            mlx_moe.model.moe.auxiliary_loss(routing, mlx_moe.model.moe.expert_load(routing), config.moe)
             for routing in routings
         ]
         return mlx.nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean") + sum(auxiliary)
@@ -82,7 +82,9 @@ def torch_gradients(config, weights, batch):
     model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
     tokens = torch.from_numpy(batch).long()
     logits, routings = model(tokens[:, :-1])
-    auxiliary = [torch_ref.moe.auxiliary_loss(routing, torch_ref.moe.load(routing), config.moe) for routing in routings]
+    auxiliary = [
+        torch_ref.moe.auxiliary_loss(routing, torch_ref.moe.expert_load(routing), config.moe) for routing in routings
+    ]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + sum(auxiliary)
     loss.backward()
     return loss.item(), {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
@@ -186,14 +188,14 @@ def test_plans_are_the_same_to_the_bit(name):
     plan = plan_upcycling(config, EXPERTS, seed=4)
     check_plan(pair, plan)
     check_plan(pair, plan_growth(config, larger_model(config), seed=4))
-    upcycled = pair.transferred(plan)
+    upcycled = pair.apply_transfer(plan)
     for split in ("uneven", "even"):
         check_plan(upcycled, plan_growth(plan.target_config, larger_model(plan.target_config), split, seed=4))
 
 
 def check_plan(pair, plan):
     expected = apply(plan, pair.torch.weights())
-    moved = pair.transferred(plan)
+    moved = pair.apply_transfer(plan)
     for trainer in (moved.mlx, moved.torch):
         assert trainer.config == plan.target_config
         weights = trainer.weights()
@@ -208,7 +210,7 @@ def test_a_transferred_trainer_is_one_of_its_own(backend):
     config = small_model("gpt2")
     before = build(backend, config)
     weights = before.weights()
-    after = before.transferred(plan_upcycling(config, EXPERTS))
+    after = before.apply_transfer(plan_upcycling(config, EXPERTS))
     after.step(random_tokens(config), LEARNING_RATE, dropout_seed=0)()
     assert all(np.array_equal(weights[name], array) for name, array in before.weights().items())
     assert not np.array_equal(weights["embed_tokens.weight"], after.weights()["embed_tokens.weight"])

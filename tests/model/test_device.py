@@ -31,8 +31,8 @@ CALLS = {
     "decoder": lambda trainer: trainer.decoder()(TOKENS[:, :4]),
     "weights": lambda trainer: trainer.weights(),
     "optimizer_state": lambda trainer: trainer.load_optimizer_state(trainer.optimizer_state()),
-    "stored": lambda trainer: [dict(arrays) for arrays in trainer.stored()],
-    "transferred": lambda trainer: trainer.transferred(PLAN, carry=True),
+    "stored": lambda trainer: [dict(arrays) for arrays in trainer.lazy_state()],
+    "transferred": lambda trainer: trainer.apply_transfer(PLAN, carry=True),
 }
 
 

@@ -194,7 +194,7 @@ def test_inference_needs_no_optimizer(backend):
     assert trainer.loss(tokens) == expected.loss(tokens)
     assert np.array_equal(trainer.logits(tokens[:, :-1]), expected.logits(tokens[:, :-1]))
     plan = plan_growth(config, larger_model(config), seed=1)
-    for model in (trainer, trainer.transferred(plan)):
-        for call in (lambda model=model: model.step(tokens, 1e-3, 0), model.optimizer_state, model.stored):
+    for model in (trainer, trainer.apply_transfer(plan)):
+        for call in (lambda model=model: model.step(tokens, 1e-3, 0), model.optimizer_state, model.lazy_state):
             with pytest.raises(InputError, match="this trainer has no optimizer"):
                 call()

@@ -272,7 +272,7 @@ def test_a_random_router_learns_and_a_zero_router_never_does(name, backend):
     moe = MoEConfig(n_experts=4, top_k=2, load_balance_coefficient=0, z_loss_coefficient=0)
     batches = [random_tokens(config, n_columns=config.context_length + 1, seed=seed) for seed in range(4)]
     for router_init in ("random", "zero"):
-        trainer = dense.transferred(plan_upcycling(config, moe, router_init))
+        trainer = dense.apply_transfer(plan_upcycling(config, moe, router_init))
         born = router_gradients(backend, trainer.config, trainer.weights(), batches[0])
         # Identical experts: whoever is chosen, the output is the same.
         assert all(np.abs(gradient).max() < 1e-8 for gradient in born)

@@ -63,13 +63,13 @@ def test_a_trainer_carries_its_moments_or_starts_fresh(backend):
         for seed in range(3):
             trainer.step(random_tokens(config, n_columns=config.context_length + 1, seed=seed), 0.01, 0)()
         state = trainer.optimizer_state()
-        reset, carried = (trainer.transferred(plan, carry).optimizer_state() for carry in (False, True))
+        reset, carried = (trainer.apply_transfer(plan, carry).optimizer_state() for carry in (False, True))
         assert not any(array.any() for array in reset.values())
         assert carried["step"] == 3
         expected = carry_moments(plan, state, carried.keys())
         assert carried.keys() == expected.keys() == reset.keys()
         for name, array in carried.items():
             np.testing.assert_array_equal(array, expected[name])
-        after = trainer.transferred(plan, carry=True)
+        after = trainer.apply_transfer(plan, carry=True)
         after.step(random_tokens(plan.target_config, n_columns=config.context_length + 1), 0.01, 0)()
         assert after.optimizer_state()["step"] == 4

@@ -15,7 +15,7 @@ from mlx_moe.config import EngineConfig, OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import optimizer_groups, optimizer_table, table
 from mlx_moe.training.step_settings import StepSettings
-from torch_ref.distributed import World
+from torch_ref.distributed import ProcessGroup
 
 MUON = OptimizerConfig(name="muon", weight_decay=1.0)
 MODELS = [
@@ -93,7 +93,7 @@ def test_the_backends_step_alike_on_the_same_gradients(config, rule):
     mlx_optimizer = on_mlx.build_optimizer(dict(tree_flatten(mlx_weights)), settings)
     mlx_optimizer.learning_rate = LEARNING_RATE
     parameters = {name: torch.nn.Parameter(torch.tensor(array)) for name, array in weights.items()}
-    torch_optimizer = on_torch.build_optimizer(parameters, settings, World(0, 1))
+    torch_optimizer = on_torch.build_optimizer(parameters, settings, ProcessGroup(0, 1))
     torch_optimizer.learning_rate = LEARNING_RATE
     for seed in range(1, 5):
         gradients = {name: array * np.float32(1e-3) for name, array in rough_weights(config, seed).items()}

@@ -85,7 +85,7 @@ def test_the_backends_executions():
     config, weights = probe_model("nano", 0)
     plan = plan_upcycling(config, EXPERTS)
     dense = BackendPair.build(config, weights)
-    upcycled = dense.transferred(plan)
+    upcycled = dense.apply_transfer(plan)
     assert execution_claim(plan, weights, upcycled.mlx, upcycled.torch).passed
     one_bit = {name: array.copy() for name, array in weights.items()}
     one_bit["norm.weight"][0] = np.nextafter(one_bit["norm.weight"][0], np.float32(2))

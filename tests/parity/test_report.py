@@ -58,8 +58,8 @@ def test_json_says_how_to_get_it_again(mlxmoe):
 def test_the_first_wrong_module_is_said(mlxmoe, monkeypatch):
     import torch_ref.moe
 
-    gate = torch_ref.moe.gate
-    monkeypatch.setattr(torch_ref.moe, "gate", lambda logits, experts: gate(1.001 * logits, experts))
+    gate = torch_ref.moe.gate_weights
+    monkeypatch.setattr(torch_ref.moe, "gate_weights", lambda logits, experts: gate(1.001 * logits, experts))
     result = mlxmoe("parity", "--preset", "nano")
     assert result.code == 1
     assert "nano, experts: layers.0.mlp: torch's error is" in result.out

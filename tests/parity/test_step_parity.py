@@ -40,9 +40,9 @@ def gradient_of_gates_lost(gate):
 @pytest.mark.parametrize(
     ("module", "attribute", "change", "first"),
     [
-        ("torch_ref.moe", "gate", gradient_of_gates_lost, "gradient of layers.0.mlp.router.weight"),
+        ("torch_ref.moe", "gate_weights", gradient_of_gates_lost, "gradient of layers.0.mlp.router.weight"),
         (
-            "torch_ref.trainer",
+            "torch_ref.step",
             "auxiliary_loss",
             lambda old: lambda routing, load, moe: old(routing, load * 1.001, moe),
             "gradient of",

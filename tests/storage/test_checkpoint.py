@@ -90,7 +90,7 @@ def test_arrays_that_are_views_are_saved_as_they_look(tmp_path):
 def test_grown_experts_are_saved_as_they_are(tmp_path, backend):
     # MLX computes these in an order of axes of its own.
     small = choose_backend(backend).trainer(CONFIG, WEIGHTS, OptimizerConfig(), "cpu")
-    large = small.transferred(plan_growth(CONFIG, larger_model(CONFIG)))
+    large = small.apply_transfer(plan_growth(CONFIG, larger_model(CONFIG)))
     save(tmp_path / "step-0", large.config, STATE, large.weights(), None)
     loaded = load(tmp_path / "step-0").weights
     for name, array in large.weights().items():

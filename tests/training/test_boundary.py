@@ -30,7 +30,7 @@ def tied_weights():
 
 def grown(model):
     target = grow_config(model.config, d_model=72, n_layers=3)
-    return model.transferred(plan_growth(model.config, target, seed=1))
+    return model.apply_transfer(plan_growth(model.config, target, seed=1))
 
 
 def certificate(before, after):

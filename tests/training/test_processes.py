@@ -12,7 +12,7 @@ import pytest
 
 from mlx_moe.errors import InputError
 from mlx_moe.presets import load_run
-from mlx_moe.processes import Alone
+from mlx_moe.processes import SingleProcess
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
@@ -109,7 +109,7 @@ def test_a_signal_stops_all_after_the_same_step(tmp_path):
 
 def test_a_batch_must_come_in_equal_shares(tmp_path):
     run = load_run("demo", overrides=["training.batch_size=12", "engine.accumulation_steps=4"])
-    folder = RunFolder(tmp_path / "run", Alone(size=2))
+    folder = RunFolder(tmp_path / "run", SingleProcess(size=2))
     with pytest.raises(InputError, match=r"batch_size 12 does not come in 8 equal parts: 2 processes times .* take 16"):
         begin(run, folder, choose_backend("torch"), 3, Options(), Console(quiet=True))
     assert not folder.path.exists()

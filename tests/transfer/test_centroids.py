@@ -71,7 +71,7 @@ def test_any_centroids_are_exact(how):
     assert logit_difference(config, arrays, plan.target_config, upcycled) < 2e-5
     for backend in ("mlx", "torch"):
         trainer = choose_backend(backend).trainer(config, arrays, device="cpu")
-        for name, array in trainer.transferred(plan).weights().items():
+        for name, array in trainer.apply_transfer(plan).weights().items():
             np.testing.assert_array_equal(array, upcycled[name])
 
 

@@ -76,7 +76,7 @@ def test_a_backend_chooses_whole_copies(backend, router_init):
     for granularity, n_experts in ((2, 3), (4, 5), (8, 8)):
         phase = UpcyclePhaseConfig(n_experts=n_experts, granularity=granularity, router_init=router_init)
         dense = choose_backend(backend).trainer(config, arrays, device="cpu")
-        upcycled = dense.transferred(plan_phase(config, phase, seed=0))
+        upcycled = dense.apply_transfer(plan_phase(config, phase, seed=0))
         chosen_LNK = upcycled.routed_logits(random_probes(config, 4)).experts_LNK
         copies_LNKG = np.sort(chosen_LNK, axis=-1).reshape(*chosen_LNK.shape[:2], -1, granularity)
         np.testing.assert_array_equal(
@@ -174,5 +174,5 @@ def test_both_backends_make_the_same(how):
     expected = apply(plan, arrays)
     for backend in ("mlx", "torch"):
         trainer = choose_backend(backend).trainer(config, arrays, device="cpu")
-        for name, array in trainer.transferred(plan).weights().items():
+        for name, array in trainer.apply_transfer(plan).weights().items():
             np.testing.assert_array_equal(array, expected[name])
