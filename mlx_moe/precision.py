@@ -1,4 +1,4 @@
-"""What a training step multiplies in, why, and what keeps float16 from underflowing.
+"""The precision of a training step's products, and the loss scale that keeps float16 from underflowing.
 
 ==== ==============================================================================
 fp32 everything in float32
@@ -49,7 +49,7 @@ def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device:
 
 
 def without_loss_scale(state: Arrays) -> Arrays:
-    """The optimizer's own part of a state, for the optimizer to check."""
+    """Return the optimizer's own part of a state, for the optimizer to check."""
     return {name: array for name, array in state.items() if name not in ("loss_scale", "good_steps")}
 
 

@@ -12,9 +12,9 @@ from mlx_moe.storage.atomic import cache_folder
 
 
 def place_compiler_cache() -> None:
-    """Let PyTorch's compiler, which makes a folder as it loads, make it beside our caches, where that can be done.
+    """Place the folder that PyTorch's compiler makes as it loads beside our caches, if that is possible.
 
-    By default it lies in the folder for temporary files and stays there.
+    By default it stays in the folder for temporary files.
     """
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         with contextlib.suppress(OSError, InputError):
@@ -24,7 +24,7 @@ def place_compiler_cache() -> None:
 
 
 def _cores_are_taken() -> bool:
-    """Whether more threads want to run at this moment than there are cores; False where the system does not say."""
+    """Return whether more threads want to run now than there are cores; False if the system does not say."""
     try:
         running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
     except (OSError, ValueError, IndexError):

@@ -19,7 +19,7 @@ from torch_ref.layers import ACTIVATIONS, FFN, FFN_TYPES, Linear
 
 
 class Routing(NamedTuple):
-    """One layer's choices: float32 logits (N, E), expert indices (N, K) by falling logit."""
+    """The routing of one layer: float32 logits (N, E), expert indices (N, K) by falling logit."""
 
     logits_NE: Tensor
     experts_NK: Tensor
@@ -111,7 +111,7 @@ def _one_by_one(x_AC: Tensor, weight: Tensor, bias: Tensor | None, end_E: Tensor
 
 
 class _ExpertProducts(torch.autograd.Function):
-    """One product per expert, with its bias in it, each written to where it belongs: what a dense layer costs."""
+    """A product for each expert, with its bias, written in place: it costs what a dense layer costs."""
 
     @staticmethod
     def forward(ctx: Any, x_AC: Tensor, weight: Tensor, bias: Tensor | None, ends: list[int]) -> Tensor:

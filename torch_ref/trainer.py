@@ -67,7 +67,7 @@ class Trainer:
 
     @cached_property
     def _step(self) -> TrainingStep:
-        """The step with its optimizer, built on first use: inference needs neither, nor the compiler that it loads."""
+        """The training step with its optimizer, built on first use: PyTorch loads its compiler for them."""
         settings = StepSettings(self.config, required(self._optimizer_config), self._engine, self.precision.name)
         return TrainingStep(self._model, settings, self.world)
 

@@ -20,7 +20,7 @@ from mlx_moe.parameters import FFN_INPUTS
 
 
 class Routing(NamedTuple):
-    """One layer's choices: float32 logits (N, E), expert indices (N, K) by falling logit."""
+    """The routing of one layer: float32 logits (N, E), expert indices (N, K) by falling logit."""
 
     logits_NE: mx.array
     experts_NK: mx.array

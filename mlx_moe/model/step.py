@@ -1,4 +1,4 @@
-"""One training step: losses → gradients → clip → update.
+"""A training step: losses → gradients → clip → update.
 
 B batch, T time, V vocabulary, L layers with experts, E experts.
 """
@@ -29,7 +29,7 @@ Gradients = Any  # a tree like the trained parameters
 
 
 class StepOutput(NamedTuple):
-    """What a step reports, on the device; `losses` (2 + L,): loss, cross entropy, router entropies."""
+    """A step's results, on the device; `losses` (2 + L,): loss, cross entropy, router entropies."""
 
     losses: Array
     load_LE: Array | None

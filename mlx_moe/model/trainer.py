@@ -55,7 +55,7 @@ class Trainer:
 
     @cached_property
     def _step(self) -> TrainingStep:
-        """The step with its optimizer, built on first use: inference needs neither."""
+        """The training step with its optimizer, built on first use: inference needs neither."""
         settings = StepSettings(self.config, required(self._optimizer_config), self._engine, self.precision.name)
         return TrainingStep(self._model, settings, self.world)
 

@@ -1,4 +1,4 @@
-"""What a backend must do, and which one a machine should use.
+"""The interface of a backend, and the choice of one for a machine.
 
 B batch, T time, V vocabulary, L layers, E experts.
 """
@@ -43,7 +43,7 @@ TRAINERS: dict[BackendName, str] = {"mlx": "mlx_moe.model.trainer", "torch": "to
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step. `loss` = `cross_entropy` (nats per token) + the auxiliary terms."""
+    """Metrics of an optimizer step. `loss` = `cross_entropy` (nats per token) + the auxiliary terms."""
 
     loss: float
     cross_entropy: float
@@ -73,11 +73,11 @@ class Decoder(Protocol):
     length: int  # tokens in the cache
 
     def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
-        """Append tokens; the logits (B, V) that follow the last one."""
+        """Append tokens. Returns the logits (B, V) after the last one."""
 
 
 def local_batch(world: ProcessGroup, tokens_BT1: Tokens) -> Tokens:
-    """A process's share of a global batch; all of one that does not come in equal shares."""
+    """Return a process's share of a global batch; all of a batch that does not divide evenly."""
     share, rest = divmod(len(tokens_BT1), world.size)
     return tokens_BT1 if rest else tokens_BT1[world.rank * share : (world.rank + 1) * share]
 
@@ -102,57 +102,57 @@ class Trainer(Protocol):
         """The `mlx.nn.Module` or `torch.nn.Module` that computes."""
 
     def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
-        """One step on a batch (B, T + 1). The metrics are fetched, and the device waited for, on calling the result."""
+        """Train on a global batch (B, T + 1). Calling the result waits for the device and returns the metrics."""
 
     def loss(self, tokens_BT1: Tokens) -> float:
-        """Mean cross entropy, nats per token, without dropout."""
+        """Return the mean cross entropy, nats per token, without dropout."""
 
     def logits(self, tokens_BT: Tokens) -> Logits:
-        """(B, T, V) float32, without dropout."""
+        """Return the logits (B, T, V), float32, without dropout."""
 
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
-        """Logits with the routing behind them; `experts_LNK` takes the place of the routers' choices."""
+        """Return the logits with their routing; `experts_LNK` replaces the routers' choices."""
 
     def module_output(self, name: str, *inputs: NDArray[Any]) -> NDArray[np.float32]:
-        """What one module, named like its parameters, makes of these inputs in fp32; of several results the first."""
+        """Return the output of one module, named like its parameters, in fp32; the first of several."""
 
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
-        """(L, E): the share of each layer's assignments that each expert takes; None in a dense model."""
+        """Return the share of each layer's assignments that each expert takes, (L, E); None in a dense model."""
 
     def decoder(self) -> Decoder: ...
 
     def weights(self) -> Arrays: ...
 
     def optimizer_state(self) -> Arrays:
-        """What `parameters.optimizer_table` names, and in fp16 the loss scale."""
+        """Return the tensors of `parameters.optimizer_table`, and in fp16 the loss scale."""
 
     def lazy_state(self) -> tuple[Weights, Weights]:
-        """Weights and optimizer state to save: not copied, where that can be, but each array fetched when asked for."""
+        """Return weights and optimizer state to save; each array is copied when asked for, if possible."""
 
     def load_optimizer_state(self, state: Arrays) -> None: ...
 
     def apply_transfer(self, plan: Plan, carry: bool = False) -> Trainer:
-        """A new trainer on this device, with the plan applied to these weights.
+        """Return a new trainer on this device, with the plan applied to these weights.
 
-        Its optimizer starts fresh; or, to `carry`, with these moments through the plan and the same count of steps.
+        Its optimizer starts fresh, or with `carry` from these moments through the plan and the same count of steps.
         """
 
     def peak_memory_bytes(self) -> int: ...
 
 
 class StreamedModel(Protocol):
-    """A model whose weights are fetched a layer at a time and let go again; float32, and nothing but the logits."""
+    """A model whose weights are fetched a layer at a time and freed again; float32, for inference."""
 
     config: ModelConfig
 
     def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
-        """One sequence's (T, V) after the other; all go through the layers together."""
+        """Yield the logits (T, V) of each sequence. All sequences go through the layers together."""
 
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
-        """As `Trainer.routed_logits`."""
+        """Return the same as `Trainer.routed_logits`."""
 
     def ffn_inputs(self, tokens_BT: Tokens, layers: Collection[int]) -> Iterator[NDArray[np.float32]]:
-        """What the FFNs of these layers read, or would a router in their place, (N, D) each, in rising order."""
+        """Yield the inputs (N, D) of these layers' FFNs, or of routers in their place, in rising order."""
 
 
 class TrainerFactory(Protocol):
@@ -210,19 +210,19 @@ class Backend:
 
     @property
     def device(self) -> DeviceModule:
-        """The backend's module `device`."""
+        """Load the backend's module `device`."""
         module: DeviceModule = self._module("device")
         return module
 
     def connect(self) -> ProcessGroup:
-        """Meet the other processes of `torchrun` or `mlx.launch`; alone without them."""
+        """Join the processes of `torchrun` or `mlx.launch`; a group of one without them."""
         if self.name == "torch" and "WORLD_SIZE" not in os.environ:
             return SingleProcess()  # as PyTorch would say, without the seconds that it takes to load
         world: ProcessGroup = self._module("distributed").connect()
         return world
 
     def _module(self, name: str) -> Any:
-        """A module of the backend. Raises InputError where its library would end the process for want of memory."""
+        """Load a module of the backend. Raises InputError if its library would end the process for want of memory."""
         package = TRAINERS[self.name].rpartition(".")[0]
         left = None if package in sys.modules else bytes_left()
         if left is not None and left < BYTES_TO_LOAD[self.name]:
@@ -234,12 +234,12 @@ class Backend:
 
 
 def launcher() -> tuple[str, BackendName] | None:
-    """The program that started this process beside others, and the backend that it is for; None of a process alone."""
+    """Return the program that started this process beside others, and its backend; None if there is none."""
     return next((found for variable, found in LAUNCHERS.items() if variable in os.environ), None)
 
 
 def choose_backend(requested: str = "auto") -> Backend:
-    """MLX on Apple Silicon, else PyTorch; or the one requested, or the one whose launcher started this process.
+    """Return MLX on Apple Silicon, else PyTorch; or the one requested, or the one whose launcher started this process.
 
     Raises InputError where it is not installed.
     """
@@ -270,7 +270,7 @@ def choose_backend(requested: str = "auto") -> Backend:
 
 @cache
 def peak_flops_per_s(backend: Backend, precision: PrecisionName, device: Device) -> float:
-    """The device's peak, where its name is known; else what large matrix products reach in half a second."""
+    """Return the device's peak if its name is known, else the measured rate of large matrix products."""
     machine = None if device.kind == "cpu" else machines.lookup(backend.device.device_name(device))
     if machine is not None:
         return machine.flops_per_s(precision)

@@ -1,1 +1,1 @@
-"""What MLX needs on a CPU only: a BLAS, vectorized functions, and gradients of its own kernels that are slow there."""
+"""Replacements for what is slow in MLX on a CPU: its BLAS, its elementwise kernels, and some of its gradients."""

@@ -26,7 +26,7 @@ def load_fast_blas() -> str:
 
 
 def threads() -> int | None:
-    """How many threads the loaded OpenBLAS takes; None without one."""
+    """Return the number of threads of the loaded OpenBLAS; None without one."""
     count = getattr(_openblas(), "openblas_get_num_threads", None)
     return None if count is None else int(count())
 

@@ -116,7 +116,7 @@ def with_vjp(function: Callable[..., Any], vjp: Callable[..., Any]) -> Callable[
 def _with_gradient(
     function: Callable[[mx.array], mx.array], gradient: Callable[[mx.array, mx.array, mx.array], mx.array]
 ) -> Callable[[mx.array], mx.array]:
-    """`gradient` takes the input, the cotangent and the output; bit casts have none of their own."""
+    """Give a function a gradient, which bit casts lack. `gradient` takes the input, the cotangent and the output."""
     return with_vjp(mx.compile(function), mx.compile(gradient))
 
 
