@@ -1,4 +1,4 @@
-"""What a training step multiplies in, why, and what keeps float16 from underflowing.
+"""Precision of a training step's matrix products, and float16's loss scaling.
 
 ==== ==============================================================================
 fp32 everything in float32
@@ -6,7 +6,7 @@ bf16 matrix products in bfloat16: projections, attention, experts, head
 fp16 the same in float16, with the loss scaled up so that small gradients survive
 ==== ==============================================================================
 
-In all of them the weights, the residual stream, norms, routers, softmax, loss, the weights' gradients and the moments
+In all three, the weights, the residual stream, norms, routers, softmax, loss, the weights' gradients and the moments
 are float32, and so is everything outside a step: evaluation, certificates, generation.
 """
 
@@ -22,20 +22,20 @@ from mlx_moe.parameters import Arrays
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
-GROWTH_INTERVAL = 2000  # steps without an overflow, after which the scale doubles (PyTorch's GradScaler)
+GROWTH_INTERVAL = 2000  # overflow-free steps after which the scale doubles (PyTorch's GradScaler)
 LARGEST_SCALE = 2.0**24
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A chosen precision, and the reason in words."""
+    """A chosen precision, and the reason for it."""
 
     name: PrecisionName
     reason: str
 
 
 def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device: Device, has_bf16: bool) -> Precision:
-    """Return the precision that `engine.precision` means on a device."""
+    """Resolve `engine.precision` on a device."""
     if requested != "auto":
         return Precision(requested, f"{requested} as asked for")
     if device.kind == "cpu":
@@ -48,27 +48,29 @@ def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device:
 
 
 def without_loss_scale(state: Arrays) -> Arrays:
-    """The optimizer's own part of a state, for the optimizer to check."""
+    """Return the state without the loss scale, for the optimizer to check."""
     return {name: array for name, array in state.items() if name not in ("loss_scale", "good_steps")}
 
 
 @dataclass
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018): halved when a gradient overflows, and that step is left out;
-    doubled after GROWTH_INTERVAL steps in which none did."""
+    """Dynamic loss scaling (Micikevicius et al. 2018).
+
+    Halved when a gradient overflows, and that step is skipped; doubled after GROWTH_INTERVAL steps without overflow.
+    """
 
     scale: float = 2.0**16
     good_steps: int = 0
 
     def arrays(self) -> Arrays:
-        """What a checkpoint keeps, beside the optimizer's state."""
+        """Return the arrays that a checkpoint keeps beside the optimizer's state."""
         return {
             "loss_scale": np.array(self.scale, np.float32),
             "good_steps": np.array(self.good_steps, np.float32),
         }
 
     def load(self, state: Arrays) -> None:
-        """Go on from a checkpoint; one of another precision leaves the scale as it is."""
+        """Restore from a checkpoint; a checkpoint of another precision leaves the scale unchanged."""
         self.scale = float(state.get("loss_scale", self.scale))
         self.good_steps = int(state.get("good_steps", self.good_steps))
 

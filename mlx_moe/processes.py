@@ -1,4 +1,4 @@
-"""The processes that train together: what a process asks of the others, and a process alone."""
+"""Processes that train together: the collectives they need, and the single process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class World(Protocol):
-    """The processes that train together, this one among them; process 0 alone reads and writes the run's folder."""
+    """Group of processes that train together; process 0 alone reads and writes the run's folder."""
 
     @property
     def rank(self) -> int: ...
@@ -16,15 +16,15 @@ class World(Protocol):
     def size(self) -> int: ...
 
     def largest(self, value: int) -> int:
-        """The largest of the processes' values; asks the hosts and leaves the devices alone."""
+        """Return the maximum over the processes; communicates between hosts, not devices."""
 
     def from_first(self, data: bytes) -> bytes:
-        """What process 0 has; what the others have is not looked at."""
+        """Return process 0's data; the arguments of the others are ignored."""
 
 
 @dataclass(frozen=True)
 class Alone:
-    """A world of one."""
+    """A group of one process."""
 
     rank: int = 0
     size: int = 1

@@ -64,7 +64,7 @@ def wait_for(path: Path, shared: bool = False) -> int:
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
-    """Lock the path `path`, which need not exist, by a hidden lock file beside it that is deleted at the end."""
+    """Lock `path`, which need not exist, by a hidden lock file beside it that is deleted at the end."""
     lock = lock_file(path)
     while True:
         os.close(os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))

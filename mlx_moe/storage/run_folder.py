@@ -165,7 +165,7 @@ class RunFolder:
             )
 
     def hold(self) -> None:
-        """Lock the folder until `close` or the end of the process. Raises InputError if another process holds the lock."""
+        """Lock the folder until `close` or the process's end. Raises InputError if another process holds it."""
         if not self._is_ours or self.lock is not None or not self.path.is_dir():
             return
         try:
