@@ -150,7 +150,7 @@ def _default_d_ff(data: dict[str, Any]) -> int:
 
 
 class ModelConfig(Frozen):
-    """One architecture. `n_kv_heads`, `head_dim`, `d_ff` and `attention_bias` are derived from the rest if omitted."""
+    """An architecture. `n_kv_heads`, `head_dim`, `d_ff` and `attention_bias` are derived from the rest if omitted."""
 
     architecture: Text = "simple"
     vocab_size: Whole = Field(50257, ge=2, le=MAX_VOCAB_SIZE)

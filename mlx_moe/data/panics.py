@@ -1,4 +1,4 @@
-"""One-line errors from the tokenizers library, without the output of Rust.
+"""Errors of the tokenizers library as one line, without Rust's own output.
 
 A Rust panic is not an Exception, and prints a stack trace on standard error before it can be caught.
 """

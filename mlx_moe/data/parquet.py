@@ -99,7 +99,7 @@ def values(path: Path, file: ParquetFile, name: str) -> Iterator[str | None]:
 
 
 def _longest_repeated(path: Path, file: ParquetFile, group: int, column: int, name: str) -> int:
-    """Return an upper bound, in bytes, of the longest value that can be repeated at almost no cost; 0 if there is none."""
+    """Return an upper bound (bytes) of the longest value that can be repeated for free; 0 if there is none."""
     import pyarrow
     from pyarrow import compute
     from pyarrow.parquet import ParquetFile

@@ -24,7 +24,7 @@ def stories(n: int, seed: int = 0) -> Iterator[str]:
 
 
 def story(index: int, seed: int = 0) -> str:
-    """Return one story of 60 to 200 words, its paragraphs separated by blank lines: a pure function of (seed, index)."""
+    """Return a story of 60 to 200 words, its paragraphs separated by blank lines: a pure function of (seed, index)."""
     teller = _Teller(seed, index)
     plot = teller.choose(PLOTS)
     teller.cast(plot)

@@ -291,7 +291,7 @@ def _build(folder: Path, wanted: _Wanted, progress: Callable[[str], None]) -> No
 
 @dataclass
 class _Split:
-    """One split while it is written."""
+    """A split while it is written."""
 
     file: BinaryIO
     documents: int = 0

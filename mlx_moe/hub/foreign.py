@@ -172,9 +172,7 @@ def _check_config(values: dict[str, Any], file: Path, tensors: Mapping[str, Stor
                 "it is not that of these weights"
             )
         if abs(value) > largest:
-            raise InputError(
-                f"{file}: {brief_name(place)} = {quoted(value)} is beyond all sizes; take at most {largest:,}"
-            )
+            raise InputError(f"{file}: {brief_name(place)} = {quoted(value)} is too large; take at most {largest:,}")
 
 
 def _every_key(values: Any, above: str = "") -> Iterator[tuple[str, str, Any]]:

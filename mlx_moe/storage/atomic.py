@@ -334,7 +334,7 @@ def _reported(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
-        raise InputError(f"{path} came into being in the meantime and was not changed; {remedy}") from None
+        raise InputError(f"{path} appeared meanwhile and was not changed; {remedy}") from None
     except OSError as error:
         if is_out_of_memory(error):
             raise

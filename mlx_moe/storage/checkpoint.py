@@ -270,7 +270,7 @@ def load_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         return _load_verified(path, Hold(path))
     if damaged:
         path, damage = damaged[0]
-        raise InputError(f"no checkpoint in {run} is whole; {path} {damage}; put back a copy, or begin another run")
+        raise InputError(f"no checkpoint in {run} is whole; {path} {damage}; restore a copy, or begin another run")
     return None
 
 
@@ -367,7 +367,7 @@ def _misplaced(path: Path) -> str | None:
 def verify(path: Path) -> None:
     """Raise InputError unless every file is there with the size and hash of the manifest."""
     if (damage := _damage(path)) is not None:
-        raise InputError(f"checkpoint {path} {damage}; take an earlier one, or put back a copy")
+        raise InputError(f"checkpoint {path} {damage}; take an earlier one, or restore a copy")
 
 
 def _damage(path: Path) -> str | None:

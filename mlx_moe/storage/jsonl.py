@@ -46,7 +46,7 @@ def read(path: Path, kind: Any | None = None, warn: Callable[[str], None] | None
         except InputError as error:
             bad.append(error.lines[0])
     if bad and warn is not None:
-        warn(f"{path}: {len(bad)} of {len(lines) - 1} lines are no rows and were left out; the first: {bad[0]}")
+        warn(f"{path}: {len(bad)} of {len(lines) - 1} lines are invalid and were left out; the first: {bad[0]}")
     return rows
 
 

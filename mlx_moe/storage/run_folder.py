@@ -81,7 +81,7 @@ def read_run(path: Path, values: dict[str, Any]) -> RunConfig:
     The model that a run started from may be gone: once the run's folder has a copy of the tokenizer, that is used.
     """
     if missing := [name for name in ("model", "data", "phases") if name not in values]:
-        raise InputError(f"{path / CONFIG} is not the whole config of a run: it has no {missing[0]}; put back a copy")
+        raise InputError(f"{path / CONFIG} is not the whole config of a run: it has no {missing[0]}; restore a copy")
     run = validate(RunConfig, values)
     own = path / TOKENIZER
     if run.start is None or not own.is_dir():
@@ -154,14 +154,14 @@ class RunFolder:
             return
         if not (self.path / DATA).is_file():
             if self.warn is not None and checkpoint.latest(self.path) is not None:
-                self.warn(f"{self.path / DATA} is missing, so nothing says whether these are the tokens of before")
+                self.warn(f"{self.path / DATA} is missing, so it cannot be checked that the tokens are unchanged")
             return
         before = read_record(Provenance, self.path / DATA)
         if [before.train.sha256, before.validation.sha256] != hashes:
             source = data.provenance["source"]["description"]
             raise InputError(
-                f"cannot resume {self.path}: {source} gives other tokens than the run began with ({DATA}); put the "
-                "text and the tokenizer back as they were, or begin another run"
+                f"cannot resume {self.path}: {source} gives other tokens than the run began with ({DATA}); "
+                "restore the text and the tokenizer, or begin another run"
             )
 
     def hold(self) -> None:

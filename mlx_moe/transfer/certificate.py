@@ -56,7 +56,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether both differences are within their limits; non-finite values never are."""
+        """True if both differences are within their limits; non-finite values never are."""
         largest = max(self.max_logit_difference, self.router_difference)
         finite = math.isfinite(self.max_logit_difference) and math.isfinite(self.router_difference)
         return finite and largest <= self.limit_logit_difference and abs(self.loss_jump) <= self.limit_loss_jump

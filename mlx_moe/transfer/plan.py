@@ -126,7 +126,7 @@ class Plan:
 
     @property
     def is_lossy(self) -> bool:
-        """Whether the transfer changes the model by design."""
+        """True if the transfer changes the model by design."""
         return any(tensor.draw is not None for tensor in self.tensors)
 
     def moments(self, power: int) -> Plan:
