@@ -1,8 +1,8 @@
-"""Greedy generation with a cache: ours on both backends beside mlx-lm's and transformers', on one model.
+"""Greedy generation with a cache: both our backends, mlx-lm and transformers on one model.
 
     python benchmarks/generation.py SmolLM2-135M [--tokens 64] [--prompt-tokens 16] [--rounds 5] [--only NAME,NAME]
 
-The model is a Hugging Face folder that all of them read. Each runs in a process of its own, in turns, float32. Prints
+The model is a Hugging Face folder that all of them read. Each runs in its own process, alternately, float32. Prints
 milliseconds for all tokens and their ratio to mlx-lm's, tokens per second, then JSON.
 """
 
