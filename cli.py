@@ -18,7 +18,7 @@ from mlx_moe.terminal import check_folders, describe_crash, prepare_streams
 from parity.commands import export, parity
 
 INTERRUPTED = 130
-MAX_MESSAGE = 200  # characters of what Typer says, which may quote what was given
+MAX_MESSAGE = 200  # characters of Typer's message, which may quote the user's input
 
 app = typer.Typer(
     help="Train a small language model, upcycle it to a mixture of experts, grow it: no loss spike, MLX or PyTorch.",
@@ -37,13 +37,13 @@ app.add_typer(data, name="data")
 
 
 def main() -> None:
-    """Run the command. Bad input is one line and exit code 2; whatever else goes wrong is one line, too."""
+    """Run the command. Bad input gives one line and exit code 2; all other errors give one line, too."""
     prepare_streams()
     try:
         check_folders()
         check_room_to_start()
         code = app(prog_name="mlxmoe", standalone_mode=False)
-        if code == INTERRUPTED:  # what Typer makes of Ctrl-C
+        if code == INTERRUPTED:  # Typer's exit code for Ctrl-C
             stop("interrupted", INTERRUPTED)
         sys.exit(code)
     except InputError as error:
@@ -52,14 +52,14 @@ def main() -> None:
         stop("interrupted", INTERRUPTED)
     except (SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # panics of libraries in Rust are no Exception
-        if hasattr(error, "format_message"):  # of Typer, which keeps its exceptions to itself
+    except BaseException as error:  # Rust panics do not derive from Exception
+        if hasattr(error, "format_message"):  # an exception of Typer, which does not export its classes
             _stop_usage(error)
         stop(*describe_crash(error))
 
 
 def _stop_usage(error: Any) -> NoReturn:
-    """End on arguments that no command takes: with one line, or with the help where there are none."""
+    """Exit on invalid arguments: with one line, or with the help if there are no arguments."""
     message, context = error.format_message(), getattr(error, "ctx", None)
     if "\n" in message:
         error.show()

@@ -1,11 +1,11 @@
-"""This checkout beside another one: what a user waits for at the start of a command, and in a step of training.
+"""Compare this checkout with another one: start-up of commands, and training steps.
 
     git worktree add ../before COMMIT
     python benchmarks/against.py ../before [--rounds 20] [--steps 200]
 
-Both run with this Python, each from its own folder, in turns: whole commands, and two runs of which one is halted while
-the other does five steps, so that what else the machine does falls on both. Prints for each the ratio of the medians,
-that of the lower quartiles, and JSON; below 1, this checkout is the faster one.
+Both run with this Python, each from its own folder, alternately: whole commands, and two runs, one of which is halted
+while the other does five steps, so that other load affects both. Prints the ratios of the medians and of the lower
+quartiles, and JSON; below 1, this checkout is faster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COMMANDS = {
     "the MLX backend": ["-c", "import mlx_moe.model.trainer"],
     "the PyTorch backend": ["-c", "import torch_ref.trainer"],
 }
-AT_ONCE = 5  # steps
+AT_ONCE = 5  # steps per measurement
 POLL_SECONDS = 0.001
 T = TypeVar("T")
 Seconds = defaultdict[tuple[str, str], list[float]]
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _in_turn(both: dict[str, T], a_round: int) -> list[tuple[str, T]]:
-    """Who goes first changes from round to round."""
+    """Return the items, alternating which goes first from round to round."""
     return list(both.items())[:: 1 if a_round % 2 else -1]
 
 
@@ -80,11 +80,11 @@ def _run(checkout: Path, command: list[str]) -> float:
 
 def _environment(checkout: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return inherited | {"PYTHONPATH": str(checkout)}  # with compiled files, as users have them after the first start
+    return inherited | {"PYTHONPATH": str(checkout)}  # with compiled files, as after a user's first start
 
 
 class _Run:
-    """A run of a checkout that is halted whenever nobody waits for its next steps."""
+    """A checkout's run, halted except while its next steps are timed."""
 
     def __init__(self, checkout: Path, folder: Path, backend: str, steps: int):
         settings = {"phases.dense.steps": steps, "training.log_every": AT_ONCE}
@@ -95,17 +95,17 @@ class _Run:
         self._process = subprocess.Popen(
             [*command, "--out", folder], cwd=checkout, env=_environment(checkout), stdout=subprocess.DEVNULL
         )
-        self._await_row()  # of the first step
+        self._await_row()  # the first step's row
         self.next_steps()
 
     def next_steps(self) -> float:
-        """Seconds of the next steps and the row that is logged of them."""
+        """Return the seconds until the next row of the log."""
         start = time.perf_counter()
         self._process.send_signal(signal.SIGCONT)
         return self._await_row() - start
 
     def _await_row(self) -> float:
-        """Halt the run when its next row is there; returns when that was."""
+        """Halt the run at its next row; return the time of that."""
         before = self._size()
         while self._size() == before:
             if self._process.poll() is not None:

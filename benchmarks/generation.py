@@ -1,4 +1,4 @@
-"""Greedy generation with a cache: ours on both backends beside mlx-lm's and transformers', on one model.
+"""Greedy generation with a cache: both our backends, mlx-lm and transformers on one model.
 
     python benchmarks/generation.py MODEL [--tokens 512] [--prompt-tokens 16] [--only NAME,NAME]
 

@@ -1,4 +1,4 @@
-"""Times functions in turns, so that what else the machine does falls on all of them alike."""
+"""Interleaved timing of functions, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def medians(functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """Seconds of each function, the median of `rounds`; each must wait for its own result."""
+    """Return the median seconds of each function over `rounds`; functions must wait for their own results."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for a_round in range(-warm_up, rounds):
         for name, function in functions.items():
@@ -25,7 +25,7 @@ def medians(functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: in
 
 
 def show(seconds: Mapping[str, float], over: str, **about: Any) -> None:
-    """A table of milliseconds and of ratios to the one named `over`; then all as one line of JSON."""
+    """Print a table of milliseconds and of ratios to the function named `over`; then a line of JSON."""
     width = max(map(len, seconds))
     for name, one in seconds.items():
         print(f"{name:{width}}  {one * 1e3:10.1f} ms  {one / seconds[over]:6.3f}")
@@ -33,10 +33,11 @@ def show(seconds: Mapping[str, float], over: str, **about: Any) -> None:
 
 
 class Child:
-    """A process of its own that runs a function of this script whenever it is called.
+    """A process that runs a function of this script on each call.
 
-    Libraries in one process share threads and symbols; in two they do not. The script calls `serve` with the function.
-    It is loaded when this returns, so that the next one loads on an idle machine, which PyTorch's threads look at.
+    Libraries in one process share threads and symbols; in separate processes they do not. The script calls `serve` with
+    the function. Construction returns when it is loaded, so that the next one loads on an idle machine, which PyTorch's
+    thread settings depend on.
     """
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None):
@@ -59,7 +60,7 @@ class Child:
 
 
 def serve(function: Callable[[], Any]) -> None:
-    """Say that the function is there; then run it for every line of input, and answer each with a line."""
+    """Announce that the function is ready; then run it for every line of input, and answer each with a line."""
     print("ready", flush=True)
     for _ in sys.stdin:
         function()

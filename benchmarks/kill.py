@@ -1,15 +1,14 @@
-"""Kill a command with SIGKILL at random moments, start it again each time, and compare what it comes to with one that
-was left alone.
+"""Kill a command with SIGKILL at random moments, restart it each time, and compare with an undisturbed run.
 
     python benchmarks/kill.py --backend torch --kills 50
     python benchmarks/kill.py --what import --kills 50
 
-Every fifth moment is drawn evenly over the length of a whole run, start-up included; the others over what is left to do
-after it: training, saving, boundaries; or reading, certifying, writing. A run that ends before its moment is checked,
-and another begun. Exit 0: all ended with the files of the one left alone, to the last bit but for times, at no moment
-half an output was to be seen, no process outlived the one that was killed, and nothing was left over. A run of `train`
-is resumed, each time from the latest checkpoint that was whole; of a sweep the process is killed that starts the runs,
-which have to end by themselves. Prints a table and JSON.
+Every fifth moment is drawn uniformly over the length of a whole run, including start-up; the others over the work after
+start-up: training, saving, boundaries; or reading, certifying, writing. A run that ends before its moment is checked,
+and another begun. Exit code 0 means: all results equal those of the undisturbed run, to the last bit except times; at
+no moment was a partial output visible; no process outlived the killed one; and nothing was left over. A `train` run is
+resumed, each time from its latest undamaged checkpoint; of a sweep, the process that starts the runs is killed, and the
+runs have to end by themselves. Prints a table and JSON.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from mlx_moe.training.run import open_run
 
 ROOT = Path(__file__).parents[1]
 TIMING = {"tokens_per_s", "step_ms", "peak_memory_bytes", "mfu", "seconds"}
-PATIENCE_SECONDS = 60  # for the runs of a sweep that was killed to end
-# A checkpoint after every step, so that saving takes a good share of the time.
+PATIENCE_SECONDS = 60  # for the runs of a killed sweep to end
+# With a checkpoint after every step, saving takes a large share of the time.
 RUN = [
     *("model.d_model=64", "model.n_layers=2", "model.n_heads=2", "model.context_length=16", "training.batch_size=4"),
     *("data.source=stories", "data.n_documents=60", "data.tokenizer=char", "data.validation_fraction=0.2"),
@@ -46,8 +45,8 @@ RUN = [
 ]
 
 
-LARGER = ["model.d_model=128", "model.n_layers=4", "phases.moe.n_experts=2"]  # so that writing takes a while
-# Whether it is started again until it ends by itself, and what `mlxmoe` is called with; the output's place comes last.
+LARGER = ["model.d_model=128", "model.n_layers=4", "phases.moe.n_experts=2"]  # makes writing slow enough to be hit
+# Per command: whether it is restarted until it ends, and its arguments; the output's path comes last.
 COMMANDS = {
     "sweep": (True, ["sweep", "sweep.yaml", "--jobs", "2", "--out"]),
     "import": (False, ["import", "model"]),
@@ -70,10 +69,10 @@ axes:
 class Result:
     what: str
     backend: str
-    kills: Counter[str] = field(default_factory=Counter)  # by what the run was doing
+    kills: Counter[str] = field(default_factory=Counter)  # by activity at the kill
     runs: int = 0
     seconds_of_a_run: float = 0
-    steps_lost: list[int] = field(default_factory=list)  # by each kill
+    steps_lost: list[int] = field(default_factory=list)  # per kill
     faults: list[str] = field(default_factory=list)
 
 
@@ -128,7 +127,7 @@ def kill(backend: str, n_kills: int, n_steps: int, seed: int, folder: Path) -> R
 
 
 class Attempt:
-    """One process that begins or resumes a run."""
+    """A process that begins or resumes a run."""
 
     def __init__(self, folder: Path, backend: str, run: Path, begin: list[str]):
         self.run = run
@@ -143,7 +142,7 @@ class Attempt:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=said, stderr=said)
 
     def wait(self) -> float:
-        """Let it end; the seconds it took after its start."""
+        """Wait for its end; return the seconds since its start."""
         self.await_start()
         began = time.perf_counter()
         if self.process.wait() != 0:
@@ -155,7 +154,7 @@ class Attempt:
             time.sleep(0.002)
 
     def share_left(self) -> float:
-        """Of the steps of all phases."""
+        """Return the share of all phases' steps that remains."""
         if self.latest is None:
             return 1.0
         phase, step = _position(self.latest)
@@ -165,7 +164,7 @@ class Attempt:
         return _modified(self.run / "environment.json") == self.began_at
 
     def ends_within(self, seconds: float | None) -> bool:
-        """Whether it came to its end; else it is killed."""
+        """Return whether it ended by itself; kill it otherwise."""
         try:
             exit_code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -179,7 +178,7 @@ class Attempt:
         return exit_code == 0
 
     def doing(self) -> str:
-        """What the process did when it was killed, by what it left."""
+        """Describe what the process was doing when it was killed, by the files it left."""
         if any(self.run.glob("phases/*/checkpoints/.*")):
             return "saving a checkpoint"
         if _modified(self.run / "environment.json") == self.began_at:
@@ -200,7 +199,7 @@ class Attempt:
 
 
 def differences(run: Path, whole: Path) -> list[str]:
-    """In what two finished runs differ, but for times."""
+    """List the differences between two finished runs, except times."""
     faults = []
     for name in ("metrics.jsonl", "history.jsonl"):
         if untimed(jsonl.read(run / name)) != untimed(jsonl.read(whole / name)):
@@ -221,7 +220,7 @@ def differences(run: Path, whole: Path) -> list[str]:
 
 
 class Killing:
-    """Kills a command that writes one output into a folder of its own."""
+    """Kills of a command that writes one output into its own folder."""
 
     def __init__(self, what: str, backend: str, folder: Path):
         self.resumes, self.call = COMMANDS[what]
@@ -229,12 +228,12 @@ class Killing:
             self.call = [self.call[0], "--backend", backend, "--device", "cpu", *self.call[1:]]
         self.result = Result(what, backend)
         self.folder = folder
-        self.mark = secrets.token_hex(8)  # in the environment of all processes that are killed
-        self.before: bytes | None = None  # of a file: what an earlier call wrote there
+        self.mark = secrets.token_hex(8)  # in the environment of every process to be killed
+        self.before: bytes | None = None  # an existing file's content, written by an earlier call
         self._make_materials(backend)
 
     def kill(self, n_kills: int, seed: int) -> Result:
-        """Kill until there were `n_kills`, and the last run has ended."""
+        """Kill until `n_kills` are reached, and the last run has ended."""
         moments, whole = random.Random(seed), self.folder / "left-alone" / "out"
         seconds_of_work = self._leave_alone(whole)
         while sum(self.result.kills.values()) < n_kills and not self.result.faults:
@@ -267,7 +266,7 @@ class Killing:
         (self.folder / "sweep.yaml").write_text(SWEEP % values)
 
     def _leave_alone(self, whole: Path) -> float:
-        """Run it once; the seconds from its first sign until its output is there, or, where it is resumed, its end."""
+        """Run the command undisturbed; return seconds from its first sign to its output (its end, if resumable)."""
         self._prepare(whole)
         began = time.perf_counter()
         attempt = self._start(whole)
@@ -300,7 +299,7 @@ class Killing:
             )
 
     def _await_work(self, attempt: subprocess.Popen[bytes], place: Path) -> None:
-        """Until something is beside the place, or in it, that was not there."""
+        """Wait for a new entry beside the output's path, or in it."""
         there = set(os.listdir(place.parent)), _modified(place)
         while there == (set(os.listdir(place.parent)), _modified(place)) and attempt.poll() is None:
             time.sleep(0.001)
@@ -313,7 +312,7 @@ class Killing:
             attempt.send_signal(signal.SIGKILL)
             exit_code = attempt.wait()
         text = (self.folder / "said.txt").read_text()
-        # What appeared in the moment before the kill may not be written over.
+        # an output that appeared just before the kill must not be overwritten
         refused = exit_code == 2 and was_there and "exists already" in text.splitlines()[-1]
         if exit_code not in (0, -signal.SIGKILL) and not refused:
             self.result.faults.append(f"exit code {exit_code}: {text[-500:]}")
@@ -323,7 +322,7 @@ class Killing:
         return place.exists() and (not place.is_file() or place.read_bytes() != self.before)
 
     def _note_a_kill(self, place: Path, whole: Path) -> None:
-        """What it was doing, whether it left half an output, and whether all of its processes end."""
+        """Record what it was doing, whether it left a partial output, and whether all of its processes end."""
         started = leftovers(place.parent) or (self.resumes and place.exists())
         doing = "its work" if started else "done" if self._is_there(place) else "starting"
         self.result.kills[doing] += 1
@@ -369,24 +368,24 @@ class Killing:
 
 
 def contents(place: Path) -> dict[str, bytes]:
-    """The bytes of a file, or of all files of a folder."""
+    """Return the bytes of a file, or of all files of a folder."""
     files = place.rglob("*") if place.is_dir() else [place]
     return {str(file.relative_to(place)): file.read_bytes() for file in files if file.is_file()}
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Scratch folders and lock files."""
+    """List scratch folders and lock files."""
     return [str(path) for path in folder.rglob(".mlxmoe-*")]
 
 
 def marked(mark: str) -> Iterator[int]:
-    """The processes with a mark in their environment that have not ended."""
+    """Yield the living processes with a mark in their environment."""
     if Path("/proc/self/environ").exists():
         for file in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if mark.encode() in file.read_bytes():
                     yield int(file.parent.name)
-            except OSError:  # it has just ended, or is another user's
+            except OSError:  # it has just ended, or belongs to another user
                 continue
         return
     listed = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, text=True, check=True)
@@ -394,7 +393,7 @@ def marked(mark: str) -> Iterator[int]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """That of a command: its own token cache, one thread."""
+    """Return a command's environment: its own token cache, one thread."""
     own = {"MLXMOE_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     return os.environ | own | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -417,7 +416,7 @@ def show(result: Result) -> None:
 
 
 def _position(saved: Path) -> tuple[int, int]:
-    """Phase and step of a checkpoint's folder."""
+    """Return phase and step of a checkpoint's folder."""
     return int(saved.parts[-3][0]), int(saved.name.removeprefix("step-"))
 
 

@@ -1,9 +1,9 @@
-"""What the loop adds to the steps: batches, rows, the bar, and all that is neither step nor evaluation nor saving.
+"""Overhead of the training loop over its steps: batches, rows, progress bar, and the rest of the loop.
 
     python benchmarks/loop_overhead.py --backend torch --steps 60
 
-One phase of the demo's model on a real trainer, with the progress bar of a terminal. Each part's share is that of the
-time in the steps of the same run. Prints a table and JSON.
+One phase of the demo's model on a real trainer, with a terminal's progress bar; evaluation and saving are not counted.
+Shares are relative to the time of the steps in the same run. Prints a table and JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     steps = seconds.pop("steps")
     elsewhere = {"evaluation": seconds.pop("evaluation"), "checkpoints": seconds.pop("checkpoints")}
     total = seconds.pop("in all")
-    # The bar is drawn by a thread of its own, while a step is computed.
+    # A thread draws the bar while a step is computed.
     seconds["the rest of the loop"] = total - steps - sum(elsewhere.values()) - seconds["batches"] - seconds["rows"]
     overhead = sum(seconds.values()) / steps
     for name, value in [("a step", steps), *seconds.items()]:
@@ -64,7 +64,7 @@ def measure(backend: Backend, n_steps: int, folder: Path) -> None:
     model = run.model.model_copy(update={"vocab_size": data.tokenizer.vocab_size})
     trainer: Any = backend.trainer(model, initialize(model, run.seed), run.optimizer, "cpu")
     tokens = loop.batch(data.train, seed=1, phase=1, step=0, batch_size=16, context_length=model.context_length)
-    for _ in range(2):  # what is made once
+    for _ in range(2):  # one-time setup
         trainer.step(tokens, 1e-4, 0)()
     peak_flops_per_s(backend, trainer.precision.name, trainer.device)
     console = Console()

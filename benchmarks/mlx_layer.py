@@ -1,10 +1,10 @@
-"""A mixture-of-experts layer on MLX, forward and backward, beside what it is measured by; all in turns.
+"""Forward and backward pass of a mixture-of-experts layer on MLX, compared with alternatives; interleaved.
 
     python benchmarks/mlx_layer.py [--rounds N] [--tokens N] [--d-model D] [--d-ff F] [--experts E] [--top-k K]
 
-Beside ours: a dense FFN on K times the tokens, mlx-lm's SwitchMLP behind the same router (without our biases), and
-the products alone, six of the dense FFN's sizes. Gradients of the input and of all weights. Prints milliseconds and
-ratios, then JSON.
+The alternatives: a dense FFN on K times the tokens, mlx-lm's SwitchMLP behind the same router (without our biases), and
+the matrix products alone, six of the dense FFN's sizes. Gradients of the input and of all weights. Prints milliseconds
+and ratios, then JSON.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from mlx_moe.model.moe import MoE, choose_experts, gate_weights
 
 
 class MlxLm(nn.Module):
-    """SwitchMLP behind our router."""
+    """mlx-lm's SwitchMLP behind our router."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
     options = parser.parse_args()
-    keep_freed_buffers()  # as when training, where freed buffers are kept for the next arrays
+    keep_freed_buffers()  # as in training, where freed buffers are reused
     moe = MoEConfig(n_experts=options.experts, top_k=options.top_k)
     config = ModelConfig(vocab_size=16, d_model=options.d_model, n_heads=1, d_ff=options.d_ff)
     x = mx.random.normal((1, options.tokens, options.d_model))

@@ -1,10 +1,10 @@
-"""A training step on MLX beside PyTorch's, mlx-lm's and the stock wheel's; each in a process of its own, in turns.
+"""Training step on MLX, PyTorch, mlx-lm and the stock wheel; each in its own process, interleaved.
 
     python benchmarks/mlx_step.py [--rounds N] [--only NAME,NAME] [--layers L] [--d-model D] [--vocabulary V] ...
 
 Dense and MoE (8 experts, top-2), forward, backward, clipping and AdamW, float32. `stock` is mlx-lm's Llama with MLX's
-own step as in its trainer, on the BLAS of the Linux wheel; `mlx-lm` is the same on the fast one. They are of the Llama
-architecture, so `mlx-llama` stands beside them. Prints milliseconds and ratios, then JSON.
+own step as in its trainer, on the BLAS of the Linux wheel; `mlx-lm` is the same on the fast BLAS. Both have the Llama
+architecture, so `mlx-llama` is their counterpart. Prints milliseconds and ratios, then JSON.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""nanoGPT's model and its training loop on CPU, written from its published `model.py` and `train.py`, as a yardstick.
+"""nanoGPT's model and training loop on CPU, written from its published `model.py` and `train.py`, as a reference.
 
     python benchmarks/nanogpt.py --data tinyshakespeare.txt
 
-trains its CPU recipe (config/train_shakespeare_char.py with the options of its README for a CPU) and prints the
-seconds of the loop and the validation losses. `--eval-batches 20` is the recipe's own.
+Trains its CPU recipe (config/train_shakespeare_char.py with the options of its README for a CPU) and prints the seconds
+of the loop and the validation losses. `--eval-batches 20` is the recipe's own setting.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The CPU recipe's."""
+    """Settings of the CPU recipe."""
 
     block_size: int = 64
     vocab_size: int = 65
@@ -114,7 +114,7 @@ class GPT(nn.Module):
 
 
 def optimizer_of(model: GPT, learning_rate: float, beta2: float, fused: bool = True) -> torch.optim.AdamW:
-    """nanoGPT asks for `fused` on CUDA only; it is faster on CPU too."""
+    """Return AdamW with `fused`; nanoGPT sets it on CUDA only, but it is faster on CPU too."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
@@ -124,7 +124,7 @@ def optimizer_of(model: GPT, learning_rate: float, beta2: float, fused: bool = T
 
 
 def step(model: GPT, optimizer: torch.optim.AdamW, x: Tensor, y: Tensor, learning_rate: float) -> float:
-    """One iteration of the loop in `train.py`, without gradient accumulation; the loss, which it prints."""
+    """Run one iteration of `train.py`'s loop, without gradient accumulation; return the loss, which it prints."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     _, loss = model(x, y)
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--eval-every", type=int, default=250)
     parser.add_argument("--eval-batches", type=int, default=20)
-    parser.add_argument("--fused", action="store_true", help="AdamW in one kernel, which its own code takes on CUDA")
+    parser.add_argument("--fused", action="store_true", help="AdamW in one kernel, which its own code uses on CUDA")
     options = parser.parse_args()
     text = options.data.read_text(encoding="utf-8")
     ids = {character: i for i, character in enumerate(sorted(set(text)))}
@@ -186,7 +186,7 @@ def main() -> None:
         if i < options.steps:
             step(model, optimizer, *batch(splits["train"], config, 12), learning_rate(i, options.steps))
     seconds = time.perf_counter() - began
-    # Its own estimate is of 20 random batches; all of the held-out text says what was learnt.
+    # Its own estimate uses 20 random batches; evaluate on all held-out text.
     model.eval()
     n = (len(splits["val"]) - 1) // config.block_size
     windows = torch.from_numpy(splits["val"][: n * config.block_size + 1].astype(np.int64))

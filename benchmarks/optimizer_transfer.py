@@ -1,6 +1,6 @@
-"""Do Adam's moments help across a boundary? The demo run from the same checkpoints, with the moments carried and reset.
+"""Effect of Adam's moments across a boundary: the demo run from the same checkpoints, with moments carried and reset.
 
-python benchmarks/optimizer_transfer.py TEXT.jsonl
+    python benchmarks/optimizer_transfer.py TEXT.jsonl
 
 Writes docs/images/optimizer-transfer.json, .svg and .png. E experts, K experts per token.
 """
@@ -54,7 +54,7 @@ def main(data: Path, seeds: int = 2, backend: str = "torch") -> None:
 
 
 def measure(run: RunConfig, data: TokenData, backend: Backend, results: dict[str, Any]) -> None:
-    """One seed: phase 1 once, then phases 2 and 3 in every variant from the same checkpoint, on the same batches."""
+    """Measure one seed: phase 1 once, then phases 2 and 3 in every variant from the same checkpoint and batches."""
     trainer = backend.trainer(run.model, initialize(run.model, run.seed), run.optimizer)
     train(run, data, trainer, 1, run.phases["dense"].warmup_steps)
     for phase in (2, 3):
@@ -84,7 +84,7 @@ def measure(run: RunConfig, data: TokenData, backend: Backend, results: dict[str
 
 
 def train(run: RunConfig, data: TokenData, trainer: Trainer, phase: int, warmup: int) -> dict[str, list[float]]:
-    """Training losses of every step, validation losses of every EVERY-th, from step 0 on."""
+    """Return the training losses of every step, and validation losses of every EVERY-th, from step 0."""
     config = phase_config(run, phase).model_copy(update={"warmup_steps": warmup})
     windows = fixed_windows(data.validation, 48, run.model.context_length)
     training, validation = [], [evaluate(trainer, windows, 16)]
@@ -102,9 +102,9 @@ def draw(run: RunConfig, data: TokenData, phase: int, step: int) -> Any:
 
 
 def second_moments(run: RunConfig, data: TokenData, plan: Plan, before: Trainer, after: Trainer) -> dict[str, float]:
-    """v measured over 40 batches at a learning rate of 0, relative to v carried: of experts' tensors, and of the rest.
+    """Return v measured over 40 batches at a learning rate of 0, relative to v carried: of experts, and of the rest.
 
-    Geometric means over tensors of the ratio of their means over what is neither pad nor new.
+    Geometric means over tensors; each ratio is of means over entries that are neither pads nor new.
     """
     for step in range(40):
         for trainer in (before, after):
@@ -121,7 +121,7 @@ def second_moments(run: RunConfig, data: TokenData, plan: Plan, before: Trainer,
 
 
 def without_noise(state: Arrays, run: RunConfig) -> Arrays:
-    """v / E² in place of v / (K·E)."""
+    """Replace v / (K·E) by v / E² in the experts."""
     factor = np.float32(run.phases["moe"].top_k / run.phases["moe"].n_experts)
     return {
         name: array * factor if name.startswith("v.") and ".experts." in name else array
@@ -130,7 +130,7 @@ def without_noise(state: Arrays, run: RunConfig) -> Arrays:
 
 
 def plot(results: dict[str, Any]) -> None:
-    """Validation loss relative to that at the boundary: each seed thin, the mean over seeds thick."""
+    """Plot validation loss relative to the boundary: seeds as thin lines, their mean as a thick one."""
     plt.rcParams.update(
         {"font.size": 10, "svg.hashsalt": "mlxmoe", "axes.spines.top": False, "axes.spines.right": False}
     )
@@ -162,7 +162,7 @@ def plot(results: dict[str, Any]) -> None:
 
 
 def curves_of(results: dict[str, Any], phase: int, variant: str, warmup: int) -> Any:
-    """(seeds, validations): losses relative to the first."""
+    """Return (seeds, validations): losses relative to the first."""
     wanted = {"phase": phase, "variant": variant, "warmup": warmup}
     found = [row["validation"] for row in results["curves"] if wanted.items() <= row.items()]
     return np.array(found) - np.array(found)[:, :1] if found else np.empty((0, 0))

@@ -1,10 +1,10 @@
-"""Is `mlxmoe plan` right about memory? Estimated against measured peaks, each case in a process of its own.
+"""Accuracy of `mlxmoe plan`: estimated and measured peak memory, each case in its own process.
 
     python benchmarks/plan_memory.py [--backend mlx|torch] [--device cpu|gpu] [--case NAME …]
 
-Prints a JSON line per case, then a table. PyTorch on CPU is measured by the process's peak resident memory, with
-every array of 256 KiB or more in a mapping of its own, so that what is freed goes back (glibc else keeps up to
-40 % more); on CUDA by its allocator's peak, MLX by its own.
+Prints a JSON line per case, then a table. PyTorch on CPU is measured by the process's peak resident memory, with every
+array of 256 KiB or more in its own mapping, so that freed memory is returned (otherwise glibc keeps up to 40 % more);
+PyTorch on CUDA by its allocator's peak, MLX by its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXPERTS = {"moe": {"n_experts": 8, "top_k": 2}}
 
 @dataclass(frozen=True)
 class Case:
-    """T is 256 and a head 64 wide unless said; `dominates` is what most of the memory holds."""
+    """A measured model; T is 256 and a head 64 wide by default. `dominates` names the largest part of its memory."""
 
     dominates: str
     batch_size: int
@@ -84,7 +84,7 @@ def run_config(case: Case) -> RunConfig:
 
 
 def measure(name: str, backend: Backend, device: DeviceKind) -> int:
-    """The peak of a few steps, in bytes, in this process."""
+    """Return the peak of a few steps, in bytes, in this process."""
     run = run_config(CASES[name])
     trainer = choose_backend(backend).trainer(
         run.model, initialize(run.model, 0), run.optimizer, device, engine=run.engine

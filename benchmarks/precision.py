@@ -1,9 +1,9 @@
-"""What half precision costs in loss: the demo's three phases in float32 and in halves, validation loss after each.
+"""Cost of half precision in loss: the demo's three phases in float32 and in halves, validation loss after each.
 
     python benchmarks/precision.py [--backend torch] [--precision bf16] [--preset demo] [--data FILE]
 
-Runs the precisions one after the other with the same seed, hence the same batches. Prints a table and JSON.
-The bar is a difference of 0.02 nats at the end of each phase. Exit 0 where it holds.
+Runs the precisions in turn with the same seed, hence the same batches. Prints a table and JSON. The limit is a
+difference of 0.02 nats at the end of each phase; exit code 0 if it holds.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def validation_losses(out: Path, options: argparse.Namespace, precision: str) -> list[float]:
-    """At the end of each phase, nats per token."""
+    """Return the validation loss at the end of each phase, nats per token."""
     command = [MLXMOE, "train", "--preset", options.preset, "--backend", options.backend, "--out", out]
     command += ["-o", f"engine.precision={precision}", *(["--data", options.data] if options.data else [])]
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True)

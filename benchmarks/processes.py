@@ -3,7 +3,7 @@
     python benchmarks/processes.py [--steps 20]
 
 Runs `mlxmoe train` alone, under `torchrun` with each strategy, and under `mlx.launch` over a ring, all on this machine,
-and prints the largest difference of a loss from that of the run alone. The bar is 1e-5.
+and prints the largest difference of a loss from the single process. The limit is 1e-5.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def losses(out: Path, backend: str, strategy: str | None, steps: int) -> dict[tuple[int, int], list[float]]:
-    """Every step's loss, cross entropy and, where there is one, validation loss, of a run."""
+    """Return a run's loss, cross entropy and, if present, validation loss of every step."""
     launch = [*LAUNCH[backend]] if strategy else []
     overrides = [f"-o{override}" for override in [*SIZE, f"engine.strategy={strategy or 'ddp'}"]]
     command = [*launch, BIN / "mlxmoe", "train", "--preset", "demo", "--steps", str(steps), "--out", out, *overrides]

@@ -1,11 +1,11 @@
-"""Give bad input to real commands, one process each, and time how they refuse it.
+"""Give bad input to real commands, one process each, and time their refusals.
 
     python benchmarks/refusals.py
     python benchmarks/refusals.py --only tokenizer --limit 60
 
-Each row is one input. It must end in one line on standard error, with the exit code of the row, within the limit,
-and leave every file as it was. A row with exit code 0 is input that a command can do without: it says so, and writes
-what it was asked for. Exit 0: all rows were answered so. Prints a line for each row, then the slowest refusal.
+Each row is one input. The command must print one line on standard error, end with the row's exit code within the limit,
+and leave every file unchanged. Exit code 0 in a row means that the command can work without that input: it warns, and
+writes its output. Exit code 0 of the script: all rows passed. Prints a line for each row, then the slowest refusal.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ TRAIN_ONE = ["train", "--phases", "1", *TRAIN, "--out", "out"]
 SIZE_ONLY = [word for override in SIZE if not override.startswith("data.") for word in ("-o", override)]
 TRAIN_ON = ["train", "--phases", "1", "--preset", "llama", "--steps", "2", *ON_CPU, *SIZE_ONLY, "--out", "out"]
 TRAIN_CHARS = [*TRAIN_ON, "--tokenizer", "char"]
-# To phase 3, so that the run in the materials, which has ended after two, has something to do.
+# The run in the materials has ended after two phases, so resume to the third.
 RESUME = ["train", "--resume", "run", "--phases", "3"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """`prepare` changes the folder that the command then runs in; `says` stands in what it prints on its errors."""
+    """A bad input. `prepare` changes the folder before the command runs; standard error must contain `says`."""
 
     name: str
     argv: list[str]
     prepare: Callable[[Path], Any] = lambda folder: None
     code: int = 2
     says: str = ""
-    before: str = ""  # shell commands before the command
+    before: str = ""  # shell commands to run first
 
 
 def edit(name: str, **keys: Any) -> Callable[[Path], None]:
-    """Set keys of a JSON file, `None` included; those set to ... are taken out."""
+    """Set keys of a JSON file, None included; `...` deletes a key."""
 
     def change(folder: Path) -> None:
         values = json.loads((folder / name).read_text()) | keys
@@ -113,7 +113,7 @@ def both(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
 
 
 def in_cache(change: Callable[[Path], Any]) -> Callable[[Path], None]:
-    """The change, to the one entry of the token cache."""
+    """Apply the change to the only entry of the token cache."""
     return lambda folder: change(next(path for path in (folder / "cache").iterdir() if path.is_dir()))
 
 
@@ -311,7 +311,7 @@ def _float64(held: dict[str, Any]) -> dict[str, Any]:
 
 
 def sealed(step: str) -> Callable[[Path], None]:
-    """State the sizes and hashes of a checkpoint's files as they are now."""
+    """Update a checkpoint's manifest to its files' current sizes and hashes."""
 
     def change(folder: Path) -> None:
         from mlx_moe.storage.tensor_files import sha256
@@ -349,7 +349,7 @@ def sweeps() -> Iterator[Row]:
 
 
 def refused(row: Row, materials: Path, cache: Path, limit: float) -> tuple[float, list[str]]:
-    """The seconds that a row took, and what is wrong with how it was answered."""
+    """Return the seconds that a row took, and the faults of its answer."""
     with tempfile.TemporaryDirectory() as place:
         folder = copy(materials, Path(place) / "work")
         shutil.copytree(cache, folder / "cache")
@@ -391,7 +391,7 @@ def refused(row: Row, materials: Path, cache: Path, limit: float) -> tuple[float
 
 
 def _own(files: dict[str, str]) -> dict[str, str]:
-    """Those of the user: the token cache is a place of ours, and what is well in it stays."""
+    """Return the user's files, without the token cache, which a command may repair."""
     return {name: content for name, content in files.items() if not name.startswith("cache/")}
 
 

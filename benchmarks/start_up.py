@@ -1,10 +1,10 @@
-"""What a user waits for before anything is computed: starting a command, loading a backend, making tokens of text.
+"""Start-up times: commands, loading of backends, tokenisation, opening of a token cache.
 
     python benchmarks/start_up.py [--text FILE] [--tokenizer FOLDER] [--rounds 5] [--cache-gb 1]
 
-Commands in processes of their own, in turns. With a text of one document a line and a Hugging Face tokenizer, ours
-makes token ids of the documents beside transformers' own call. With `--cache-gb`, a token cache of that size is opened
-for the first time, which hashes it, and again. Prints milliseconds and ratios, then JSON.
+Commands run in their own processes, interleaved. With a text of one document per line and a Hugging Face tokenizer,
+compares our tokenisation with transformers' own call. With `--cache-gb`, opens a token cache of that size for the first
+time, which hashes it, and again. Prints milliseconds and ratios, then JSON.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def tokenizers(documents: list[str], folder: Path) -> dict[str, Callable[[], obj
 
 
 def opened_twice(n_bytes: int) -> dict[str, float]:
-    """Seconds of opening a token cache of random ids for the first time, and of doing so again."""
+    """Return the seconds of opening a token cache of random ids for the first time, and again."""
     from mlx_moe.config import DataConfig
     from mlx_moe.data.tokens import prepare
 
     config = DataConfig(source="stories", n_documents=2000, tokenizer="char")
     with tempfile.TemporaryDirectory() as name:
-        data = prepare(config, Path(name))  # an entry to put the ids into
+        data = prepare(config, Path(name))  # an entry to fill with the ids
         folder, digest, n_tokens = data.train.path.parent, hashlib.sha256(), n_bytes // data.train.dtype.itemsize
         ids = np.random.default_rng(0).integers(data.tokenizer.vocab_size, size=1 << 22, dtype=data.train.dtype)
         with data.train.path.open("wb") as file:
@@ -91,7 +91,7 @@ def opened_twice(n_bytes: int) -> dict[str, float]:
             start_time = time.perf_counter()
             opened = prepare(config, Path(name))
             seconds[when] = time.perf_counter() - start_time
-            assert len(opened.train) == n_tokens, "it was made anew"
+            assert len(opened.train) == n_tokens, "the cache was rebuilt"
     return seconds
 
 

@@ -1,8 +1,8 @@
-"""A mixture-of-experts layer on PyTorch against what it must cost: a dense FFN over the tokens times top_k.
+"""A mixture-of-experts layer on PyTorch against its lower bound: a dense FFN over the tokens times top_k.
 
     python benchmarks/torch_layer.py
 
-Forward and backward, the input's gradient included; 8 experts, top-2, 2,048 tokens, d 256, ffn 1,024, the default
+Forward and backward, including the input's gradient; 8 experts, top-2, 2,048 tokens, d 256, ffn 1,024, the default
 activation, with and without biases. `products` are the dense FFN's matrix products alone. Prints tables and JSON.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import torch_ref  # noqa: F401  (before torch: it says how torch's threads wait)
+import torch_ref  # noqa: F401  (before torch: sets how torch's threads wait)
 
 # isort: split
 import torch
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def both_ways(layer: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Callable[[], None]:
-    """Forward and backward on leaves without gradients, as in a step."""
+    """Return forward and backward on leaves without gradients, as in a step."""
     x_BTD = x_BTD.clone().requires_grad_()
     by_output = torch.randn_like(x_BTD)
     parameters = list(layer.parameters()) if isinstance(layer, nn.Module) else list(layer.__defaults__[0].parameters())

@@ -1,12 +1,12 @@
-"""A whole training step on PyTorch: forward, backward, clipping, AdamW. Ours against nanoGPT's and transformers'.
+"""A whole training step on PyTorch (forward, backward, clipping, AdamW), compared with nanoGPT's and transformers'.
 
     python benchmarks/torch_step.py [--only dense experts] [--rounds 30]
 
 - dense: against nanoGPT's step on the same model and batch, at its CPU recipe's size and at a larger one.
-- mixtral: our experts against transformers' Mixtral, the same weights, each `experts_implementation` that runs here.
+- mixtral: our experts against transformers' Mixtral with the same weights, for each available `experts_implementation`.
 - experts: our step with experts over our dense step, beside the ratio of their active FLOPs.
 
-All of a comparison take turns in one process, with auxiliary losses and fused AdamW. Prints tables and JSON.
+The steps of a comparison are interleaved in one process, with auxiliary losses and fused AdamW. Prints tables and JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import torch_ref  # noqa: F401  (before torch: it says how torch's threads wait)
+import torch_ref  # noqa: F401  (before torch: sets how torch's threads wait)
 
 # isort: split
 import nanogpt
@@ -87,7 +87,7 @@ def mixtral(rounds: int) -> None:
 
 
 def load(model: Any, config: ModelConfig, weights: Arrays) -> None:
-    """Our weights into transformers' modules, whose experts are stacks (E, gate and up, in) and (E, out, in)."""
+    """Load our weights into transformers' modules, whose experts are stacks (E, gate and up, in) and (E, out, in)."""
     state = {}
     for holder in layout("mixtral", config):
         if holder.expert is None:

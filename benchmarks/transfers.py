@@ -1,21 +1,21 @@
-"""Upcycling and growing on disk: seconds, memory and bytes, beside `cp` of what was written.
+"""Upcycling and growth on disk: seconds, memory and bytes, compared with `cp` of the output.
 
     python benchmarks/transfers.py [MODEL ...] [--backend mlx] [--rounds 3] [--mergekit VENV/bin/mergekit-moe]
 
-A MODEL is a checkpoint or a folder of Hugging Face's; without one, 100 M random parameters. Each round runs a command
-and copies its output; medians. Prints a line for each and JSON. Linux: memory is read from /proc.
+A MODEL is a checkpoint or a Hugging Face folder; without one, 100 M random parameters. Each round runs a command and
+copies its output; figures are medians. Prints a line for each and JSON. Linux only: memory is read from /proc.
 
 ==========  ==========================================================================================
-transfer    seconds until the file is there, hashed and on the disk, but for the certificate
-certified   seconds of the certificate, which include loading the backend
+transfer    seconds until the file is written, hashed and flushed, without the certificate
+certified   seconds of the certificate, including loading the backend
 all         seconds of the command
-memory      the largest resident set, mapped files included; in brackets the part of it that is no file's,
-            beyond what the process has once the backend is loaded, over the largest tensor written
-cp, sync    seconds of `cp`, and of the `sync` after it that the transfer has done, too
+memory      the largest resident set, including mapped files; in brackets its anonymous part beyond that
+            of the process with the backend loaded, over the largest tensor written
+cp, sync    seconds of `cp`, and of a `sync` after it, which the transfer includes, too
 ==========  ==========================================================================================
 
---mergekit also lets mergekit-moe make 8 experts of a Llama MODEL, and compares both outputs with the dense model's
-logits in transformers.
+With --mergekit, mergekit-moe also makes 8 experts of a Llama MODEL, and both outputs are compared with the dense
+model's logits in transformers.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def copied(file: Path, copy: Path) -> dict[str, float]:
 
 
 def watch(command: list[Any]) -> dict[str, Any]:
-    """Seconds, largest resident set and largest part of it that is no file's (bytes), and what a command printed."""
+    """Return a command's seconds, peak resident set, peak anonymous part of it (bytes), and output."""
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
         child = subprocess.Popen(list(map(str, command)), stdout=said, stderr=subprocess.STDOUT)

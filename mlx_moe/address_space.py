@@ -1,4 +1,4 @@
-"""How much memory the system lets this process have (`ulimit -v`)."""
+"""Address space left to this process (`ulimit -v`)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from mlx_moe.errors import InputError
 
-BYTES_TO_START = 250_000_000  # NumPy's products end the process below 160 MB on two cores
+BYTES_TO_START = 250_000_000  # below 160 MB, NumPy's matrix products abort the process (two cores)
 
 
 def check_room_to_start() -> None:
-    """Raise InputError where libraries would end the process as they load, with words of their own."""
+    """Raise InputError if too little memory is left to load the libraries, which would abort by themselves."""
     left = bytes_left()
     if left is not None and left < BYTES_TO_START:
         raise InputError(
@@ -21,7 +21,7 @@ def check_room_to_start() -> None:
 
 
 def bytes_left() -> int | None:
-    """Bytes that this process may still map; None where there is no limit, or no system that enforces one."""
+    """Return the bytes that this process may still map; None without a limit, or where none is enforced."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     sizes = Path("/proc/self/statm")
     if limit == resource.RLIM_INFINITY or not sizes.exists():

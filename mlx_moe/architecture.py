@@ -1,4 +1,4 @@
-"""What a model is: frozen, validated. Unknown keys are refused."""
+"""The architecture of a model as a frozen, validated config. Unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from mlx_moe.limits import (
     MIN_FLOAT,
 )
 
-# The names that the registries of both backends know. A new component is one function in each backend's `layers`
-# or `attention`, and its name here.
+# Component names known to both backends. A new component is one function in each backend's `layers` or `attention`, and
+# its name here.
 COMPONENTS: dict[str, list[str]] = {
     "normalization": ["layernorm", "layernorm_nobias", "rmsnorm"],
     "activation": ["gelu", "gelu_tanh", "silu", "relu", "leaky_relu"],
@@ -67,7 +67,7 @@ def _below_one(value: float) -> float:
     return value
 
 
-# Numbers, which pydantic alone would read from `true` too, and text that a file's name may be.
+# Numbers other than `true`, which pydantic would read as 1, and text that can be a file's name.
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Real = Annotated[float, BeforeValidator(_no_bool)]
 Positive = Annotated[Real, Field(ge=MIN_FLOAT, le=MAX_FLOAT)]
@@ -78,7 +78,7 @@ Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_
 
 
 class ExpertsConfig(Frozen):
-    """How many experts a layer has, how many a token visits, and what keeps their load balanced."""
+    """Number of experts in a layer, number per token, and the coefficients that balance their load."""
 
     n_experts: Whole = Field(8, ge=1, le=MAX_EXPERTS)
     top_k: Whole = Field(2, ge=1, le=MAX_EXPERTS)
@@ -93,18 +93,19 @@ class ExpertsConfig(Frozen):
 
 
 class MoEConfig(ExpertsConfig):
-    """The experts of a model, and which layers have them."""
+    """The experts of a model, and the layers that have them."""
 
-    d_ff: Whole | None = Field(None, ge=1, le=MAX_D_FF)  # neurons of an expert; null: the model's d_ff
-    shared_d_ff: Whole = Field(0, ge=0, le=MAX_D_FF)  # of one more for every token, added to the others; 0: none
-    layers: tuple[Whole, ...] | None = None  # those with experts, rising, the rest is dense; null: all
+    d_ff: Whole | None = Field(None, ge=1, le=MAX_D_FF)  # neurons per expert; null: the model's d_ff
+    shared_d_ff: Whole = Field(0, ge=0, le=MAX_D_FF)  # neurons of an additional expert that every token visits; 0: none
+    layers: tuple[Whole, ...] | None = None  # layers with experts, ascending, the others are dense; null: all
 
 
 class RopeScaling(Frozen):
-    """Slower rotations, for contexts beyond the original one.
+    """Lower RoPE frequencies for contexts beyond the original one.
 
-    Those that turn less than `low_freq_factor` times in the original context slow down by `factor`, those that turn
-    more than `high_freq_factor` times do not: Llama 3.1's. Without an original context all do: linear scaling.
+    Pairs that turn less than `low_freq_factor` times in the original context slow down by `factor`, those that turn
+    more than `high_freq_factor` times keep their speed (Llama 3.1). Without an original context all pairs slow down
+    (linear scaling).
     """
 
     factor: Real = Field(ge=1, le=MAX_FLOAT)
@@ -130,26 +131,26 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 
 class LoRAConfig(Frozen):
-    """Low-rank adapters beside frozen weights, W·x + alpha/rank · B·A·x (Hu et al. 2021); every expert has its own.
+    """Low-rank adapters beside frozen weights, W·x + alpha/rank · B·A·x (Hu et al. 2021), separate for each expert.
 
-    On all projections, which it takes to reach full training (QLoRA, Dettmers et al. 2023); those of attention alone
-    would leave upcycled experts the same for ever.
+    By default on all projections, which is needed to match full training (QLoRA, Dettmers et al. 2023); adapters on
+    attention alone would leave upcycled experts identical.
     """
 
     rank: Whole = Field(0, ge=0, le=MAX_RANK)  # 0: no adapters, all weights are trained
     alpha: Positive = 16.0
     targets: tuple[Projection, ...] = get_args(Projection)
-    router: bool = True  # trained in full
+    router: bool = True  # trained in full, without an adapter
 
 
 def _default_d_ff(data: dict[str, Any]) -> int:
-    """4 × d_model, or 8/3 × d_model in steps of 32 for the three matrices of SwiGLU (Shazeer 2020)."""
+    """Return 4 × d_model, or 8/3 × d_model in steps of 32 for SwiGLU's three matrices (Shazeer 2020)."""
     d_model = data.get("d_model", 1)
     return 32 * max(1, round(d_model / 12)) if data.get("ffn_type") == "swiglu" else 4 * d_model
 
 
 class ModelConfig(Frozen):
-    """One architecture. `n_kv_heads`, `head_dim`, `d_ff` and `attention_bias` follow from the rest when left out."""
+    """An architecture. `n_kv_heads`, `head_dim`, `d_ff` and `attention_bias` are derived from the rest if omitted."""
 
     architecture: Text = "simple"
     vocab_size: Whole = Field(50257, ge=2, le=MAX_VOCAB_SIZE)
@@ -170,7 +171,7 @@ class ModelConfig(Frozen):
     position_encoding: _component("position_encoding") = "rope"  # type: ignore[valid-type]
     rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
-    qk_norm: bool = False  # RMSNorm over every head's queries and keys, before they are rotated (Qwen3)
+    qk_norm: bool = False  # RMSNorm over each head's queries and keys, before the rotation (Qwen3)
     attention_backend: _component("attention_backend") = "sdpa"  # type: ignore[valid-type]
     bias: bool = True
     attention_bias: Literal["none", "qkv", "qkvo"] = Field(
@@ -180,7 +181,7 @@ class ModelConfig(Frozen):
     dropout: BelowOne = 0.0
     init_std: Positive = 0.02
     moe: MoEConfig | None = None
-    lora: LoRAConfig | None = None  # while it is trained with adapters; a run says so in its own section
+    lora: LoRAConfig | None = None  # during training with adapters; a run sets them in its own section
 
     def adapter(self, projection: str) -> LoRAConfig | None:
         return self.lora if self.lora and projection in self.lora.targets else None
@@ -216,14 +217,14 @@ class ModelConfig(Frozen):
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
-        """The layers whose FFN is a mixture of experts, rising."""
+        """Indices of the layers whose FFN is a mixture of experts, ascending."""
         if self.moe is None:
             return ()
         return tuple(range(self.n_layers)) if self.moe.layers is None else self.moe.layers
 
     @property
     def n_matrix_elements(self) -> int:
-        """The parameters of all matrices, which is all but norms, biases and adapters."""
+        """Number of elements of all matrices: everything but norms, biases and adapters."""
         D, Q, G = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         n_ffn_matrices = 3 if self.ffn_type == "swiglu" else 2
         n_mixtures = len(self.expert_layers)
@@ -238,12 +239,12 @@ class ModelConfig(Frozen):
 
     @property
     def expert_d_ff(self) -> int:
-        """The neurons of one expert."""
+        """Number of neurons of one expert."""
         return self.moe.d_ff if self.moe and self.moe.d_ff else self.d_ff
 
     @property
     def display_name(self) -> str:
-        """The architecture in one word, e.g. `12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm`."""
+        """Short name of the architecture, e.g. `12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm`."""
         heads = f"{self.n_heads}H" + (f"{self.n_kv_heads}KV" if self.n_kv_heads != self.n_heads else "")
         scaling = f"-{self.rope_scaling.rope_type}" if self.rope_scaling else ""
         position = {"rope": f"RoPE{scaling}", "learned_absolute": "Learned", "none": "NoPE"}
@@ -268,7 +269,10 @@ class ModelConfig(Frozen):
 
     @property
     def _experts_name(self) -> str:
-        """Of 32 experts with 512 neurons, 8 to a token, and a shared one of 2,048, in 3 layers: `32E8x512+2048in3L`."""
+        """Return the experts' part of the name: `-32E8x512+2048in3L`.
+
+        Here 32 experts of 512 neurons, 8 per token, with a shared expert of 2,048, in 3 layers.
+        """
         if self.moe is None:
             return ""
         width = f"x{self.moe.d_ff}" if self.moe.d_ff else ""

@@ -1,4 +1,4 @@
-"""What a run is: frozen, validated, saved beside its results. Unknown keys are refused."""
+"""The config of a run: frozen, validated, saved beside its results. Unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -57,23 +57,23 @@ def _folder_name(name: str) -> str:
     return name
 
 
-# What a folder of ours is called: one that stays where it is put, and that every shell and terminal shows as it is.
+# A folder's name that stays inside its parent and that every shell and terminal displays unchanged.
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
 class DataConfig(Frozen):
-    """Where the text comes from and how it becomes tokens."""
+    """Source of the text, and its tokenizer."""
 
     source: Text = "tinystories"  # `stories`, `tinystories`, or a path: .txt, .jsonl, .parquet, or a folder of them
-    n_documents: Whole | None = Field(50_000, ge=1, le=MAX_DOCUMENTS)  # at most so many; null: all
-    text_field: Text = "text"  # the column of JSONL and Parquet
+    n_documents: Whole | None = Field(50_000, ge=1, le=MAX_DOCUMENTS)  # upper bound; null: all
+    text_field: Text = "text"  # column in JSONL and Parquet
     tokenizer: Text = "gpt2"  # `char`, `bpe:VOCAB`, or a Hugging Face tokenizer by name or folder
     validation_fraction: Real = Field(0.05, gt=0, lt=1)
-    fit_vocabulary: bool = True  # the model takes the tokenizer's size; false where model.vocab_size was given
+    fit_vocabulary: bool = True  # the vocabulary is the tokenizer's; false if model.vocab_size was given
 
 
 class OptimizerConfig(Frozen):
-    """AdamW; or Muon for the matrices inside the blocks, with AdamW for the rest. Decay on matrices only."""
+    """AdamW; or Muon for the matrices inside the blocks and AdamW for the rest. Only matrices decay."""
 
     name: Literal["adamw", "muon"] = "adamw"
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
@@ -81,11 +81,11 @@ class OptimizerConfig(Frozen):
     momentum: BelowOne = 0.95  # of Muon
     weight_decay: NotNegative = 0.1
     max_grad_norm: Positive = 1.0
-    transfer: Literal["carry", "reset"] = "carry"  # what becomes of the moments at a boundary
+    transfer: Literal["carry", "reset"] = "carry"  # what happens to the moments at a boundary
 
 
 class EngineConfig(Frozen):
-    """How a step is computed. Up to rounding, what it computes does not depend on this."""
+    """Settings of how a step is computed; up to rounding, results do not depend on them."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulation_steps: Whole = Field(
@@ -93,7 +93,7 @@ class EngineConfig(Frozen):
     )  # parts of a batch that go through the model one after the other
     activation_checkpointing: bool = False  # keep only each block's input for the backward pass
     compile: bool = False  # torch.compile; MLX always compiles
-    strategy: Literal["ddp", "zero1", "fsdp"] = "ddp"  # what several processes share out
+    strategy: Literal["ddp", "zero1", "fsdp"] = "ddp"  # how several processes divide the work
 
 
 class PhaseConfig(Frozen):
@@ -113,20 +113,20 @@ class TrainPhaseConfig(PhaseConfig):
 
 
 class UpcyclePhaseConfig(PhaseConfig, ExpertsConfig):
-    """A phase that turns the FFNs of a dense model into experts, then trains.
+    """A phase that turns a dense model's FFNs into experts, then trains.
 
     `transfer.experts.experts_of` derives the model.
     """
 
     transfer: Literal["upcycle"] = "upcycle"
     learning_rate: Positive = 1e-4
-    every: Whole = Field(1, ge=1, le=MAX_LAYERS)  # layers: those of which (i + 1) is a multiple get experts
-    granularity: Whole = Field(1, ge=1, le=MAX_EXPERTS)  # each of n_experts, and of top_k, becomes so many smaller ones
-    shared: bool = False  # one more expert for every token
-    router_init: Literal["random", "zero", "centroids"] = "random"  # centroids: of what the routers would read
+    every: Whole = Field(1, ge=1, le=MAX_LAYERS)  # every n-th layer gets experts: layers where (i + 1) is a multiple
+    granularity: Whole = Field(1, ge=1, le=MAX_EXPERTS)  # splits each expert into this many; top_k grows alike
+    shared: bool = False  # adds an expert that every token visits
+    router_init: Literal["random", "zero", "centroids"] = "random"  # centroids: k-means of the routers' inputs
     router_std: Positive = 0.02
     noise: NotNegative = 0.0  # on the copies, relative to each tensor's standard deviation
-    drop: Fraction = 0.0  # the share of its neurons that each expert draws anew
+    drop: Fraction = 0.0  # fraction of its neurons that each expert draws anew
 
     @model_validator(mode="after")
     def _parts_are_few(self) -> UpcyclePhaseConfig:
@@ -141,7 +141,7 @@ class UpcyclePhaseConfig(PhaseConfig, ExpertsConfig):
 class GrowPhaseConfig(PhaseConfig):
     """A phase that makes the model wider and deeper, then trains.
 
-    `transfer.growth.usual_size` gives the sizes that are left out.
+    `transfer.growth.usual_size` fills in the sizes that are omitted.
     """
 
     transfer: Literal["grow"] = "grow"
@@ -154,7 +154,7 @@ class GrowPhaseConfig(PhaseConfig):
 
 
 def _transfer_tag(values: Any) -> str:
-    """Name the kind of a phase, by which pydantic finds its model: the name of its transfer, quoted, or `none`."""
+    """Return the tag by which pydantic selects a phase's model: its transfer, or `none`."""
     transfer = values.get("transfer") if isinstance(values, dict) else getattr(values, "transfer", None)
     return tag(str(transfer).lower() if transfer is None else str(transfer))
 
@@ -177,7 +177,7 @@ def _phase_name(name: str) -> str:
     return name
 
 
-# The name of a phase: part of a folder's name and of a key path.
+# A phase's name is part of a folder's name and of a key path.
 PhaseName = Annotated[str, AfterValidator(_phase_name)]
 
 
@@ -186,7 +186,7 @@ def _three_phases() -> dict[str, AnyPhaseConfig]:
 
 
 class TrainingConfig(Frozen):
-    """Batches, and how often to look, measure and save (in steps)."""
+    """Batch size, and the intervals (in steps) of logging, evaluation and checkpoints."""
 
     batch_size: Whole = Field(8, ge=1, le=MAX_BATCH_SIZE)
     log_every: Whole = Field(50, ge=1, le=MAX_STEPS)
@@ -194,11 +194,11 @@ class TrainingConfig(Frozen):
     eval_sequences: Whole = Field(64, ge=1, le=MAX_BATCH_SIZE)
     checkpoint_every: Whole = Field(500, ge=1, le=MAX_STEPS)
     keep_checkpoints: Whole = Field(2, ge=1, le=MAX_STEPS)
-    tracker: Literal["none", "trackio", "wandb"] = "none"  # gets the rows of metrics.jsonl too
+    tracker: Literal["none", "trackio", "wandb"] = "none"  # also receives the rows of metrics.jsonl
 
 
 class VerificationConfig(Frozen):
-    """What a boundary must satisfy before the next phase starts."""
+    """Limits that a boundary must satisfy before the next phase starts."""
 
     probe_sequences: Whole = Field(8, ge=1, le=MAX_BATCH_SIZE)
     max_logit_difference: Positive = 1e-4
@@ -212,17 +212,17 @@ def _in_a_row(phases: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class StartConfig(Frozen):
-    """The model that a run starts from, where that is one there already (`mlxmoe train --from`)."""
+    """An existing model that a run starts from (`mlxmoe train --from`)."""
 
     model: Text  # a checkpoint, or a Hugging Face folder
-    phases: Annotated[tuple[Whole, ...], Field(max_length=MAX_PHASES), AfterValidator(_in_a_row)]  # those to run
-    lineage: tuple[str, ...] = ()  # what the model is, and what became of it so far
+    phases: Annotated[tuple[Whole, ...], Field(max_length=MAX_PHASES), AfterValidator(_in_a_row)]  # phases to run
+    lineage: tuple[str, ...] = ()  # the model's origin and the steps that led to it
 
 
 class RunConfig(Frozen):
     name: FolderName = "three-phase"
     seed: Whole = Field(0, ge=0, lt=MAX_SEED + 1)
-    start: StartConfig | None = None  # None: weights drawn anew
+    start: StartConfig | None = None  # None: newly initialised weights
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lora: LoRAConfig = LoRAConfig()
@@ -230,7 +230,7 @@ class RunConfig(Frozen):
     engine: EngineConfig = EngineConfig()
     phases: dict[PhaseName, AnyPhaseConfig] = Field(
         default_factory=_three_phases, min_length=1, max_length=MAX_PHASES
-    )  # in the order in which they are run
+    )  # in order of execution
     training: TrainingConfig = TrainingConfig()
     verification: VerificationConfig = VerificationConfig()
 
@@ -240,7 +240,7 @@ class RunConfig(Frozen):
 
     @property
     def last_phase(self) -> int:
-        """The number of the last phase, unless a user names another."""
+        """Number of the last phase, unless the user names another."""
         return self.start.phases[-1] if self.start else len(self.phases)
 
     @model_validator(mode="after")
@@ -284,7 +284,7 @@ class RunConfig(Frozen):
 
 
 def save(config: BaseModel, path: Path) -> None:
-    """Write a config as YAML or JSON, by the file's ending; `read_mapping` and `validate` read it back."""
+    """Write a config as YAML or JSON, by the file's suffix; `read_mapping` and `validate` read it back."""
     values = config.model_dump(mode="json")
     text = json.dumps(values, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
     path.write_text(text, encoding="utf-8")

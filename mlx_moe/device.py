@@ -1,4 +1,4 @@
-"""The device that a model runs on, as every backend names it."""
+"""Devices that a model runs on, with the same names in all backends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DeviceKind = Literal["cpu", "gpu"]
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of device, and the label that people and files get."""
+    """A kind of device, and the label shown to people and written to files."""
 
     kind: DeviceKind
     label: str
@@ -19,9 +19,9 @@ class Device:
 CPU = Device("cpu", "CPU")
 CUDA = Device("gpu", "CUDA")
 METAL = Device("gpu", "Metal")
-MPS = Device("gpu", "Metal (MPS)")  # Apple's GPU as PyTorch drives it
+MPS = Device("gpu", "Metal (MPS)")  # Apple's GPU in PyTorch
 
 
 def requested_name(requested: str | Device) -> str:
-    """Return the name that a backend's `choose_device` looks up: a device asks for its kind."""
+    """Return the name that a backend's `choose_device` looks up: for a Device, its kind."""
     return requested.kind if isinstance(requested, Device) else requested

@@ -1,4 +1,4 @@
-"""What a user can get wrong."""
+"""Errors that a user can cause, and helpers for one-line messages."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from reprlib import Repr
 from typing import Any
 
 MAX_QUOTED = 80  # characters of a value that a message quotes
-# Where str.splitlines splits, and how it is written out.
+# Characters at which str.splitlines splits, with their escapes.
 LINE_ENDS = {ord(end): repr(end)[1:-1] for end in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 
 
 class Error(Exception):
-    """Whatever mlxmoe raises on purpose: bad input, a run that stopped, a transfer that changed the model."""
+    """Base class of all errors that mlxmoe raises on purpose."""
 
 
 class InputError(Error, ValueError):
-    """Bad input: one line for each fault, which names the value, the limit and what to do; exit code 2.
+    """Bad input: one line per fault, with the value, the limit and what to do. Exit code 2.
 
-    Line ends within a line, as in a file's name, are written out.
+    Line breaks within a line, as in a file's name, are escaped.
     """
 
     def __init__(self, *lines: str):
@@ -33,7 +33,7 @@ class InputError(Error, ValueError):
 
 
 def unbroken(text: str) -> str:
-    """The text on one line: its line ends are written out."""
+    """Return the text on one line, with line breaks escaped."""
     return text.translate(LINE_ENDS)
 
 
@@ -44,7 +44,7 @@ OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, in Python's words or in those of PyTorch, MLX or NumPy."""
+    """Return whether an error reports that memory ran out, as worded by Python, PyTorch, MLX or NumPy."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | ValueError | OSError | ImportError)
         and bool(re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE))
@@ -52,18 +52,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException, limit: int | None = 200) -> str:
-    """What another library said, for the one line of an InputError: at most `limit` characters."""
+    """Return another library's message for the one line of an InputError, cut at `limit` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def quoted(value: Any) -> str:
-    """What a user gave, for the one line of an InputError: its repr, cut where it is long or nested."""
+    """Return the repr of a user's value for the one line of an InputError, cut if it is long or nested."""
     shortened = _REPR.repr(value)
     return shortened if len(shortened) <= MAX_QUOTED else f"{shortened[: MAX_QUOTED - 1]}…"
 
 
 def brief_name(name: str, limit: int = 100) -> str:
-    """A name that somebody else gave: without quotes, its control characters written out."""
+    """Return a name from outside without quotes, its control characters escaped."""
     text = repr(name)[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 

@@ -1,4 +1,4 @@
-"""Libraries that not every installation has, and the extra of pyproject.toml that brings each."""
+"""Optional libraries, and the extra of pyproject.toml that installs each."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ EXTRAS = {
     "wandb": "trackers",
 }
 
-MODULES = {"mlx": "mlx.core"}  # `mlx` alone is a folder that other packages may leave behind
+MODULES = {"mlx": "mlx.core"}  # other packages may leave a folder named `mlx`
 
 
 def require(library: str, user: str) -> None:
-    """Raise InputError, which says how to install it, where a library is missing. Loads nothing.
+    """Raise InputError, with the command to install it, if a library is missing. Loads nothing.
 
-    `user` is what needs the library, as the message opens: "a Parquet file", "mlxmoe plot".
+    `user` is what needs the library, as the message's subject: "a Parquet file", "mlxmoe plot".
     """
     if not is_installed(library):
         raise InputError(f"{user} needs {library}, which is not installed; {how_to_install(library)}")
 
 
 def is_installed(library: str) -> bool:
-    """Tell whether a library could be imported, without importing it."""
+    """Return whether a library can be imported, without importing it."""
     module = MODULES.get(library, library)
     if module in sys.modules:
         return sys.modules[module] is not None
@@ -44,6 +44,6 @@ def is_installed(library: str) -> bool:
 
 
 def how_to_install(*libraries: str) -> str:
-    """Return the command that installs the libraries, as the end of a message."""
+    """Return the end of a message: the command that installs the libraries."""
     extras = ",".join(dict.fromkeys(EXTRAS[library] for library in libraries))
     return f"install it with: pip install 'mlxmoe[{extras}]'"

@@ -1,7 +1,7 @@
-"""Upper bounds of what a user may ask for: beyond every published model, and small enough to count with at once.
+"""Upper bounds of settings: beyond every published model, and small enough to compute with directly.
 
-Whatever is within them, sizes and times can be computed exactly, every float is a normal number in float32, and no
-list that the config asks for is too long to go through.
+Within them, sizes and times are computed exactly, every float is a normal float32, and every list that a config implies
+is short enough to iterate over.
 """
 
 MAX_LAYERS = 1 << 12  # DeepNet: 1,000 (Wang et al. 2022)
@@ -20,11 +20,11 @@ MAX_STEPS = 10**10
 MAX_BATCH_SIZE = 1 << 20  # sequences
 MAX_DOCUMENTS = 10**12
 MAX_NEW_TOKENS = 10**6
-MAX_SEED = (1 << 63) - 1  # what NumPy, MLX and PyTorch all take
+MAX_SEED = (1 << 63) - 1  # accepted by NumPy, MLX and PyTorch
 
-# In float32, smaller numbers lose digits and become 0, and the products of larger ones become infinite.
+# In float32, smaller numbers lose digits and underflow, and products of larger ones overflow.
 MIN_FLOAT, MAX_FLOAT = 1e-30, 1e30
 MAX_BELOW_ONE = 1 - 2**-24  # the next number is 1 in float32
 
-MAX_TEXT = 4096  # characters: as long as a path may be
-MAX_NAME_BYTES = 200  # of a folder's name, which has 255 at most, and gets a date and an ending
+MAX_TEXT = 4096  # characters: the maximum length of a path
+MAX_NAME_BYTES = 200  # of a folder's name: at most 255, with room for a date and a suffix

@@ -1,8 +1,8 @@
-"""Every tensor of a model: its name, its shape, what each axis means, how it starts.
+"""All tensors of a model: name, shape, meaning of each axis, initialisation.
 
-The one table behind both backends' initial weights, their optimizers' groups and state, the parameter counts, the
-checks on checkpoints, and the plans of `transfer`. The names are the contract between the backends and with every
-safetensors file.
+This one table defines both backends' initial weights, the optimizers' groups and state, parameter counts, checks on
+checkpoints, and the plans of `transfer`. The names are the contract between the backends and with every safetensors
+file.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mlx_moe.errors import InputError
 from mlx_moe.storage.tensor_files import StoredWeights
 
 Arrays = dict[str, NDArray[np.float32]]
-Weights = Mapping[str, NDArray[np.float32]]  # in memory, or fetched from a file when asked for
+Weights = Mapping[str, NDArray[np.float32]]  # in memory, or read lazily from a file
 
 
 class Axis(Enum):
-    """What a tensor's axis runs over, and whether the tensor reads or writes it."""
+    """Meaning of a tensor's axis, and whether the tensor reads or writes it."""
 
     VOCAB = "vocab"
     POSITION = "position"
@@ -52,42 +52,42 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it multiplies activations or holds embeddings: what weight decay applies to."""
+        """True if it multiplies activations or holds embeddings; weight decay applies to these."""
         return self.start in ("normal", "residual") or Axis.RANK in self.axes
 
     @property
     def is_hidden_matrix(self) -> bool:
-        """Whether it takes activations to activations inside a block, or is a stack of such, one per expert.
+        """True if it maps activations to activations inside a block, or is a stack of such matrices, one per expert.
 
-        The router is none: like `lm_head` it is E probes side by side that a softmax reads. Orthogonalised, they would
-        all move equally far in every step, also those of experts that hardly any token chose. Nor is an adapter: B
-        starts at 0, and a direction that is orthogonal moves all of it at once.
+        The router does not count: like `lm_head` it is E probes side by side, read by a softmax. Orthogonalised, all of
+        them would move equally far in every step, even those of experts that hardly any token chose. Nor do adapters: B
+        starts at 0, and an orthogonal update moves all of it at once.
         """
         return self.is_matrix and not {Axis.VOCAB, Axis.POSITION, Axis.EXPERT, Axis.RANK} & set(self.axes[-2:])
 
 
 @dataclass(frozen=True)
 class OptimizerGroup:
-    """Parameters that one rule updates in the same way."""
+    """Parameters updated by the same rule."""
 
     rule: Literal["muon", "adamw"]
     weight_decay: float
     names: list[str]
 
 
-# What each rule remembers of a parameter: the mean of its gradients (m), and of their squares (v).
+# Moments kept per parameter: the mean of its gradients (m), and of their squares (v).
 MOMENTS = {"muon": ("m",), "adamw": ("m", "v")}
 
 
 def table(config: ModelConfig) -> list[Parameter]:
-    """All parameters of a model, in the order of the forward pass."""
+    """Return all parameters of a model, in the order of the forward pass."""
     if config.lora is None:
         return list(_table(config))
     return [row for parameter in _table(config) for row in _adapted(parameter, config.lora)]
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, by name, in the order of the table."""
+    """Return the shape of every parameter, by name, in the order of the table."""
     return {parameter.name: parameter.shape for parameter in table(config)}
 
 
@@ -106,12 +106,12 @@ def initialize(config: ModelConfig, seed: int) -> Arrays:
 
 
 def start_adapters(config: ModelConfig, seed: int) -> Arrays:
-    """Those of `initialize` that adapters add: with them the model computes the same."""
+    """Return the adapters' part of `initialize`; adding them does not change the model's output."""
     return {p.name: _start(p, config, seed) for p in table(config) if Axis.RANK in p.axes}
 
 
 def merged(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
-    """The model without adapters, W + alpha/rank · B·A, summed in float64 and rounded once when asked for."""
+    """Return the model without adapters, W + alpha/rank · B·A, summed in float64 and rounded once, lazily."""
     if config.lora is None:
         return config, weights
     plain, scale = config.model_copy(update={"lora": None}), config.lora.alpha / config.lora.rank
@@ -134,15 +134,15 @@ def _start(parameter: Parameter, config: ModelConfig, seed: int) -> NDArray[np.f
 
 
 def normal(name: str, seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normal float32 numbers that depend on (name, seed, shape) only: a stream of Philox per tensor."""
+    """Return standard normal float32 numbers that depend only on (name, seed, shape): a Philox stream per tensor."""
     generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
     return generator.standard_normal(shape, dtype=np.float32)
 
 
 def optimizer_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[OptimizerGroup]:
-    """Who updates what: Muon the hidden matrices where it is chosen, AdamW the rest; only matrices decay.
+    """Group the trained parameters: hidden matrices for Muon if chosen, all others for AdamW; only matrices decay.
 
-    What is frozen is in no group.
+    Frozen parameters are in no group.
     """
     trained = [p for p in table(config) if p.is_trained]
     chosen = {p.name for p in trained if p.is_hidden_matrix} if optimizer.name == "muon" else set()
@@ -156,7 +156,7 @@ def optimizer_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[Op
 
 
 def optimizer_table(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of an optimizer's state and their shapes: `m.{name}`, `v.{name}`, and `step`, the steps taken."""
+    """Return the shapes of an optimizer's state: `m.{name}`, `v.{name}`, and `step`, the number of steps taken."""
     rules = {name: group.rule for group in optimizer_groups(config, optimizer) for name in group.names}
     trained = [p for p in table(config) if p.is_trained]
     moments = {f"{moment}.{p.name}": p.shape for p in trained for moment in MOMENTS[rules[p.name]]}
@@ -164,7 +164,7 @@ def optimizer_table(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str
 
 
 def check_optimizer_state(config: ModelConfig, optimizer: OptimizerConfig, state: Arrays) -> None:
-    """Raise InputError unless `state` holds just what this optimizer keeps for this model."""
+    """Raise InputError unless `state` holds exactly what this optimizer keeps for this model."""
     expected = optimizer_table(config, optimizer)
     way_out = "take the optimizer and the model that wrote it"
     for name, shape in expected.items():
@@ -180,7 +180,7 @@ def check_optimizer_state(config: ModelConfig, optimizer: OptimizerConfig, state
 
 
 def _adapted(parameter: Parameter, lora: LoRAConfig) -> Iterator[Parameter]:
-    """The parameter, frozen unless it is a router; after a target's weight its adapters, A (r, in) and B (out, r)."""
+    """Yield the parameter, frozen unless a router; after a target's weight, its adapters A (r, in) and B (out, r)."""
     module, _, kind = parameter.name.rpartition(".")
     projection = module.rpartition(".")[2]
     yield replace(parameter, is_trained=projection == "router" and lora.router)
@@ -241,7 +241,7 @@ def _ffn(config: ModelConfig, prefix: str, F: int, experts: tuple[int, ...] = ()
 
 NORMS_WITH_BIAS = {"layernorm"}
 
-# The projections from the residual stream into each type of FFN; `down_proj` leads back out of every one.
+# Projections from the residual stream into each type of FFN; `down_proj` leads back in all of them.
 FFN_INPUTS = {"standard": ("up_proj",), "swiglu": ("gate_proj", "up_proj")}
 
 

@@ -1,4 +1,4 @@
-"""The phases of a run: their numbers and folders, the models that they train, what came before each.
+"""The phases of a run: numbers, folders, models, and lineage.
 
 Phases are numbered from 1 in the order of the config. A run that starts from a model may begin with a later one.
 """
@@ -18,14 +18,14 @@ EXPERTS = "mixture of experts"
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase at its place in a run, with the model that it trains (adapters left out)."""
+    """A phase of a run, with the model that it trains (without adapters)."""
 
     number: int
     name: str
     config: PhaseConfig
     model: ModelConfig
-    transfer: Transfer | None  # from the model of the phase before; None where the phase trains that as it is
-    is_from_scratch: bool = False  # it trains weights that were drawn anew
+    transfer: Transfer | None  # from the previous phase's model; None if the phase trains that model unchanged
+    is_from_scratch: bool = False  # trains newly initialised weights
 
     @property
     def folder(self) -> str:
@@ -53,19 +53,19 @@ class Phase:
 
 
 def phase_config(run: RunConfig, number: int) -> PhaseConfig:
-    """Return the settings of a phase by its number, from 1."""
+    """Return the settings of a phase by its number, counted from 1."""
     return list(run.phases.values())[number - 1]
 
 
 def phase_numbers(run: RunConfig) -> range:
-    """Return the numbers of the phases that a run may train: all, or those that it names with its start."""
+    """Return the numbers of the phases that a run may train: all, or those of its `start`."""
     return range(run.first_phase, (run.start.phases[-1] if run.start else len(run.phases)) + 1)
 
 
 def start_phase(run: RunConfig) -> int:
-    """Return the number of the phase that trains models like the first one of the run; 0 stands before phase 1.
+    """Return the number of the phase that trains models like the run's initial one; 0 means before phase 1.
 
-    Where that is less than `run.first_phase`, the run begins with the transfer between the two.
+    If it is less than `run.first_phase`, the run begins with the transfer between the two.
     """
     transfer = transfer_of(phase_config(run, run.first_phase))
     applies = run.start is not None and transfer is not None and transfer.applies_to(run.model)
@@ -75,7 +75,7 @@ def start_phase(run: RunConfig) -> int:
 def get_phase(run: RunConfig, number: int) -> Phase:
     """Return a phase with the model that it trains.
 
-    Raises InputError where a transfer on the way is not possible: growth that is not exact, or upcycling of experts.
+    Raises InputError if a transfer up to it is impossible: growth that is not exact, or upcycling of experts.
     """
     model, transfer = run.model, None
     for before in range(start_phase(run) + 1, number + 1):
@@ -93,7 +93,7 @@ def get_phase(run: RunConfig, number: int) -> Phase:
 
 
 def get_phases(run: RunConfig, numbers: Iterable[int] | None = None) -> list[Phase]:
-    """Return the phases that a run may train, or those of some numbers. Raises InputError as `get_phase`."""
+    """Return the phases that a run may train, or those with the given numbers. Raises InputError as `get_phase`."""
     return [get_phase(run, number) for number in (phase_numbers(run) if numbers is None else numbers)]
 
 
@@ -103,12 +103,12 @@ def phase_model(run: RunConfig, number: int) -> ModelConfig:
 
 
 def trained_model(run: RunConfig, number: int) -> ModelConfig:
-    """Return `phase_model` with the adapters that the run trains it by."""
+    """Return `phase_model` with the run's adapters, if it trains any."""
     return phase_model(run, number).model_copy(update={"lora": run.lora if run.lora.rank else None})
 
 
 def lineage(run: RunConfig, number: int) -> tuple[str, ...]:
-    """Return what the model of a phase comes from; nothing where the run's weights were drawn anew."""
+    """Return the lineage of a phase's model; empty if the run initialised its weights."""
     if run.start is None:
         return ()
     done = [*run.start.lineage]
@@ -124,26 +124,26 @@ def lineage(run: RunConfig, number: int) -> tuple[str, ...]:
 def phase_state(
     run: RunConfig, phase: Phase, step: int, backend: str, validation_loss: float | None = None
 ) -> TrainerState:
-    """Return the state of a checkpoint of a run, so many steps into a phase."""
+    """Return the state of a run's checkpoint, `step` steps into a phase."""
     kind: str | None = getattr(phase.config, "transfer", None) if phase.transfer else None
     origin = lineage(run, phase.number)
     return TrainerState(phase.number, step, backend, validation_loss, origin, phase_name=phase.name, transfer=kind)
 
 
 def lineage_so_far(state: TrainerState) -> tuple[str, ...]:
-    """Return the lineage of a checkpoint, with the training of its own phase."""
+    """Return the lineage of a checkpoint, including the training in its own phase."""
     return (*state.lineage, f"trained for {state.step:,} steps") if state.step else state.lineage
 
 
 def became(transfer: Transfer, model: ModelConfig) -> str:
-    """Say what a transfer made of a model, such as `upcycled to ...`."""
+    """Describe what a transfer did to a model, such as `upcycled to ...`."""
     return f"{transfer.participle} to {model.display_name}"
 
 
 def check_start(run: RunConfig, source: str) -> None:
-    """Raise InputError where the first phase of a run does not fit the model that it starts from.
+    """Raise InputError if a run's first phase does not fit the model that it starts from.
 
-    A phase is meant for dense models or for experts, by what the phases before it make of a dense model.
+    A phase is for dense models or for experts, depending on what the phases before it make of a dense model.
     """
     first, has_experts = run.first_phase, run.model.moe is not None
     expected = _has_experts(run, first - 1)

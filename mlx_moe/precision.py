@@ -6,7 +6,7 @@ bf16 matrix products in bfloat16: projections, attention, experts, head
 fp16 the same in float16, with the loss scaled up so that small gradients survive
 ==== ==============================================================================
 
-In all of them the weights, the residual stream, norms, routers, softmax, loss, the weights' gradients and the moments
+In all three, the weights, the residual stream, norms, routers, softmax, loss, the weights' gradients and the moments
 are float32, and so is everything outside a step: evaluation, certificates, generation.
 """
 
@@ -23,20 +23,20 @@ from mlx_moe.parameters import Arrays
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
-GROWTH_INTERVAL = 2000  # steps without an overflow, after which the scale doubles (PyTorch's GradScaler)
+GROWTH_INTERVAL = 2000  # overflow-free steps after which the scale doubles (PyTorch's GradScaler)
 LARGEST_SCALE = 2.0**24
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A chosen precision, and the reason in words."""
+    """A chosen precision, and the reason for it."""
 
     name: PrecisionName
     reason: str
 
 
 def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device: Device, has_bf16: bool) -> Precision:
-    """Return the precision that `engine.precision` means on a device."""
+    """Resolve `engine.precision` on a device."""
     if requested != "auto":
         return Precision(requested, f"{requested} as asked for")
     if device.kind == "cpu":

@@ -1,4 +1,4 @@
-"""How fast RoPE turns each pair of a head's coordinates."""
+"""RoPE's rotation frequencies."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mlx_moe.config import ModelConfig
 def rotation_frequencies(config: ModelConfig) -> NDArray[np.float64]:
     """Radians per position, (head_dim / 2,), for the pairs of coordinates i and i + head_dim / 2 (Su et al. 2021).
 
-    Scaled ones are divided by the factor where they are slow, left where they are fast, and blended between (Chen et
-    al. 2023, Position Interpolation, for all of them; Grattafiori et al. 2024 and Llama 3.1's `apply_scaling`).
+    Scaled: low frequencies are divided by the factor, high ones kept, and those between interpolated (Chen et al. 2023,
+    Position Interpolation, scale all of them; Grattafiori et al. 2024 and Llama 3.1's `apply_scaling`).
     """
     pairs = np.arange(config.head_dim // 2)
     frequencies: NDArray[np.float64] = config.rope_theta ** (-2 * pairs / config.head_dim)

@@ -1,5 +1,4 @@
-"""The terminal and the folders that a command finds: text of others cannot steer a terminal, and one that is gone
-does not stop the work."""
+"""Terminal output that cannot steer a terminal and never fails, and checks of the process's folders."""
 
 from __future__ import annotations
 
@@ -13,23 +12,23 @@ from typing import Any, TextIO
 from mlx_moe.errors import InputError, is_out_of_memory, one_line, unbroken
 
 DELETED = "the working folder was deleted; go to another one"
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a user's word on how many threads to take
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # user settings of the thread count
 LONGEST_CELL = 1000  # characters of Markdown
 KEPT = "\n\t"
-# Characters that turn the direction of what follows: a name could show as another.
+# Bidirectional controls: with them, a name could display as another.
 TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 LINE_SEPARATORS = {"\u2028", "\u2029"}
 
 
 def printable(text: str) -> str:
-    """Write the control characters of a text out, so that it cannot move the cursor, colour, or hide anything."""
+    """Escape a text's control characters, so that it cannot move the cursor, colour, or hide anything."""
     if text.isprintable():
         return text
     return "".join(character if _is_harmless(character) else _written_out(character) for character in text)
 
 
 def plain_markdown(text: str) -> str:
-    """Return the text for a line of Markdown, where it shows as it is: no markup, links, mentions, and not too long."""
+    """Return the text as one literal line of Markdown: no markup, links or mentions, and bounded in length."""
     import html  # slow to load, and hardly ever needed
 
     line = " ".join(printable(text).split())
@@ -39,27 +38,27 @@ def plain_markdown(text: str) -> str:
 
 
 def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
-    """Print a text, made printable, to standard output or, with `err`, to standard error."""
+    """Print a text, made printable, to standard output, or to standard error if `err`."""
     stream = sys.stderr if err else sys.stdout
     stream.write(printable(str(text)) + ("\n" if nl else ""))
     stream.flush()
 
 
 def prepare_streams() -> None:
-    """Make standard output and error such that writing to them never fails.
+    """Make standard output and error streams whose writes never fail.
 
-    What an encoding does not have is written as an escape. Where the reader is gone, or the disk behind a log is full,
-    what is said is dropped from then on, and the work goes on.
+    Characters outside the encoding are escaped. If the reader is gone or a log's disk is full, further output is
+    dropped and the work continues.
     """
-    for name in THREADS:  # of what is no number libraries complain, each for itself
+    for name in THREADS:  # libraries each complain about values that are not numbers
         if name in os.environ and not re.fullmatch("0*[1-9][0-9]{0,3}(,.*)?", os.environ[name]):
             del os.environ[name]
-    for name in ("COLUMNS", "LINES"):  # rich takes any digits for a number, and fills each line up to it
+    for name in ("COLUMNS", "LINES"):  # rich accepts any digits, and pads each line to that width
         if len(text := os.environ.get(name, "")) > 4 or not text.isascii():
             del os.environ[name]
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started the process
+        if stream is None:  # closed by the parent process
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")
@@ -67,9 +66,9 @@ def prepare_streams() -> None:
 
 
 def check_folders() -> None:
-    """Unset TMPDIR where it names no folder: Python ignores it then, MLX does not.
+    """Unset TMPDIR if it is not a folder: Python ignores it then, MLX does not.
 
-    Raises InputError where the working folder was deleted: libraries end the process there.
+    Raises InputError if the working folder was deleted, where libraries abort the process.
     """
     try:
         os.getcwd()
@@ -80,7 +79,7 @@ def check_folders() -> None:
 
 
 class _Unfailing:
-    """A text stream whose writing never raises."""
+    """A text stream whose writes never raise."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -88,7 +87,7 @@ class _Unfailing:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except (OSError, ValueError):  # a ValueError where it is closed
+        except (OSError, ValueError):  # a ValueError if it is closed
             self._give_up()
         return len(text)
 
@@ -103,7 +102,7 @@ class _Unfailing:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Send all that follows, and what is still in the buffer, to nowhere."""
+        """Redirect the stream and its buffered text to the null device."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -114,10 +113,10 @@ class _Unfailing:
 
 
 def describe_crash(error: BaseException) -> tuple[str, int]:
-    """Return one line for an error that nobody expected, and the exit code.
+    """Return one line for an unexpected error, and the exit code.
 
-    What the file system refuses is bad input (2), without a traceback. All else ends with 1 and has its traceback in a
-    file that the line names.
+    Errors of the file system count as bad input (2), without a traceback. All others exit with 1 and have their
+    traceback in a file that the line names.
     """
     if is_out_of_memory(error):
         return (

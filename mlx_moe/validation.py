@@ -1,4 +1,4 @@
-"""What users write, checked against a model: every fault is one line that says where and why."""
+"""Validation of user input by pydantic models; every fault becomes one line with its key and reason."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pydantic import Tag, TypeAdapter, ValidationError
 from mlx_moe.errors import MAX_QUOTED, InputError, quoted
 
 Config = TypeVar("Config")
-MAX_FAULTS = 5  # that one message names
-TAG = "\0"  # begins the tag of a union's member; no key does
+MAX_FAULTS = 5  # listed in one message
+TAG = "\0"  # prefix of the tag of a union's member; no key begins with it
 
 
 def validate(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Build a config (a model or a dataclass), or raise InputError with one line for every fault."""
+    """Build a config (a model or a dataclass), or raise InputError with one line per fault."""
     try:
         return _adapter(kind).validate_python(values)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -38,7 +38,7 @@ def tag(name: str) -> str:
 
 
 def by_path(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their `key.path`."""
+    """Flatten nested values to `key.path`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= by_path(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -46,7 +46,7 @@ def by_path(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: Sequence[str], cutoff: float = 0.5) -> str:
-    """`did you mean …? `, or nothing where no known name is near."""
+    """Return `did you mean …? `, or an empty string if no known name is close."""
     match = get_close_matches(name[:MAX_QUOTED], known, n=1, cutoff=cutoff)
     return f"did you mean {match[0]!r}? " if match else ""
 
@@ -67,13 +67,13 @@ def _explain(kind: type[Any], fault: Any) -> str:
         message = f"must be at most {fault['ctx']['le']:.15g}"
     elif fault["type"] == "greater_than_equal":  # pydantic writes 1e-30 with all its zeros
         message = f"must be greater than or equal to {fault['ctx']['ge']:.15g}"
-    if fault["type"] in ("value_error", "missing") and isinstance(fault["input"], dict):  # about a section as a whole
+    if fault["type"] in ("value_error", "missing") and isinstance(fault["input"], dict):  # faults of a whole section
         return f"{path}: {message}" if path else message
     return f"{path} = {quoted(fault['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(kind: Any, path: Sequence[str | int]) -> list[str]:
-    """The keys of the section that a path leads to; none where that is no model."""
+    """Return the keys of the section at a path; none if that is not a model."""
     for part in path:
         kind = _part_of(kind, part)
     kind = next((option for option in (kind, *get_args(kind)) if hasattr(option, "model_fields")), None)
@@ -81,7 +81,7 @@ def _known_keys(kind: Any, path: Sequence[str | int]) -> list[str]:
 
 
 def _part_of(kind: Any, part: str | int) -> Any:
-    """Return the annotation that a part of a key path leads to, from a model, a mapping or a tagged union."""
+    """Return the annotation at one part of a key path, in a model, a mapping or a tagged union."""
     options = [kind, *get_args(kind)]
     if str(part).startswith(TAG):
         return next((option for option in _members(kind) if Tag(str(part)) in get_args(option)[1:]), None)

@@ -1,4 +1,4 @@
-"""Arithmetic on a config: parameters, floating-point operations, memory, machines. Imports no framework."""
+"""Arithmetic on a config: parameters, FLOPs, memory, machines. Imports no framework."""
 
 from mlx_moe.accounting.parameters import ParameterCount, count_parameters
 

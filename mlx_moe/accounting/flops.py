@@ -1,7 +1,7 @@
 """Floating-point operations per token.
 
-A product of (m, k) with (k, n) is 2·m·n·k operations. Attention is counted over all T × T pairs, as PyTorch's flop
-counter does and as unfused kernels compute it; a kernel that skips what the causal mask hides does half of that.
+A product of (m, k) with (k, n) counts 2·m·n·k operations. Attention counts all T × T pairs, as PyTorch's flop counter
+does and as unfused kernels compute it; a kernel that skips masked pairs does half of that.
 
 D model, Q query heads' width, G key-value heads' width, F neurons that a token visits, E experts, K experts per token,
 T time, V vocabulary.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mlx_moe.config import ModelConfig
 from mlx_moe.parameters import FFN_INPUTS
 
-# Operations per number, an exponential or error function as one.
+# Operations per element; an exponential or error function counts as one.
 NORMALIZATION = {"layernorm": 7, "layernorm_nobias": 6, "rmsnorm": 4}
 ACTIVATION = {"gelu": 4, "gelu_tanh": 8, "silu": 3, "relu": 1, "leaky_relu": 2}
 SOFTMAX = 5  # maximum, difference, exponential, sum, quotient
@@ -23,9 +23,9 @@ ROTATION = 3  # two products and a sum
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of the forward pass for one token.
+    """Operations of the forward pass per token.
 
-    `projections`, `attention`, `router`, `ffn` and `head` are matrix products, `elementwise` is all else.
+    `projections`, `attention`, `router`, `ffn` and `head` are matrix products, `elementwise` is the rest.
     """
 
     projections: int
@@ -34,7 +34,7 @@ class Flops:
     ffn: int
     head: int
     elementwise: int
-    gradients: int = 2  # of every product: by its input and its weight; only the first where the weight is frozen
+    gradients: int = 2  # per product: by its input and its weight; only the former if the weight is frozen
 
     @property
     def forward(self) -> int:
@@ -43,10 +43,10 @@ class Flops:
 
     @property
     def training(self) -> int:
-        """Matrix products forward and backward, where every product has its gradients, each of its own size.
+        """Matrix products forward and backward; each product has `gradients` gradients of its own size.
 
-        Products that a backward pass repeats (attention's scores in fused kernels, activation checkpointing) are left
-        out, as in the model FLOPs of PaLM (Chowdhery et al. 2022, appendix B); so are those of adapters.
+        Recomputation in the backward pass (attention's scores in fused kernels, activation checkpointing) is not
+        counted, as in PaLM's model FLOPs (Chowdhery et al. 2022, appendix B); neither are adapters.
         """
         return (1 + self.gradients) * self.forward
 
@@ -64,7 +64,7 @@ class Flops:
 
 
 def flops_per_token(config: ModelConfig) -> Flops:
-    """Operations for one token of a sequence of `context_length`."""
+    """Return the operations per token of a sequence of `context_length`."""
     D, T = config.d_model, config.context_length
     Q, G = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     n_mixtures, n_experts = len(config.expert_layers), config.moe.n_experts if config.moe else 0
@@ -74,7 +74,7 @@ def flops_per_token(config: ModelConfig) -> Flops:
         top_k, shared = config.moe.top_k, config.moe.shared_d_ff
         F += n_mixtures * (top_k * config.expert_d_ff + shared)
         n_ffns += n_mixtures * (top_k + (shared > 0))
-        residual += n_mixtures * (2 * top_k + (shared > 0)) * D  # gates weigh and sum the experts' outputs
+        residual += n_mixtures * (2 * top_k + (shared > 0)) * D  # weighting and summing the experts' outputs
     n_inputs = len(FFN_INPUTS[config.ffn_type])
 
     norms = (2 * config.n_layers + 1) * NORMALIZATION[config.normalization] * D
@@ -99,5 +99,5 @@ def flops_per_token(config: ModelConfig) -> Flops:
 
 
 def mfu(flops: Flops, tokens_per_s: float, peak_flops_per_s: float) -> float:
-    """Model FLOPs utilisation, 0 to 1: the share of a machine's peak that trains the model (Chowdhery et al. 2022)."""
+    """Return the model FLOPs utilisation, 0 to 1: the share of a machine's peak (Chowdhery et al. 2022)."""
     return flops.training * tokens_per_s / peak_flops_per_s

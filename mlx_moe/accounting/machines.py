@@ -1,8 +1,8 @@
-"""What machines can do: peak rates, memory bandwidth, memory sizes.
+"""Table of machines: peak rates, memory bandwidth, memory sizes.
 
 Apple states bandwidth and memory; its GPUs compute 128 multiply-adds per core and cycle in fp32, fp16 and bf16 alike,
-and Apple has stated the resulting TFLOP/s for M1 and M2. NVIDIA's figures are those of its datasheets, dense: half of
-what is advertised "with sparsity". fp32 is that of the CUDA cores, since our fp32 is never TF32.
+and Apple has stated the resulting TFLOP/s for M1 and M2. NVIDIA's figures are from its datasheets, dense: half of those
+advertised "with sparsity". fp32 is the rate of the CUDA cores, since our fp32 is never TF32.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from mlx_moe.errors import InputError, quoted
 from mlx_moe.precision import PrecisionName
 from mlx_moe.validation import nearest
 
-# What Metal lets one process use of a Mac's memory (`recommendedMaxWorkingSetSize`): 11.84 of 16 GB on an M3, and more
-# on larger ones (107.5 of 128 GB). `sudo sysctl iogpu.wired_limit_mb` raises it.
+# Share of a Mac's memory that Metal lets one process use (`recommendedMaxWorkingSetSize`): 11.84 of 16 GB on an M3,
+# more on larger ones (107.5 of 128 GB). `sudo sysctl iogpu.wired_limit_mb` raises it.
 METAL_SHARE = 0.74
-# A CUDA context, its libraries and what the allocator cannot use of its blocks.
+# A CUDA context, its libraries, and unusable remainders of the allocator's blocks.
 CUDA_RESERVED_GB = 1.0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The largest GPU of its name. TFLOP/s, dense; GB/s; memory in GB, every size that was sold."""
+    """The largest GPU of its name: dense TFLOP/s, GB/s, and all memory sizes sold, in GB."""
 
     name: str
     vendor: Literal["apple", "nvidia"]
@@ -33,14 +33,14 @@ class Machine:
     bf16: float | None  # None: no hardware for it
     bandwidth: float
     memory: tuple[int, ...]
-    estimated: bool = False  # some figure is ours and not the vendor's
+    estimated: bool = False  # some figures are not the vendor's
 
     def flops_per_s(self, precision: PrecisionName) -> float:
         tflops = {"fp32": self.fp32, "bf16": self.bf16 or self.fp32, "fp16": self.fp16}[precision]
         return tflops * 1e12
 
     def usable_bytes(self, memory_gb: float) -> int:
-        """What a training process can take of the memory."""
+        """Return the bytes of memory that a training process can use."""
         if self.vendor == "apple":
             return int(memory_gb * METAL_SHARE * 2**30)
         return int((memory_gb - CUDA_RESERVED_GB) * 2**30)
@@ -105,11 +105,11 @@ MACHINES = (
 )
 # fmt: on
 
-OTHER_CARDS = {"laptop", "ti", "super", "d"}  # share a name with a card of the table, and not its figures
+OTHER_CARDS = {"laptop", "ti", "super", "d"}  # these share a name with a card of the table, but not its figures
 
 
 def lookup(device_name: str) -> Machine | None:
-    """The machine by the name that its system reports: `Apple M3 Max`, `NVIDIA H100 80GB HBM3`, `Tesla T4`; or None."""
+    """Return the machine with the reported name (`Apple M3 Max`, `NVIDIA H100 80GB HBM3`, `Tesla T4`), or None."""
     words = _words(device_name)
     if OTHER_CARDS & set(words):
         return None
@@ -118,9 +118,9 @@ def lookup(device_name: str) -> Machine | None:
 
 
 def choose(text: str) -> tuple[Machine, int]:
-    """A machine and its memory in GB, from `M2 Max 32GB`; without a size, the smallest that was sold.
+    """Return the machine and memory in GB that `M2 Max 32GB` names; without a size, the smallest sold.
 
-    Raises InputError for an unknown machine, and for a size that it was not sold with.
+    Raises InputError for an unknown machine, and for a size that was not sold.
     """
     size = re.search(r"(\d{1,6})\s*(gb|g)\b", text, re.IGNORECASE)
     name = text[: size.start()] if size else text
@@ -138,7 +138,7 @@ def choose(text: str) -> tuple[Machine, int]:
 
 
 def _spellings(machine: Machine) -> list[list[str]]:
-    """The name with and without what may be left out: `nvidia geforce rtx 4090`, …, `4090`."""
+    """Return the words of the name with and without its optional prefixes: `nvidia geforce rtx 4090`, …, `4090`."""
     spellings = [_words(machine.name)]
     while spellings[-1][0] in ("apple", "nvidia", "geforce", "rtx"):
         spellings.append(spellings[-1][1:])

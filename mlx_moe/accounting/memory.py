@@ -1,11 +1,11 @@
-"""Memory of a training step, by counting the arrays that are alive when it is largest.
+"""Peak memory of a training step, from the arrays alive at its largest moments.
 
-A step has three moments that can be the largest: the loss, when everything for the backward pass is kept and the
-logits are at work; the backward pass of the last block; the update, when all gradients are there. What each backend
-keeps was read off its operations and checked by measurement: `benchmarks/plan_memory.py`.
+A step has three candidates: the loss, when everything for the backward pass is kept and the logits are in use; the
+backward pass of the last block; the update, when all gradients exist. What each backend keeps was derived from its
+operations and checked by measurement: `benchmarks/plan_memory.py`.
 
 N tokens of a micro-batch, T time, D model, Q query heads' width, G key-value heads' width, H heads, F neurons of an
-FFN, E experts, R rows that go through an FFN (N, or the assignments to experts), V vocabulary, L layers.
+FFN, E experts, R rows through an FFN (N, or the assignments to experts), V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ MLX_KEPT_NEURONS = {
     "cpu": {"gelu": 2, "gelu_tanh": 2, "silu": 2, "relu": 2, "leaky_relu": 3},
     "gpu": {"gelu": 4, "gelu_tanh": 5, "silu": 3, "relu": 2, "leaky_relu": 3},
 }
-# MLX frees an array when the device has passed it, and the program runs up to ten command buffers (of ten operations,
-# on CPU) ahead of the device. These many arrays, of D, F, T and V numbers a row, wait there when the loss is computed.
-# On CPU, GELU's and the loss's polynomials are more code than one kernel takes, and pass arrays between their kernels.
+# MLX frees an array once the device has passed it, and the program runs up to ten command buffers (of ten operations,
+# on CPU) ahead of the device. These many arrays, with rows of D, F, T and V numbers, are pending when the loss is
+# computed. On CPU, GELU's and the loss's polynomials exceed one kernel, and pass arrays between their kernels.
 MLX_WAITING_RESIDUAL = 16
 MLX_WAITING_SCORES = 1.5
 MLX_WAITING_NEURONS = {"gelu": 3, "gelu_tanh": 3, "silu": 3, "relu": 1, "leaky_relu": 1}
@@ -55,7 +55,10 @@ TORCH_RUNTIME = 345 << 20  # a process that has trained a tiny model: PyTorch's 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes. `activations` is what the forward pass keeps, `logits` what the loss adds to it; `moments` are totals."""
+    """Bytes at a step's peak.
+
+    `activations` are kept by the forward pass, `logits` added by the loss; `moments` are the totals at each candidate.
+    """
 
     weights: int
     gradients: int
@@ -67,7 +70,7 @@ class StepMemory:
 
     @property
     def kept(self) -> int:
-        """What the loss finds: activations and logits."""
+        """Bytes alive when the loss is computed: activations and logits."""
         return self.activations + self.logits
 
     @property
@@ -90,7 +93,7 @@ def step_memory(
     backend: Backend,
     device: DeviceKind,
 ) -> StepMemory:
-    """Bytes that training steps take at most, on one device; `engine.precision` "auto" counts as fp32."""
+    """Return the peak bytes of training steps on one device; `engine.precision` "auto" counts as fp32."""
     is_half = engine.precision in ("bf16", "fp16")
     # On CPU, MLX rounds to half precision, and keeps the rounded numbers in float32 (`model/functional.py`).
     half = 2 if is_half and (backend, device) != ("mlx", "cpu") else FLOAT
@@ -105,7 +108,7 @@ def step_memory(
     kinds = {True: n_mixtures, False: config.n_layers - n_mixtures}
     blocks = {kind: _Block(config, kind, N, half, backend, device) for kind, count in kinds.items() if count}
     working = max(block.working for block in blocks.values())
-    casts = half * sizes.matrices if is_half else 0  # the weights as the products read them
+    casts = half * sizes.matrices if is_half else 0  # the weights in the precision of the products
     kept = N * config.d_model * (FLOAT + half)  # the last norm's input and output
     if engine.activation_checkpointing:
         kept += config.n_layers * N * config.d_model * FLOAT
@@ -114,22 +117,23 @@ def step_memory(
         kept += sum(kinds[kind] * block.kept for kind, block in blocks.items()) + casts
         recomputed = 0
     held = weights + moments + (TORCH_RUNTIME if (backend, device) == ("torch", "cpu") else 0)
-    summed = gradients if engine.accumulation_steps > 1 else 0  # the gradients of the parts before this one
+    summed = gradients if engine.accumulation_steps > 1 else 0  # accumulated gradients of earlier parts
 
     if backend == "torch":
-        # Of a chunk the logits and their gradient, in float32 and as products read them; the gradients they lead to.
+        # Per chunk: the logits and their gradient, in float32 and in the products' precision, and the resulting
+        # gradients.
         chunk = NV / max(1, math.ceil(NV / TORCH_LOGITS[device]))
         head = 0 if config.lora else config.vocab_size * config.d_model
         rounded = 0 if half == FLOAT else chunk + head
         logits = int(chunk * (half + FLOAT) + rounded * half + head * FLOAT + N * config.d_model * half)
         loss = kept + logits
         backward = kept + recomputed + working + FLOAT * (sizes.block + head)
-        # The embedding's gradient is as large as the embedding, also where only the head's is added to it.
+        # The embedding's gradient is as large as the embedding, even where it only adds the head's.
         update = gradients + FLOAT * sizes.largest[0] * (MUON_ARRAYS if optimizer.name == "muon" else 1)
     else:
         chunk = min(NV, MLX_LOGITS[device])
         logits = chunk * (MLX_LOGITS_ARRAYS[device][chunk < NV] * FLOAT + (half if half != FLOAT else 0))
-        if chunk < NV:  # the head's gradient so far, and with the next chunk's; that of what it read
+        if chunk < NV:  # the head's gradient before and after a chunk, and its input's
             logits += (2 * config.vocab_size * FLOAT + N * half) * config.d_model
         loss = kept + logits + working
         backward = kept + chunk * FLOAT + recomputed + working
@@ -150,8 +154,11 @@ def step_memory(
 
 
 class _Sizes(NamedTuple):
-    """Numbers: of every parameter; of those trained; of all matrices; of those that Muon trains; and of those trained
-    of all experts, of the largest block. Then how many tensors are trained, and the numbers of the largest of them."""
+    """Element counts.
+
+    All parameters; trained ones; matrices; matrices trained by Muon; trained parameters of experts, and of the largest
+    block. Then the number of trained tensors and the sizes of the largest.
+    """
 
     all: int
     trained: int
@@ -191,7 +198,7 @@ def _total(rows: Iterable[tuple[Parameter, int, int]]) -> int:
 
 
 class _Block:
-    """Bytes that one block keeps for the backward pass (`kept`), and that come on top while it runs (`working`)."""
+    """Bytes that one block keeps for the backward pass (`kept`), and needs in addition while it runs (`working`)."""
 
     def __init__(self, config: ModelConfig, has_experts: bool, N: int, half: int, backend: Backend, device: DeviceKind):
         T, D, H = config.context_length, config.d_model, config.n_heads
@@ -209,12 +216,12 @@ class _Block:
             block = min(T, MLX_QUERIES)
             scores, at_work = N * H * (T + block) // 2, N * H * block
 
-        residual = 2 * N * D * FLOAT  # what the two norms read
-        products = 2 * N * D * half  # what they write, for projections to read
+        residual = 2 * N * D * FLOAT  # inputs of the two norms
+        products = 2 * N * D * half  # outputs of the norms, inputs of projections
         norms = 0
         if on_mlx_cpu or (backend, device, config.normalization) == ("torch", "cpu", "rmsnorm"):
-            norms = 2 * N * D * FLOAT  # the normalised rows; GPUs have kernels that compute them again
-        if config.qk_norm:  # what the norms of heads read, and the same
+            norms = 2 * N * D * FLOAT  # the normalised rows; GPU kernels recompute them
+        if config.qk_norm:  # inputs of the heads' norms, and their normalised rows
             norms += N * (Q + G) * FLOAT * (2 if device == "cpu" else 1)
         experts = 0
         if moe:
@@ -230,7 +237,7 @@ class _Block:
             if config.attention_backend == "manual":
                 attention = N * 4 * Q * half + scores * (FLOAT if half == FLOAT else FLOAT + half)
             elif device == "cpu" and config.position_encoding == "rope":
-                attention += N * Q * half  # the output again, in the order that o_proj reads
+                attention += N * Q * half  # the output again, in o_proj's order
             in_and_out = 1 if config.activation == "relu" else 2  # ReLU's gradient needs only its output
             neurons = RF * half * (in_and_out + (2 if gated else 0))
             # Gradients of the neurons, of the experts' rows, and of the residual stream.
@@ -245,11 +252,11 @@ class _Block:
 
 
 def _mlx_updates(sizes: _Sizes, device: DeviceKind) -> int:
-    """Bytes of new weights and moments that are there before the old ones are freed."""
+    """Return the bytes of new weights and moments that exist before the old ones are freed."""
     total = sizes.trained
     if FLOAT * total > MLX_UPDATED_AT_ONCE:
         return 3 * max(MLX_UPDATE_PART, FLOAT * sizes.largest[0])
-    # One of the three takes the place of the gradient where that is contiguous: with experts, not with projections.
+    # One of the three reuses the gradient's buffer if that is contiguous: with experts, not with projections.
     arrays = 3 - sizes.experts / total
     if device == "cpu":
         return int(arrays * FLOAT * total * min(1.0, MLX_UPDATES_AHEAD / sizes.n_trained_tensors))

@@ -1,4 +1,4 @@
-"""Parameters, in all and at work for one token."""
+"""Parameter counts: total and active per token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from mlx_moe.parameters import Axis, Parameter, table
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """`inactive`: parameters of the experts that a token does not visit, `idle_experts` of them over all layers."""
+    """Parameter counts of a model.
+
+    `inactive`: parameters of the experts that a token does not visit; `idle_experts`: their number over all layers.
+    """
 
     total: int
     active: int
@@ -23,7 +26,7 @@ class ParameterCount:
 
     @property
     def efficiency(self) -> float:
-        """The share of the parameters that works for a token, 0 to 1."""
+        """Share of the parameters that are active for a token, 0 to 1."""
         return self.active / self.total
 
     def to_json(self) -> dict[str, int | float]:
@@ -37,9 +40,9 @@ class ParameterCount:
 
 
 def counted_table(config: ModelConfig) -> list[tuple[Parameter, int]]:
-    """The table of a model with one layer of each kind, dense and with experts, and how many of each tensor there are.
+    """Return the parameter table with one layer of each kind (dense, experts), and how often each tensor occurs.
 
-    All layers of a kind are alike, so that counting does not take longer for thousands of them.
+    All layers of a kind are alike, so the cost does not grow with the number of layers.
     """
     n_mixtures = len(config.expert_layers)
     layers = [number for number in (config.n_layers - n_mixtures, n_mixtures) if number]
@@ -50,14 +53,16 @@ def counted_table(config: ModelConfig) -> list[tuple[Parameter, int]]:
 
 
 def layer_of(parameter: Parameter) -> int | None:
-    """The layer that a parameter is in; None outside the blocks."""
+    """Return the index of a parameter's layer; None outside the blocks."""
     place, _, rest = parameter.name.partition(".")
     return int(rest.partition(".")[0]) if place == "layers" else None
 
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    """All parameters: `embeddings` (tokens and positions), `attention`, `router`, `ffn` (every expert's), `norms`, and
-    `head`, 0 where it is tied."""
+    """Count all parameters by part.
+
+    `embeddings` (tokens and positions), `attention`, `router`, `ffn` (all experts), `norms`, and `head`, 0 if tied.
+    """
     parts = dict.fromkeys(("embeddings", "attention", "router", "ffn", "norms", "head"), 0)
     for parameter, number in counted_table(config):
         parts[_part(parameter.name)] += number * math.prod(parameter.shape)
@@ -65,13 +70,13 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
 
 
 def non_embedding_parameters(config: ModelConfig) -> int:
-    """What works for a token without looking anything up: active, less embeddings and head (Kaplan et al. 2020, N)."""
+    """Return N of Kaplan et al. 2020: active parameters without embeddings and head."""
     parts = parameters_by_part(config)
     return count_parameters(config).active - parts["embeddings"] - parts["head"]
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count every tensor of the model; a token visits `top_k` of the `n_experts` in each layer that has them."""
+    """Count every tensor of the model; a token visits `top_k` of the `n_experts` in each expert layer."""
     total = inactive = 0
     idle_per_layer = config.moe.n_experts - config.moe.top_k if config.moe else 0
     for parameter, number in counted_table(config):

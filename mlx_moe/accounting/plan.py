@@ -1,4 +1,4 @@
-"""What a phase will take on a machine: memory, time, the largest batch, and what to change where it does not fit."""
+"""Resources of a phase on a machine: memory, time, largest batch, and changes that make it fit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mlx_moe.device import CUDA, METAL, DeviceKind
 from mlx_moe.precision import PrecisionName, choose_precision
 
 LARGEST_BATCH = 4096
-# The share of a machine's rate for large matrix products that whole training steps reach. Measured on two CPU cores at
-# width 512, dense and experts: PyTorch 0.50 to 0.62, MLX 0.47 to 0.54. On GPUs it is taken to be the same.
+# Share of a machine's rate for large matrix products that whole training steps reach. Measured on two CPU cores at
+# width 512, dense and experts: PyTorch 0.50 to 0.62, MLX 0.47 to 0.54. Assumed to be the same on GPUs.
 EFFICIENCY = 0.5
-# The share of a stated peak that large matrix products reach: 2.9 of 3.8 TFLOP/s on an M4 (Hübner et al. 2025).
+# Share of a stated peak that large matrix products reach: 2.9 of 3.8 TFLOP/s on an M4 (Hübner et al. 2025).
 PRODUCTS_OF_PEAK = 0.75
-TRAFFIC = 7  # times the update reads or writes each weight: weight, gradient and two moments in, three of them out
+TRAFFIC = 7  # memory accesses per weight of an update: weight, gradient and two moments read, three of them written
 
 
 @dataclass(frozen=True)
 class Work:
-    """A phase: what is trained, how, and for how long."""
+    """Workload of a phase: the model, how it is trained, and for how long."""
 
     name: str
     model: ModelConfig
@@ -50,7 +50,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Site:
-    """A machine with so much memory, as a backend uses it. `flops_per_s` is its rate for matrix products."""
+    """A machine with its memory, as a backend uses it. `flops_per_s` is its rate of matrix products."""
 
     label: str
     backend: Backend
@@ -58,12 +58,15 @@ class Site:
     precision: PrecisionName
     usable_bytes: int
     flops_per_s: float
-    bytes_per_s: float | None  # of its memory; None: not known
+    bytes_per_s: float | None  # memory bandwidth; None: unknown
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A phase at a site. `largest_batch` 0: not even one sequence fits; `ways_out`: changes that make it fit."""
+    """Estimate of a phase on a machine.
+
+    `largest_batch` 0: not even one sequence fits; `ways_out`: overrides that make it fit.
+    """
 
     memory: StepMemory
     fits: bool
@@ -76,7 +79,7 @@ class Fit:
 
 
 def site_of(machine: Machine, memory_gb: int, engine: EngineConfig) -> Site:
-    """A machine from the table: MLX on Apple's, PyTorch on NVIDIA's; "auto" precision as the trainers choose it."""
+    """Return a machine of the table as a target: MLX on Apple's, PyTorch on NVIDIA's; "auto" precision is resolved."""
     device = METAL if machine.vendor == "apple" else CUDA
     precision = choose_precision(engine.precision, device, has_bf16=machine.bf16 is not None).name
     return Site(
@@ -99,7 +102,7 @@ def fit(work: Work, site: Site) -> Fit:
 
 
 def seconds(work: Work, site: Site) -> float:
-    """Expected time of a phase's steps: products at EFFICIENCY of the site's rate, then the update's memory traffic."""
+    """Estimate the time of a phase: products at EFFICIENCY of the machine's rate, then the updates' memory traffic."""
     recomputed = 4 / 3 if work.engine.activation_checkpointing else 1.0
     products = recomputed * work.tokens * work.flops.training / (EFFICIENCY * site.flops_per_s)
     updated = work.steps * TRAFFIC * 4 * work.parameters.total
@@ -107,7 +110,7 @@ def seconds(work: Work, site: Site) -> float:
 
 
 def _largest_batch(work: Work, site: Site) -> int:
-    """In sequences, a multiple of the accumulation steps; LARGEST_BATCH stands for that many and more."""
+    """Return the largest batch in sequences, a multiple of the accumulation steps, capped at LARGEST_BATCH."""
     parts = work.engine.accumulation_steps
     low, high = 0, max(1, LARGEST_BATCH // parts)
     while low < high:
@@ -118,7 +121,7 @@ def _largest_batch(work: Work, site: Site) -> int:
 
 
 def _ways_out(work: Work, site: Site) -> Iterator[str]:
-    """Overrides under which the phase fits: each that does by itself, else the first that do together."""
+    """Yield overrides that make the phase fit: each one that suffices alone, else the first sufficient combination."""
     B = work.batch_size
     parts = [n for n in _divisors(B) if n > work.engine.accumulation_steps]
     half = {"precision": "bf16"} if site.precision == "fp32" else {}
@@ -145,7 +148,7 @@ def _ways_out(work: Work, site: Site) -> Iterator[str]:
 
 
 def _divisors(number: int) -> list[int]:
-    """All divisors, rising."""
+    """Return all divisors, ascending."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return [*small, *(number // n for n in reversed(small) if n * n != number)]
 

@@ -1,1 +1,1 @@
-"""What becomes of runs: evaluation, sweeps, scaling laws and comparison; experts, plots and the report."""
+"""Analysis of runs: evaluation, sweeps, scaling laws, comparison, experts, plots and the report."""

@@ -1,4 +1,4 @@
-"""Runs side by side: which is best, in what they differ, and what each reached for the same tokens, FLOPs or time."""
+"""Comparison of runs: ranking, differing settings, and losses at equal tokens, FLOPs or time."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from mlx_moe.validation import by_path
 
 BUDGETS = ("tokens", "flops", "seconds")
 NATS, BITS = "nats per token", "bits per byte"
-LONGEST_VALUE = 200  # characters of a config's value in the table
+LONGEST_VALUE = 200  # characters of a setting in the table
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A validation loss (nats per token) of a run, and what had been spent by then; `seconds` are those of steps."""
+    """A validation loss (nats per token) of a run, and the budgets spent by then; `seconds` counts steps only."""
 
     phase: int
     step: int
@@ -42,7 +42,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """`bits_per_byte` is the last validation loss per byte of text: it compares runs of different tokenizers."""
+    """Summary of a run. `bits_per_byte` is its last validation loss per byte, comparable across tokenizers."""
 
     run: str
     architecture: str
@@ -61,12 +61,12 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, the best first. `differences`: the config keys in which they differ, with the value of each run.
+    """Runs, best first. `differences`: the config keys that differ, with each run's value.
 
-    `equal`: for each budget the largest that all runs spent, and the loss of each at it. `speedup`, of two runs: the
-    lowest loss that both reach, and for each budget how many times what the best spends on it the other does. Both are
-    in `unit`: nats per token; bits per byte where the tokenizers differ, and then a token is no budget, because it is
-    not the same text. Where they differ and the bytes are not known, nothing is compared.
+    `equal`: for each budget, the largest that all runs spent, and each run's loss at it. `speedup`, for two runs: the
+    lowest loss that both reach, and for each budget, the second run's cost of it relative to the best run's. Losses are
+    in `unit`: nats per token, or bits per byte if the tokenizers differ; tokens are then no budget, because they are
+    not the same text. If tokenizers differ and byte counts are unknown, nothing is compared.
     """
 
     runs: list[ComparedRun]
@@ -81,11 +81,11 @@ class Comparison:
 
 
 def latest_runs(folder: Path, n: int) -> list[Path]:
-    """The n runs in a folder that were begun last. Raises InputError where there are fewer than two."""
+    """Return the n most recently begun runs in a folder. Raises InputError if there are fewer than two."""
     begun: dict[Path, float] = {}
     try:
         for name in os.listdir(folder):
-            with contextlib.suppress(OSError):  # no run, or one that was deleted a moment ago
+            with contextlib.suppress(OSError):  # not a run, or one deleted a moment ago
                 status = os.stat(folder / name / CONFIG)
                 if stat.S_ISREG(status.st_mode) and not name.startswith("."):
                     begun[folder / name] = status.st_mtime
@@ -101,9 +101,9 @@ def latest_runs(folder: Path, n: int) -> list[Path]:
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
-    """Compare runs by their last validation loss, or per byte where their tokenizers differ.
+    """Compare runs by their last validation loss, per byte if their tokenizers differ.
 
-    Raises InputError where a folder is no run, or has no validation loss yet.
+    Raises InputError if a folder is not a run, or has no validation loss yet.
     """
     records = [read_record(path) for path in paths]
     pairs = list(zip(records, [summarize(record) for record in records], strict=True))
@@ -122,7 +122,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
 
 
 def summarize(record: Record) -> ComparedRun:
-    """What a run came to, as far as it went."""
+    """Summarise a run, finished or not."""
     points = curve(record)
     if not points:
         raise InputError(f"{record.path} has no validation loss yet; train on: {resume_command(record.path)}")
@@ -146,7 +146,7 @@ def summarize(record: Record) -> ComparedRun:
 
 
 def curve(record: Record) -> list[CurvePoint]:
-    """The validation losses of a run, over all its phases."""
+    """Return the validation losses of a run, over all its phases."""
     points, flops_before = [], 0
     for phase in record.phases:
         per_token = flops_per_token(phase.model).training
@@ -161,13 +161,13 @@ def curve(record: Record) -> list[CurvePoint]:
 
 
 def nats_to_bits_per_byte(data: dict[str, Any]) -> float | None:
-    """What a loss in nats per token is multiplied by, from the validation split of `data.json`."""
+    """Return the factor from nats per token to bits per byte, from the validation split in `data.json`."""
     split = data.get("validation", {})
     return split["tokens"] / split["bytes"] / math.log(2) if split.get("bytes") else None
 
 
 def _unit(records: Sequence[Record]) -> str | None:
-    """In what the losses of runs compare; None where that is not known."""
+    """Return the unit in which the runs' losses compare; None if unknown."""
     identities = {record.data.get("tokenizer", {}).get("identity") for record in records}
     if None not in identities and len(identities) == 1:
         return NATS
@@ -175,14 +175,14 @@ def _unit(records: Sequence[Record]) -> str | None:
 
 
 def _in_unit(record: Record, run: ComparedRun, unit: str | None) -> ComparedRun:
-    """A run with all losses of its curve in a unit."""
+    """Return the run with its curve's losses converted to a unit."""
     scale = (nats_to_bits_per_byte(record.data) or 1.0) if unit == BITS else 1.0
     points = [replace(point, validation_loss=scale * point.validation_loss) for point in run.curve]
     return replace(run, curve=points, lowest_validation_loss=scale * run.lowest_validation_loss)
 
 
 def spent_to_reach(points: Sequence[CurvePoint], loss: float, budget: str) -> float:
-    """How much of a budget a run spent when its curve first fell to a loss; straight between what was measured."""
+    """Return the budget spent when the curve first fell to a loss, interpolated linearly."""
     for before, after in pairwise(points):
         if before.validation_loss > loss >= after.validation_loss:
             share = (before.validation_loss - loss) / (before.validation_loss - after.validation_loss)
@@ -212,10 +212,10 @@ def show(comparison: Comparison) -> None:
     )
     console.facts([(label, run.architecture) for label, run in zip(labels, runs, strict=True)])
     if comparison.differences:
-        console.title("In what they differ")
+        console.title("Differing settings")
         console.table(["key", *labels], [[key, *map(_text, row)] for key, row in comparison.differences.items()])
     if comparison.equal:
-        console.title(f"Validation loss for the same{'' if comparison.unit == NATS else f', {comparison.unit}'}")
+        console.title(f"Validation loss at equal budgets{'' if comparison.unit == NATS else f', {comparison.unit}'}")
         console.table(
             ["", "of each", *labels],
             [
@@ -233,7 +233,7 @@ def show(comparison: Comparison) -> None:
 
 
 def _labels(runs: Sequence[str]) -> list[str]:
-    """The names of the runs' folders, or their paths where two have the same."""
+    """Return the folders' names, or the paths if two names are equal."""
     names = [Path(os.path.abspath(run)).name for run in runs]
     return names if len(set(names)) == len(names) and all(names) else list(runs)
 
@@ -246,17 +246,17 @@ def _differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _at_equal(runs: Sequence[ComparedRun], budget: str) -> dict[str, Any]:
-    """The loss of every run at the largest budget that all spent; straight between what was measured."""
+    """Return each run's loss at the largest budget that all spent, interpolated linearly."""
     common = min(getattr(run, budget) for run in runs)
     losses = []
     for run in runs:
-        spent = [float(getattr(point, budget)) for point in run.curve]  # FLOPs are integers beyond NumPy's
+        spent = [float(getattr(point, budget)) for point in run.curve]  # FLOPs may exceed NumPy's integers
         losses.append(float(np.interp(float(common), spent, [point.validation_loss for point in run.curve])))
     return {"budget": common, "losses": losses}
 
 
 def _speedup(ahead: ComparedRun, behind: ComparedRun, budgets: Sequence[str] = BUDGETS) -> dict[str, Any]:
-    """How many times what `ahead` spends on the lowest loss that both reach does `behind` spend on it."""
+    """Return the budgets of `behind` over those of `ahead` at the lowest loss that both reach."""
     loss = max(ahead.lowest_validation_loss, behind.lowest_validation_loss)
     ratios: dict[str, Any] = {"loss": loss}
     for budget in budgets:
@@ -266,7 +266,7 @@ def _speedup(ahead: ComparedRun, behind: ComparedRun, budgets: Sequence[str] = B
 
 
 def _warnings(records: list[Record], unit: str | None) -> list[str]:
-    """Where the losses are not of the same text, and what of the runs cannot be read or is no whole run."""
+    """Return warnings: losses not on the same text, and runs that are incomplete or unreadable."""
     found = []
     if len({_held_out(record.data, unit) for record in records}) > 1:
         found.append("the runs hold out different text, so their losses do not compare; see mlxmoe eval")
@@ -284,7 +284,7 @@ def _warnings(records: list[Record], unit: str | None) -> list[str]:
 
 
 def _held_out(data: Row, unit: str | None) -> Any:
-    """What tells whether runs hold out the same text. The tokens' hash only tells it for the same tokenizer."""
+    """Return a key that is equal for runs with the same validation text; token hashes require equal tokenizers."""
     if unit == NATS:
         return data["validation"]["sha256"]
     return unit and (data["source"]["identity"], data["validation_fraction"], data["validation"]["documents"])

@@ -1,4 +1,4 @@
-"""What `mlxmoe experts` finds, as tables: a row per checkpoint, and the tokens that the last one's experts take."""
+"""Tables of `mlxmoe experts`: a row per checkpoint, and the tokens routed to the last one's experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS_IN_TABLE = 4
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """A line for every checkpoint, over all layers; then what the experts of the last one take."""
+    """Print a line for every checkpoint, over all layers; then the tokens of the last one's experts."""
     console.table(SUMMARY_COLUMNS, [summary(one) for one in report["checkpoints"]])
     console.line(f"{report['tokens']:,} tokens of the validation split. {SUMMARY_LEGEND}")
     last = report["checkpoints"][-1]
@@ -30,7 +30,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def summary(one: dict[str, Any]) -> list[str]:
-    """What SUMMARY_COLUMNS name, of one checkpoint of a report."""
+    """Return one checkpoint's cells, in the order of SUMMARY_COLUMNS."""
     load_LE, distance_LEE, clones = (
         np.array([layer["load"] for layer in one["layers"]]),
         np.array([layer["distance"] for layer in one["layers"]]),

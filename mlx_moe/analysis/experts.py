@@ -1,4 +1,4 @@
-"""What the experts of a run do: how much, together with whom, on which tokens; and whether any are dead or twins.
+"""Analysis of a run's experts: load, co-activation, specialisation; dead experts and twins.
 
 N tokens, V vocabulary, L layers, E experts, K experts per token, F neurons of an expert, D model.
 """
@@ -35,14 +35,14 @@ from mlx_moe.transfer.growth import Split, layer_sources
 Figures = NDArray[np.float64]
 Experts = NDArray[np.int64]
 
-TWIN_DISTANCE = 1e-3  # relative; what updates alike ends at 0, or on GPUs at their rounding, and the rest far above
-MIN_OCCURRENCES = 20  # of a token, before it is said which expert takes it
+TWIN_DISTANCE = 1e-3  # relative; identically updated experts end at 0 (GPUs: at rounding), all others far above
+MIN_OCCURRENCES = 20  # minimum number of a token's occurrences to attribute it to an expert
 TOKENS_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Routes:
-    """What the routers of a model made of N tokens."""
+    """Routing of N tokens by a model."""
 
     tokens_N: NDArray[np.int32]
     router_logits_LNE: NDArray[np.float32]
@@ -51,8 +51,7 @@ class Routes:
 
 @dataclass(frozen=True)
 class TakenToken:
-    """A token's text, its occurrences, the share of these that an expert is chosen for, and that share over the
-    expert's share of all tokens."""
+    """A token's text and count, the share of these that choose an expert, and that over the expert's overall share."""
 
     text: str
     occurrences: int
@@ -61,7 +60,7 @@ class TakenToken:
 
 
 def report_experts(path: Path, out: Path, backend: Backend, device: str, n_sequences: int) -> None:
-    """Write what `analyse` finds to a file, and print a table."""
+    """Write the result of `analyse` to a file, and print a table."""
     read_config(path)
     with writing(out, EXPERTS, "experts") as partial:
         report = {"generator": signature("experts")} | analyse(path, backend, device, n_sequences)
@@ -72,14 +71,14 @@ def report_experts(path: Path, out: Path, backend: Backend, device: str, n_seque
 
 
 def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict[str, Any]:
-    """The experts in every checkpoint of a run that has them, on tokens that it never trained on.
+    """Analyse the experts in every checkpoint of a run, on validation tokens.
 
-    Per checkpoint and `layer` with experts: `load` (E,), each expert's share of the assignments; `entropy` of the
-    router, nats; `together` (E, E), the share of tokens that choose both, on the diagonal either one; `distance`
-    (E, E), see `weight_distances`; `dead` experts, which no token chooses; `twins`, pairs nearer than TWIN_DISTANCE;
-    `tokens`, of each expert those with the highest lift; and where experts were grown `clones`, see `clone_figures`.
+    Per checkpoint and `layer` with experts: `load` (E,), each expert's share of the assignments; router `entropy` in
+    nats; `together` (E, E), the share of tokens that choose both (diagonal: the one); `distance` (E, E), see
+    `weight_distances`; `dead` experts, which no token chooses; `twins`, pairs closer than TWIN_DISTANCE; `tokens`,
+    those with the highest lift per expert; and after growth `clones`, see `clone_figures`.
 
-    Raises InputError where the run has no such checkpoint, or its data cannot be had.
+    Raises InputError if the run has no such checkpoint, or its data is unavailable.
     """
     run = read_config(path)
     found = [
@@ -118,7 +117,7 @@ def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict
 
 
 def routes_of(trainer: Trainer, data: TokenData, n_sequences: int, batch_size: int) -> Routes:
-    """What a model's routers make of evenly spaced windows of the validation split."""
+    """Route evenly spaced windows of the validation split."""
     tokens_BT = fixed_windows(data.validation, n_sequences, trainer.config.context_length)[:, :-1]
     starts = range(0, len(tokens_BT), batch_size)
     router_logits, experts = [], []
@@ -130,14 +129,14 @@ def routes_of(trainer: Trainer, data: TokenData, n_sequences: int, batch_size: i
 
 
 def chosen(experts_NK: Experts, n_experts: int) -> Figures:
-    """(N, E): 1 where a token chooses an expert, else 0."""
+    """Return (N, E): 1 where a token chooses an expert, else 0."""
     chosen_NE = np.zeros((len(experts_NK), n_experts))
     np.put_along_axis(chosen_NE, experts_NK, 1, axis=1)
     return chosen_NE
 
 
 def router_entropy(router_logits_NE: NDArray[np.float32]) -> float:
-    """Of the router's softmax over all experts, nats, the mean over tokens; ln E for a router that is unsure."""
+    """Mean router entropy per token (nats); ln(E) when the router is uniform."""
     logits_NE = router_logits_NE.astype(np.float64)
     logits_NE -= logits_NE.max(axis=1, keepdims=True)
     log_probability_NE = logits_NE - np.log(np.exp(logits_NE).sum(axis=1, keepdims=True))
@@ -145,9 +144,9 @@ def router_entropy(router_logits_NE: NDArray[np.float32]) -> float:
 
 
 def weight_distances(experts_EP: list[NDArray[np.float32]]) -> Figures:
-    """(E, E): ‖wᵢ − wⱼ‖ / √((‖wᵢ‖² + ‖wⱼ‖²) / 2) over all of two experts' weights; 0 for equal, √2 for unrelated ones.
+    """Return (E, E): ‖wᵢ − wⱼ‖ / √((‖wᵢ‖² + ‖wⱼ‖²) / 2) over two experts' weights; 0 if equal, √2 if unrelated.
 
-    Takes tensors whose first axis runs over the experts.
+    The first axis of each tensor runs over the experts.
     """
     n_experts = len(experts_EP[0])
     squares_E, apart_EE = np.zeros(n_experts), np.zeros((n_experts, n_experts))
@@ -161,14 +160,14 @@ def weight_distances(experts_EP: list[NDArray[np.float32]]) -> Figures:
 
 
 def twins(distances_EE: Figures) -> list[list[int]]:
-    """The pairs of experts nearer than TWIN_DISTANCE."""
+    """Return the pairs of experts closer than TWIN_DISTANCE."""
     return np.argwhere(np.triu(distances_EE < TWIN_DISTANCE, k=1)).tolist()
 
 
 def taken_tokens(tokens_N: NDArray[np.int32], chosen_NE: Figures, texts: list[str]) -> list[list[TakenToken]]:
-    """For every expert the tokens with the highest lift, at most TOKENS_SHOWN, of those with MIN_OCCURRENCES.
+    """Return, per expert, the TOKENS_SHOWN tokens of highest lift among those with MIN_OCCURRENCES.
 
-    Lift is P(expert | token) / P(expert); of equal ones the more frequent token comes first.
+    Lift is P(expert | token) / P(expert); ties go to the more frequent token.
     """
     occurrences_V = np.bincount(tokens_N, minlength=len(texts))
     share_E = chosen_NE.mean(axis=0)
@@ -191,12 +190,12 @@ def taken_tokens(tokens_N: NDArray[np.int32], chosen_NE: Figures, texts: list[st
 def clone_figures(
     layer: int, before: ModelConfig, after: ModelConfig, split: Split, weights: Weights, routes: Routes
 ) -> dict[str, Any]:
-    """How far the copies that growth made in a layer have parted.
+    """Measure how far the copies made by growth have diverged in a layer.
 
-    `neuron_distance` (E,), the median over copied neurons, relative, between the incoming weights of a copy and its
-    original: as long as it is 0 both compute the same. `twin_neurons`: the copies nearer than TWIN_DISTANCE, of the
-    `neurons`. An uneven growth puts no copies of neurons in new blocks. In a new block `copy_of`, the layer that it
-    copies, and `same_experts`, the share of choices that both make alike.
+    `neuron_distance` (E,), the median over copied neurons of the relative distance between the incoming weights of a
+    copy and its original; at 0 both compute the same. `twin_neurons`: the number of copies closer than TWIN_DISTANCE,
+    out of `neurons`. Uneven growth copies no neurons in new blocks. In a new block: `copy_of`, the layer it copies, and
+    `same_experts`, the share of choices on which both agree.
     """
     sources = layer_sources(before.n_layers, after.n_layers)
     original = sources.index(sources[layer])
@@ -249,13 +248,13 @@ def _layers(run: RunConfig, loaded: Checkpoint, routes: Routes, texts: list[str]
 
 
 def _experts(weights: Weights, layer: int) -> Arrays:
-    """The tensors of a layer's experts, each with the experts along its first axis."""
+    """Return the tensors of a layer's experts; their first axis runs over the experts."""
     prefix = f"layers.{layer}.mlp.experts."
     return {name: weights[name] for name in weights if name.startswith(prefix)}
 
 
 def _square(array: NDArray[np.float32]) -> float:
-    """The squared norm."""
+    """Return the squared norm."""
     return float(np.square(array, dtype=np.float64).sum())
 
 
@@ -264,7 +263,7 @@ def _texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: arrays as lists, numbers to five digits, which is more than the sample of tokens bears out."""
+    """Convert for JSON: arrays to lists, numbers to five digits, which exceeds the sample's accuracy."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, np.ndarray | list):

@@ -1,4 +1,4 @@
-"""From a sweep's results to `fits.json`."""
+"""Fit of scaling laws to a sweep's results, written to `fits.json`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def fit_results(
 ) -> Fit:
     """Fit a law to a sweep's finished runs, write it, and print it.
 
-    `law` auto: L(N, D) where both vary, else that of the one that does. Raises InputError where there is too little to
-    fit to.
+    `law` auto: L(N, D) if both vary, else the law of the one that does. Raises InputError if there are too few runs.
     """
     if law not in ("auto", *get_args(LawName)):
         raise InputError(f"--law {law!r}: must be auto, {', '.join(get_args(LawName))}")

@@ -1,7 +1,7 @@
-"""One run of a sweep, as a process of its own: python -m mlx_moe.analysis.one_run FOLDER NAME BACKEND DEVICE [FDS].
+"""Process of one run of a sweep: python -m mlx_moe.analysis.one_run FOLDER NAME BACKEND DEVICE [FDS].
 
-FDS are two descriptors that it gets from the sweep: the end of a pipe, which says when the sweep asks it to stop or has
-died, and the lock that tells the next sweep that this process is still there.
+FDS are two descriptors inherited from the sweep: the end of a pipe, which closes when the sweep asks the run to stop or
+dies, and the lock that shows the next sweep that this process is still alive.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from mlx_moe.validation import validate
 
 SWEEP = "sweep.json"
 LARGEST_SWEEP = 256 << 20  # bytes of sweep.json
-HELD_ELSEWHERE = os.EX_TEMPFAIL  # the exit code where another process trains in the run's folder
+HELD_ELSEWHERE = os.EX_TEMPFAIL  # exit code if another process trains in the run's folder
 
 
 def read_sweep(folder: Path) -> dict[str, SweepRun]:
-    """Read the runs of a sweep's folder. Raises InputError where `sweep.json` is missing or damaged."""
+    """Read the runs of a sweep's folder. Raises InputError if `sweep.json` is missing or damaged."""
     file = folder / SWEEP
     values = read_json(file, LARGEST_SWEEP)
     try:
@@ -44,22 +44,22 @@ def read_sweep(folder: Path) -> dict[str, SweepRun]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether another process trains in a run's folder."""
+    """Return whether another process trains in a run's folder."""
     try:
         os.close(locks.acquire(folder, shared=True))
     except locks.Busy:
         return True
-    except OSError:  # there is none yet
+    except OSError:  # the folder does not exist yet
         return False
     return False
 
 
 def train_one(out: Path, name: str, backend: str, device: str) -> int:
-    """Train, or resume, one run of a sweep; returns its exit code. What went wrong is the last line that it prints."""
+    """Train or resume one run of a sweep; return its exit code. An error is the last line that it prints."""
     folder = out / name
     try:
         spec = read_sweep(out)[name]
-        if (folder / CONFIG).is_file() and not (folder / IDENTITY).is_file():  # what it was begun with is the sweep's
+        if (folder / CONFIG).is_file() and not (folder / IDENTITY).is_file():  # else use the sweep's settings
             run, chosen, options = open_run(folder), choose_backend(backend), Options(device)
         elif (folder / CONFIG).is_file():
             found = resume_run(folder, backend, device, has_phases=True)
@@ -79,7 +79,7 @@ def train_one(out: Path, name: str, backend: str, device: str) -> int:
     except KeyboardInterrupt:  # a second signal
         print("interrupted")
         return 128 + signal.SIGINT
-    except BaseException as error:  # panics of libraries in Rust are no Exception
+    except BaseException as error:  # Rust panics do not derive from Exception
         line, code = describe_crash(error)
         print(line)
         return code
@@ -87,7 +87,7 @@ def train_one(out: Path, name: str, backend: str, device: str) -> int:
 
 
 def stop_with_the_sweep(pipe: int) -> None:
-    """Send SIGTERM to this process, on which it saves, when the sweep closes its end of the pipe or dies."""
+    """Send SIGTERM to this process, which then saves, when the sweep closes its end of the pipe or dies."""
 
     def wait() -> None:
         os.read(pipe, 1)
@@ -98,7 +98,7 @@ def stop_with_the_sweep(pipe: int) -> None:
 
 def main() -> int:
     folder, name, backend, device, *descriptors = sys.argv[1:]
-    del sys.argv[5:]  # they mean nothing to who reads environment.json
+    del sys.argv[5:]  # keep them out of environment.json
     for descriptor in map(int, descriptors):
         os.set_inheritable(descriptor, False)
     if descriptors:

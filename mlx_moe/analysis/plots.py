@@ -1,4 +1,4 @@
-"""Figures of a run, as SVG and PNG: drawn without a display, told apart by lightness and marks as well as by colour.
+"""Figures of a run as SVG and PNG, drawn without a display; lines differ in lightness and marks as well as colour.
 
 L layers, E experts, S logged steps.
 """
@@ -29,7 +29,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.storage.atomic import signature, writing
 from mlx_moe.storage.run_folder import resume_command
 
-# Okabe and Ito's colours: distinct to all kinds of colour vision, and of different lightness.
+# Okabe and Ito's colours: distinct for all kinds of colour vision, and in lightness.
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"
 STYLE: dict[Any, Any] = {
     "figure.figsize": (7.2, 3.2),
@@ -49,23 +49,23 @@ STYLE: dict[Any, Any] = {
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
     "legend.frameon": False,
-    "svg.hashsalt": "mlxmoe",  # the same figure gives the same file
+    "svg.hashsalt": "mlxmoe",  # makes files reproducible
 }
-ZOOM = 0.4  # shown on both sides of a boundary: this part of the shorter phase
-HIGHEST_LOAD = 2.0  # of the fair share, where the colours end
-MOST_LAYERS = 48  # in a figure
-NARROWEST = 0.25  # of the widest column
+ZOOM = 0.4  # shown on both sides of a boundary, as a fraction of the shorter phase
+HIGHEST_LOAD = 2.0  # end of the colour scale, over the fair share
+MOST_LAYERS = 48  # per figure
+NARROWEST = 0.25  # relative to the widest column
 
 
 def plot(path: Path, out: Path | None, warn: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """Draw a run, or a sweep and its fits, into a folder; the files written.
+    """Draw a run, or a sweep and its fits, into a folder; return the files.
 
-    `warn` gets a line for what of a run cannot be read. Raises InputError where it is neither.
+    `warn` gets a line for each unreadable part of a run. Raises InputError if the path is neither.
     """
     fits, folder = (path / FITS, path) if os.path.isdir(path) else (path, path.parent)
     figures: dict[str, Figure | None] = {}
-    with mpl.style.context(STYLE, after_reset=True), warnings.catch_warnings():  # whatever matplotlibrc says
-        warnings.simplefilter("ignore")  # of matplotlib, on what it cannot lay out well; ours go to `warn`
+    with mpl.style.context(STYLE, after_reset=True), warnings.catch_warnings():  # overrides matplotlibrc
+        warnings.simplefilter("ignore")  # matplotlib's layout warnings; ours go to `warn`
         if os.path.isfile(path / SWEEP):
             figures["choices"] = choices(path)
         if os.path.isfile(fits):
@@ -93,7 +93,7 @@ def save(figure: Figure, out: Path, name: str) -> list[Path]:
 
 
 def loss(record: Record) -> Figure | None:
-    """Training and validation loss of the whole run, and below it what is near each boundary."""
+    """Draw the training and validation loss of the whole run, and enlargements of its boundaries below."""
     losses = [value for phase in record.phases for name in LOSSES for _, value in phase.column(name)]
     if not losses:
         return None
@@ -127,7 +127,7 @@ def gradient_norm(record: Record) -> Figure | None:
     if figure is None:
         return None
     axes, limit = figure.axes[0], record.run.optimizer.max_grad_norm
-    if limit > axes.get_ylim()[1]:  # a line up there would press all norms to the bottom
+    if limit > axes.get_ylim()[1]:  # a line that high would compress all norms at the bottom
         axes.set_ylabel(f"{axes.get_ylabel()} at {limit:g}")
         return figure
     axes.axhline(limit, color="black", linewidth=0.8, linestyle=":")
@@ -146,7 +146,7 @@ def speed(record: Record) -> Figure | None:
 
 
 def expert_load(record: Record) -> Figure | None:
-    """How every layer's assignments fall on its experts, over the steps; a column for each phase that has experts."""
+    """Draw each layer's expert load over the steps; a column for each phase with experts."""
     phases = [phase for phase in record.phases if phase.column("expert_load")]
     if not phases:
         return None
@@ -224,14 +224,14 @@ def _zoom(axes: Axes, record: Record, before: PhaseRecord, after: PhaseRecord) -
 
 
 def _with_margin(low: float, high: float) -> tuple[float, float]:
-    """Limits of an axis around values, which may all be the same."""
+    """Return axis limits around values, which may all be equal."""
     size = max(abs(low), abs(high))
     margin = 0.08 * (high - low) if high - low > 1e-9 * size else 0.01 * (size or 1)
     return low - margin, high + margin
 
 
 def _by_step(record: Record, name: str, label: str) -> Figure | None:
-    """One quantity, which is never negative; None where no row has it."""
+    """Draw one non-negative quantity; None if no row has it."""
     if not any(phase.column(name) for phase in record.phases):
         return None
     figure = Figure()
@@ -245,7 +245,7 @@ def _by_step(record: Record, name: str, label: str) -> Figure | None:
 
 
 def _mark_phases(axes: Axes, record: Record) -> None:
-    """A line where a phase begins, and the phases' names above."""
+    """Draw a line at the start of each phase, and the phases' names above."""
     for phase in record.phases:
         start = phase.rows[0]["run_step"]
         if phase is not record.phases[0]:
@@ -259,7 +259,7 @@ def _mark_phases(axes: Axes, record: Record) -> None:
 
 
 def _label_log_axis(axes: Axes) -> None:
-    """Ticks at 1, 2 and 5 of each decade, as plain numbers."""
+    """Put ticks at 1, 2, 3 and 5 of each decade, as plain numbers."""
     axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -280,6 +280,6 @@ def _evenly(n: int, most: int) -> list[int]:
 
 
 def _edges(steps: list[int]) -> list[float]:
-    """Where the cells around logged steps meet."""
+    """Return the edges of cells centred on logged steps."""
     middles = [(one + other) / 2 for one, other in pairwise(steps)]
     return [steps[0] - 0.5, *middles, steps[-1] + 0.5]

@@ -1,4 +1,4 @@
-"""What a run's folder says, read once for plots and the report: whatever is there of a run, at whatever point it is."""
+"""Reader of a run's folder for plots and the report, whatever state the run is in."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from mlx_moe.storage.run_folder import CONFIG, DATA, ENVIRONMENT, HISTORY, METRI
 
 Row = dict[str, Any]
 EXPERTS = "experts.json"
-LONGEST_LINE = 300  # characters of what is said about a file
+LONGEST_LINE = 300  # characters of a message about a file
 
 
 @dataclass(frozen=True)
 class PhaseRecord:
     """A phase that has begun.
 
-    `rows` are those of `metrics.jsonl`, by rising steps, each with where it stands in the run as a whole: `run_step`
-    (steps), `run_tokens` and `run_seconds` (of steps; validation and saving left out). A key is there only with a
-    value, and all numbers are finite.
+    `rows` are those of `metrics.jsonl`, by ascending step, with their position in the whole run: `run_step` (steps),
+    `run_tokens` and `run_seconds` (of steps, without validation and saving). Keys without a value are absent, and all
+    numbers are finite.
     """
 
     phase: Phase
     rows: list[Row]
     event: Row | None  # its row of `history.jsonl`; None until it is finished
-    diverged: Row | None = None  # the row that says at which `step` it ended, and for what `reason`
+    diverged: Row | None = None  # the row with the `step` and `reason` of a divergence
 
     @property
     def number(self) -> int:
@@ -58,7 +58,7 @@ class PhaseRecord:
 
     @property
     def steps(self) -> int:
-        """Those that are logged."""
+        """Number of the last logged step."""
         last: int = self.rows[-1]["step"]
         return last
 
@@ -68,40 +68,40 @@ class PhaseRecord:
 
     @property
     def seconds(self) -> float:
-        """Of its steps so far."""
+        """Seconds of its steps so far."""
         seconds: float = self.rows[-1]["run_seconds"] - self.rows[0]["run_seconds"]
         return seconds
 
     @property
     def unfinished(self) -> str:
-        """How far it got, in a few words, where it is not finished."""
+        """Progress in a few words, for an unfinished phase."""
         if self.diverged is None:
             return f"phase {self.number} stopped at step {self.steps} of {self.planned_steps}"
         step, reason = self.diverged["step"], self.diverged["reason"]
         return f"phase {self.number} diverged at step {step} of {self.planned_steps}: {reason}"
 
     def column(self, name: str) -> list[tuple[Row, Any]]:
-        """The rows that have a value under a name, with it."""
+        """Return the rows that have a value under a name, with the value."""
         return [(row, row[name]) for row in self.rows if name in row]
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run, as far as it went."""
+    """A run, finished or not."""
 
     path: Path
     run: RunConfig
     phases: list[PhaseRecord]
     planned_phases: tuple[int, ...]
-    boundaries: dict[str, Row]  # by name, such as `1-2`: the certificates, passed or not
+    boundaries: dict[str, Row]  # certificates, passed or not, by name, such as `1-2`
     environment: Row
     data: Row
-    experts: Row | None  # what `mlxmoe experts` wrote
-    unread: tuple[str, ...] = ()  # what was left out because it cannot be read, a line each
+    experts: Row | None  # written by `mlxmoe experts`
+    unread: tuple[str, ...] = ()  # a line for each part that could not be read
 
     @property
     def missing(self) -> list[str]:
-        """What the run would have if all its planned phases were finished, and has not, each in a few words."""
+        """Parts that are missing from the planned run, a few words each."""
         begun = {phase.number: phase for phase in self.phases}
         missing = [
             begun[number].unfinished if number in begun else self._without_rows(number)
@@ -124,9 +124,9 @@ class Record:
 
 
 def read_record(path: Path) -> Record:
-    """Read a run's folder, each file checked against its type and against the others.
+    """Read a run's folder; check each file against its schema and against the others.
 
-    What cannot be read is left out, and `unread` says so. Raises InputError where that leaves no config, or no row of
+    Unreadable parts are omitted and listed in `unread`. Raises InputError if that leaves no config, or no row of
     `metrics.jsonl`.
     """
     run = read_config(path)
@@ -151,7 +151,7 @@ def read_record(path: Path) -> Record:
 
 
 def read_config(path: Path) -> RunConfig:
-    """The config of a run. Raises InputError where there is none, or none that can be read."""
+    """Return a run's config. Raises InputError if it is missing or unreadable."""
     file = path / CONFIG
     try:
         is_there = stat.S_ISREG(os.stat(file).st_mode)
@@ -170,7 +170,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 def _planned_phases(path: Path, run: RunConfig, unread: list[str]) -> tuple[int, ...]:
-    """The phases from the first to the last that the run was begun, or last resumed, with."""
+    """Return the phases that the run was to train when it was begun or last resumed."""
     try:
         identity = read_identity(path)
     except InputError as error:
@@ -181,7 +181,7 @@ def _planned_phases(path: Path, run: RunConfig, unread: list[str]) -> tuple[int,
 
 
 def _log(file: Path, kind: Any, unread: list[str]) -> list[Row]:
-    """The rows of a log that are of a kind."""
+    """Return a log's valid rows."""
     said = list[str]()
     try:
         rows = jsonl.read(file, kind, said.append)
@@ -192,7 +192,7 @@ def _log(file: Path, kind: Any, unread: list[str]) -> list[Row]:
 
 
 def _file(kind: type[BaseModel], file: Path, unread: list[str], at_most: int = LARGEST_CONFIG) -> Row:
-    """A file's values; none where there is no file, or none of that kind."""
+    """Return a file's values; an empty row if it is missing or invalid."""
     if not os.path.lexists(file):
         return {}
     try:
@@ -214,7 +214,7 @@ def _boundaries(folder: Path, run: RunConfig, unread: list[str]) -> dict[str, Ro
 
 
 def _phases(run: RunConfig, rows: Sequence[Row], unread: list[str]) -> list[PhaseRecord]:
-    """The phases that have rows; those of a phase that the config does not allow are left out."""
+    """Return the phases that have rows; omit phases that the config does not allow."""
     phases: list[PhaseRecord] = []
     n_not_finite = 0
     for number in phase_numbers(run):
@@ -245,14 +245,14 @@ def _phases(run: RunConfig, rows: Sequence[Row], unread: list[str]) -> list[Phas
 
 
 def _is_figure(value: Any) -> bool:
-    """Whether a row's value is there, and finite throughout."""
+    """Return whether a value is present, and finite throughout."""
     if isinstance(value, list):
         return all(map(_is_figure, value))
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _usable(rows: Iterable[Row], phase: Phase, tokens_per_step: int, faults: list[str]) -> Iterator[Row]:
-    """The rows of a phase that fit its model and each other, by rising steps; of two of one step the later."""
+    """Yield a phase's rows that fit its model and each other, by ascending step; of two rows of a step, the later."""
     by_step: dict[int, Row] = {}
     model, planned_steps = phase.model, phase.config.steps
     shape = [model.moe.n_experts if model.moe else 0] * len(model.expert_layers)
@@ -286,11 +286,11 @@ def _experts(model: ModelConfig) -> str:
 
 
 def _add_history(phases: list[PhaseRecord], history: Sequence[Row], unread: list[str]) -> None:
-    """Give the phases what became of them."""
+    """Add their history rows to the phases."""
     rows = {event: {row["phase"]: row for row in history if row["event"] == event} for event in ("phase", "diverged")}
     for i, phase in enumerate(phases):
         diverged = rows["diverged"].get(phase.number)
-        if diverged and diverged["step"] < phase.steps:  # it was resumed and got past that
+        if diverged and diverged["step"] < phase.steps:  # the run was resumed and got beyond it
             diverged = None
         phases[i] = replace(phase, event=rows["phase"].get(phase.number), diverged=diverged)
     for number in sorted(rows["phase"].keys() - {phase.number for phase in phases}):
@@ -298,7 +298,7 @@ def _add_history(phases: list[PhaseRecord], history: Sequence[Row], unread: list
 
 
 def _in_the_run(rows: Sequence[Row], before: Row) -> list[Row]:
-    """The rows of a phase with their places in the run, given the last row of the phase before."""
+    """Return a phase's rows with their positions in the run, given the last row of the previous phase."""
     step, tokens = before.get("run_step", 0), before.get("run_tokens", 0)
     seconds, last_step = before.get("run_seconds", 0.0), 0
     placed = []

@@ -22,9 +22,9 @@ from mlx_moe.training.console import millions
 
 REPORT = "report.html"
 PAGE = Path(__file__).parent / "page"
-MOST_ROWS = 2000  # of the curves of a phase
-MOST_COLUMNS = 120  # of a map of loads
-DECADES = (-10, 0)  # of the strips that show certificates
+MOST_ROWS = 2000  # of a phase's curves
+MOST_COLUMNS = 120  # of a load map
+DECADES = (-10, 0)  # on the certificates' strips
 CURVES = (
     *("cross_entropy", "validation_loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes"),
     *("load_imbalance", "router_entropy"),
@@ -33,21 +33,21 @@ PLACES = ("run_step", "run_tokens", "run_seconds")
 
 
 def write_report(path: Path, out: Path, warn: Callable[[str], None] = lambda line: None) -> Path:
-    """Write the page about a run; `warn` gets a line for all that is not there or cannot be read.
+    """Write a run's page; `warn` gets a line for everything unreadable.
 
-    Raises InputError where `path` is no run, or `out` cannot be written.
+    Raises InputError if `path` is not a run, or `out` cannot be written.
     """
     record = read_record(path)
     for line in record.unread:
         warn(line)
     with writing(out, REPORT, "report") as partial:
-        # A path may hold bytes that are no UTF-8.
+        # a path may contain bytes that are not UTF-8
         partial.write_text(render(record), encoding="utf-8", errors="backslashreplace")
     return output_file(out, REPORT)
 
 
 def render(record: Record) -> str:
-    """The page. All that comes from the run's folder is escaped."""
+    """Return the page. Everything that comes from the run's folder is escaped."""
     return render_page(
         PAGE,
         "page.html",
@@ -139,7 +139,7 @@ def _boundary(record: Record, name: str, values: Row) -> Row:
             f"largest difference is {_size(values['free_logit_difference'])}."
         )
     if values["allowed_lossy"]:
-        notes.append("Training continued, as --allow-lossy asked.")
+        notes.append("Training continued because of --allow-lossy.")
     return {
         "title": f"{before} → {after}: {transfer.noun if transfer else 'none'}",
         "verdict": verdict,
@@ -160,7 +160,7 @@ def _strip(name: str, values: list[float | None], value: str, limit: float) -> R
 
 
 def _at(value: float | None) -> float:
-    """Where a size stands on a strip, in percent of its width; what is not finite at its end."""
+    """Return a value's position on a strip, in percent; non-finite values are at the end."""
     if value is None:
         return 100.0
     low, high = DECADES
@@ -185,7 +185,7 @@ def _first_to_last(phase: PhaseRecord, name: str) -> str:
 
 
 def _samples(record: Record) -> list[Row]:
-    """For every prompt what each finished phase makes of it."""
+    """Return, for every prompt, the sample of each finished phase."""
     finished = [(phase.name, phase.event["samples"]) for phase in record.phases if phase.event]
     prompts = dict.fromkeys(prompt for _, texts in finished for prompt in texts)
     return [
@@ -224,7 +224,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 
 def _data(record: Record) -> Row:
-    """What the page's curves and maps are drawn from."""
+    """Return the data of the page's curves and maps."""
     rows = [row for phase in record.phases for row in _thinned(phase.rows)]
     return {
         "phases": [
@@ -238,7 +238,7 @@ def _data(record: Record) -> Row:
 
 
 def _thinned(rows: list[Row]) -> list[Row]:
-    """Evenly spaced ones where there are too many, and as many of those with a validation loss."""
+    """Return evenly spaced rows if there are too many, and as many rows with a validation loss."""
     validated = [i for i, row in enumerate(rows) if "validation_loss" in row]
     kept = {indices[round(i)] for indices in (range(len(rows)), validated) for i in _evenly(len(indices), MOST_ROWS)}
     return [rows[i] for i in sorted(kept)]
@@ -249,14 +249,14 @@ def _evenly(n: int, most: int) -> list[float]:
 
 
 def _figure(value: Any) -> Any:
-    """Six digits, and the mean of what is there for every layer."""
+    """Round to six digits; average a list over layers."""
     if isinstance(value, list):
         value = sum(value) / len(value)
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _loads(phase: PhaseRecord) -> Row:
-    """Every expert's load over the fair share, by layer, expert and step; means where there are too many steps."""
+    """Return every expert's load over the fair share, by layer, expert and step; averaged over steps if too many."""
     loads = phase.column("expert_load")
     bins = np.array_split(np.arange(len(loads)), min(len(loads), MOST_COLUMNS))
     load_SLE = np.array([load for _, load in loads])
@@ -271,7 +271,7 @@ def _loads(phase: PhaseRecord) -> Row:
 
 
 def _shown(checkpoints: list[Row]) -> list[Row]:
-    """The first, the middle and the last of each phase."""
+    """Return each phase's first, middle and last checkpoint."""
     shown = []
     for phase in sorted({one["phase"] for one in checkpoints}):
         own = [one for one in checkpoints if one["phase"] == phase]
@@ -285,7 +285,7 @@ def _loss(value: float | None) -> str:
 
 
 def _size(value: float | None) -> str:
-    """In words of a page: 7.2 × 10⁻⁶."""
+    """Format for the page: 7.2 × 10⁻⁶."""
     if value is None:
         return "not finite"
     mantissa, power = f"{value:.1e}".split("e")

@@ -1,4 +1,4 @@
-"""What the runs of a sweep came to, in one table; and over seeds, each choice against the first."""
+"""Results of a sweep's runs in one table; over seeds, each choice compared with the first."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ FINISHED, FAILED, INTERRUPTED, NOT_BEGUN, ELSEWHERE = (
     "running elsewhere",  # another process trains in its folder
 )
 LEVEL = 0.95
-LARGEST_LOSS = 1e100  # beyond it, squares overflow
+LARGEST_LOSS = 1e100  # larger values overflow when squared
 LARGEST_RESULTS = 256 << 20  # bytes
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A choice over its seeds: mean validation loss (nats per token), and its difference from the first choice.
+    """Mean validation loss (nats per token) of a choice over seeds, and its difference from the first choice.
 
-    The difference is paired: seed by seed, so that what a seed does to both cancels. Both with Student's t intervals at
-    LEVEL, None of one seed.
+    The difference is paired by seed, which cancels the seeds' effects. Both have Student's t intervals at LEVEL, None
+    for a single seed.
     """
 
     choice: dict[str, Any]
@@ -56,15 +56,15 @@ class Effect:
 
 
 def gather(planned: Sequence[PlannedRun], out: Path) -> list[Row]:
-    """Return a row per run: its choices, its status (finished, failed, interrupted, not begun) and what it came to."""
+    """Return a row per run: its choices, status (finished, failed, interrupted, not begun) and results."""
     return [row_of(run, out / run.name) for run in planned]
 
 
 def row_of(run: PlannedRun, folder: Path) -> Row:
-    """Return a run's row, as its folder has it.
+    """Return a run's row, read from its folder.
 
-    A run has finished once its last phase has. It failed if `failure.json` says so and is younger than all that the run
-    wrote: one that was resumed since is judged by that. A finished run whose files cannot be read is a failed one.
+    A run has finished once its last phase has. It failed if `failure.json` says so and is newer than everything the run
+    wrote; a run resumed since then is judged anew. A finished run with unreadable files counts as failed.
     """
     row: Row = {"run": run.name, "status": NOT_BEGUN, "reason": None, "choices": run.choices, "seed": run.config.seed}
     try:
@@ -84,7 +84,7 @@ def row_of(run: PlannedRun, folder: Path) -> Row:
 
 
 def write(rows: list[Row], out: Path) -> None:
-    """Write `results.jsonl`, `results.csv`, and over seeds `summary.json`, each replaced whole."""
+    """Write `results.jsonl`, `results.csv`, and over seeds `summary.json`, each atomically."""
     flat = [_flat(row) for row in rows]
     table = io.StringIO()
     writer = csv.DictWriter(table, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
@@ -101,7 +101,7 @@ def write(rows: list[Row], out: Path) -> None:
 
 
 def _flat(row: Row) -> Row:
-    """Return the row with a column for each axis; an axis that is called as a figure is told from it."""
+    """Return the row with a column for each axis; an axis with the name of a result gets a prefix."""
     flat = {key: value for key, value in row.items() if key != "choices"}
     for axis, choice in row["choices"].items():
         flat[f"axis {axis}" if axis in row and axis != "seed" else axis] = choice
@@ -109,7 +109,7 @@ def _flat(row: Row) -> Row:
 
 
 def effects(rows: Sequence[Row]) -> list[Effect]:
-    """Return each choice's effect, of the finished runs; the first choice is what the others are compared with."""
+    """Return each choice's effect over the finished runs, relative to the first choice."""
     losses: dict[str, dict[int, float]] = {}
     choices: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -132,8 +132,8 @@ def effects(rows: Sequence[Row]) -> list[Effect]:
 def read_points(path: Path, parameters: str) -> list[Point]:
     """Return the finished runs of a sweep's folder or its results.jsonl as points of a scaling law.
 
-    `parameters` are those that N counts: non_embedding, active or total. Raises InputError where there are no results,
-    and at the first row that is none.
+    `parameters` is the count used as N: non_embedding, active or total. Raises InputError if there are no results, and
+    at the first invalid row.
     """
     file = path / RESULTS if os.path.isdir(path) else path
     if not os.path.isfile(file):
@@ -190,7 +190,7 @@ def show(rows: Sequence[Row], out: Path, console: Console) -> None:
 
 
 def _failure(folder: Path) -> str | None:
-    """Return why a run failed; None where it did not, or has gone on since."""
+    """Return why a run failed; None if it did not, or has been resumed since."""
     file = folder / FAILURE
     if not file.is_file():
         return None
@@ -220,7 +220,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's, of the mean."""
+    """Return Student's interval of the mean."""
     if len(values) < 2:
         return None
     half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))

@@ -1,10 +1,10 @@
-"""Scaling laws, fitted as in Hoffmann et al. 2022, approach 3: L(N) = E + A/N^alpha, L(D) = E + B/D^beta, and
-L(N, D) = E + A/N^alpha + B/D^beta, by the Huber loss of the logarithms' residuals.
+"""Scaling laws, fitted as in Hoffmann et al. 2022, approach 3.
 
-Every fit is followed to its minimum: stopped early, it gives other constants and far too narrow intervals (Besiroglu et
-al. 2024). N parameters, D tokens, L nats per token.
+L(N) = E + A/N^alpha, L(D) = E + B/D^beta, and L(N, D) = E + A/N^alpha + B/D^beta, by the Huber loss of the logarithms'
+residuals. Every fit runs to convergence: stopped early, it gives other constants and far too narrow intervals
+(Besiroglu et al. 2024). N parameters, D tokens, L nats per token.
 
-P points, V variables of a law (one or two), K = 1 + 2 V constants; F fits of other data or from other starts, at once.
+P points, V variables of a law (one or two), K = 1 + 2 V constants; F fits, of other data or from other starts, batched.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ FORMULAS: dict[LawName, str] = {
     "D": "L(D) = E + B/D^beta",
     "ND": "L(N, D) = E + A/N^alpha + B/D^beta",
 }
-CONSTANTS = {"N": ("A", "alpha"), "D": ("B", "beta")}  # of each variable
+CONSTANTS = {"N": ("A", "alpha"), "D": ("B", "beta")}  # per variable
 HUBER_DELTA = 1e-3
-START_EXPONENTS = (0.03, 0.08, 0.15, 0.25, 0.4, 0.6, 1.0, 1.6)  # of each variable, in every combination
+START_EXPONENTS = (0.03, 0.08, 0.15, 0.25, 0.4, 0.6, 1.0, 1.6)  # per variable, in every combination
 EXPONENTS = (1e-3, 5.0)  # the range searched
-MAX_STEPS, TOLERANCE, PATIENCE = 500, 1e-8, 8  # of each resample; the fit itself is followed to the end
-MOST_WORK, STEPS_AT_LEAST = 10_000_000, 40  # points times steps, so that noise without a law in it ends in seconds
+MAX_STEPS, TOLERANCE, PATIENCE = 500, 1e-8, 8  # of each resample; the fit itself runs to convergence
+MOST_WORK, STEPS_AT_LEAST = 10_000_000, 40  # points times steps, so that noise without a law ends in seconds
 MOST_DRAWN = 2_000_000  # points in all resamples: a gigabyte of memory
-SAME_LOSS = 1e-12  # relative: rounding, and no difference
-SIZES, LOSSES = (1.0, 1e18), (1e-9, 1e9)  # what N and D, and losses, may be; beyond, their powers overflow
-OUT_OF_SIGHT = 12.0  # a term this far below the loss, as a logarithm, is none
+SAME_LOSS = 1e-12  # relative; smaller differences are rounding
+SIZES, LOSSES = (1.0, 1e18), (1e-9, 1e9)  # ranges of N and D, and of losses; beyond, their powers overflow
+OUT_OF_SIGHT = 12.0  # a term this far below the loss, as a logarithm, is negligible
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a run of N parameters on D tokens reached, in nats per token."""
+    """Loss (nats per token) of a run with N parameters on D tokens."""
 
     n: float
     d: float
@@ -60,11 +60,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law's constants by name, each with its interval at `level`, and how well the law holds.
+    """A law's constants by name, each with its interval at `level`, and the quality of the fit.
 
-    `r_squared` is of the losses. `leave_one_out_error`: each point's log loss against the law fitted to all others,
-    root mean square; None where too few would be left. `draws`: the constants of every resample, in the order of
-    `constants`. `optimal_exponent`, of L(N, D): the best N for C FLOPs grows like C to this.
+    `r_squared` is of the losses. `leave_one_out_error`: root mean square of each point's log-loss residual against the
+    law fitted to the others; None if too few would be left. `draws`: the constants of every resample, in the order of
+    `constants`. `optimal_exponent`, of L(N, D): the best N for C FLOPs grows like C to this power.
     """
 
     law: LawName
@@ -91,21 +91,21 @@ class Fit:
 def fit(points: Sequence[Point], law: LawName, resamples: int = 200, level: float = 0.9, seed: int = 0) -> Fit:
     """Fit a law, with intervals at `level` for its constants.
 
-    Residuals are drawn again `resamples` times: those of each point from the law fitted to the others, since the Huber
-    loss lets the law go through as many points as it has constants. The intervals are expanded percentile ones, with
-    Student's t for the normal distribution (Hesterberg 2015, What teachers should know about the bootstrap).
+    Residuals are resampled `resamples` times. Each point's is taken from the law fitted to the others, since the Huber
+    loss lets the law pass through as many points as it has constants. The intervals are expanded percentile intervals,
+    with Student's t for the normal distribution (Hesterberg 2015, What teachers should know about the bootstrap).
 
-    Raises InputError where there are fewer points, or fewer different N or D, than the constants need, where all losses
-    are the same, and where a number is beyond what has a power.
+    Raises InputError for fewer points, or fewer distinct N or D, than the constants need, for equal losses, and for
+    numbers out of range.
     """
     x_PV, y_P = _check(points, law, resamples, level)
     n_points, n_constants = len(y_P), 1 + 2 * x_PV.shape[1]
-    center_V = x_PV.mean(axis=0)  # centred, a coefficient and its exponent hardly depend on each other
+    center_V = x_PV.mean(axis=0)  # centred, so that a coefficient and its exponent are almost uncorrelated
     x_PV = x_PV - center_V
     best_K = _search(x_PV, y_P)
     fitted_P = _log_loss(best_K[None], x_PV)[0]
     left_out_P = _left_out(x_PV, y_P, best_K) if n_points > n_constants + 1 else None
-    shrunk = (n_points - n_constants) / n_points  # the residuals' mean square over the noise's; the inverse, left out
+    shrunk = (n_points - n_constants) / n_points  # residual over noise variance; inverse when left out
     residuals_P = (y_P - fitted_P) / np.sqrt(shrunk) if left_out_P is None else left_out_P * np.sqrt(shrunk)
     residuals_P -= residuals_P.mean()
     generator = np.random.default_rng(seed)
@@ -137,13 +137,13 @@ def constant_names(law: LawName) -> list[str]:
 
 
 def predict(law: LawName, constants: Sequence[float], n: Array, d: Array) -> Array:
-    """The loss, nats per token, by constants in the order of `constant_names`."""
+    """Return the loss, nats per token, for constants in the order of `constant_names`."""
     terms = [values ** -constants[2 * i + 2] * constants[2 * i + 1] for i, values in enumerate(_variables(law, n, d))]
     return np.asarray(constants[0] + sum(terms))
 
 
 def band(fitted: Fit, n: Array, d: Array) -> tuple[Array, Array]:
-    """The interval of the law itself (not of single runs) at each N and D, at the fit's level."""
+    """Return the interval of the law itself (not of single runs) at each N and D, at the fit's level."""
     losses = np.array([predict(fitted.law, draw, n, d) for draw in fitted.draws])
     tail = float(norm.cdf(t.ppf((1 - fitted.level) / 2, fitted.degrees_of_freedom)))
     low, high = np.quantile(losses, [tail, 1 - tail], axis=0)
@@ -151,7 +151,7 @@ def band(fitted: Fit, n: Array, d: Array) -> tuple[Array, Array]:
 
 
 def _check(points: Sequence[Point], law: LawName, resamples: int, level: float) -> tuple[Array, Array]:
-    """Return (log N and D, log L) of the points. Raises InputError where no law can be fitted to them."""
+    """Return (log N and D, log L) of the points. Raises InputError if no law can be fitted to them."""
     if not 0.5 <= level <= 0.999:
         raise InputError(f"level {level}: must be 0.5 to 0.999")
     needed = 2 * len(law) + 2
@@ -181,7 +181,7 @@ def _variables(law: LawName, n: Array, d: Array) -> list[Array]:
 
 
 def _search(x_PV: Array, y_P: Array) -> Array:
-    """The minimum over many starts. With the exponents held, the rest of a start is linear least squares."""
+    """Return the minimum over many starts. For fixed exponents, a start is found by linear least squares."""
     starts = []
     for exponents_V in product(START_EXPONENTS, repeat=x_PV.shape[1]):
         columns = np.column_stack([np.ones(len(y_P)), np.exp(-np.array(exponents_V) * x_PV)])
@@ -214,10 +214,9 @@ def _left_out(x_PV: Array, y_P: Array, best_K: Array) -> Array:
 
 
 def _polish(x_PV: Array, y_FP: Array, start_FK: Array, weight_FP: Array | None = None) -> Array:
-    """Return the minima next to the starts: Levenberg and Marquardt's steps, with the Huber loss as reweighted squares.
+    """Return the local minima of the starts, by Levenberg-Marquardt with the Huber loss as reweighted squares.
 
-    Each fit goes on until it stands still, and is then left out of the steps of the others. When the work allowed is
-    done, those that still move stay where they are.
+    Fits that have converged leave the batch. If the work limit is reached, the others keep their current values.
     """
     low_K, high_K = _bounds(x_PV, y_FP)
     ends_FK = np.clip(start_FK, low_K, high_K)
@@ -253,7 +252,7 @@ def _polish(x_PV: Array, y_FP: Array, start_FK: Array, weight_FP: Array | None =
 
 
 def _bounds(x_PV: Array, y: Array) -> tuple[Array, Array]:
-    """Of log E, log coefficients (at the middle of the data) and exponents."""
+    """Return bounds of log E, log coefficients (at the centre of the data) and exponents."""
     n_variables = x_PV.shape[1]
     low = [y.min() - OUT_OF_SIGHT] * (1 + n_variables) + [EXPONENTS[0]] * n_variables
     high = [y.max()] * (1 + n_variables) + [EXPONENTS[1]] * n_variables
@@ -261,7 +260,7 @@ def _bounds(x_PV: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _terms(theta_FK: Array, x_PV: Array) -> Array:
-    """Logarithms of E and of each variable's term, (F, P, 1 + V); theta: log E, log coefficients, exponents."""
+    """Return the logarithms of E and each variable's term, (F, P, 1 + V); theta: log E, log coefficients, exponents."""
     n_variables = x_PV.shape[1]
     powers_FPV = theta_FK[:, None, 1 : 1 + n_variables] - theta_FK[:, None, 1 + n_variables :] * x_PV
     constant_FP1 = np.broadcast_to(theta_FK[:, None, :1], (*powers_FPV.shape[:2], 1))
@@ -269,12 +268,12 @@ def _terms(theta_FK: Array, x_PV: Array) -> Array:
 
 
 def _log_loss(theta_FK: Array, x_PV: Array) -> Array:
-    """(F, P)."""
+    """Return the log losses (F, P)."""
     return np.logaddexp.reduce(_terms(theta_FK, x_PV), axis=2)
 
 
 def _jacobian(theta_FK: Array, x_PV: Array) -> Array:
-    """Of `_log_loss`, (F, P, K): the terms' shares of the loss, and what the exponents do to them."""
+    """Return the Jacobian of `_log_loss`, (F, P, K): the terms' shares of the loss, and the exponents' derivatives."""
     terms = _terms(theta_FK, x_PV)
     shares = np.exp(terms - np.logaddexp.reduce(terms, axis=2)[..., None])
     return np.concatenate([shares, -shares[..., 1:] * x_PV], axis=2)
@@ -286,7 +285,7 @@ def _huber(residual: Array) -> Array:
 
 
 def _constants(theta_FK: Array, center_V: Array) -> Array:
-    """(F, K): E, then coefficient and exponent of each variable, of N and D themselves."""
+    """Return (F, K): E, then coefficient and exponent of each variable, for uncentred N and D."""
     n_variables = len(center_V)
     coefficients_FV, exponents_FV = theta_FK[:, 1 : 1 + n_variables], theta_FK[:, 1 + n_variables :]
     pairs = np.stack([np.exp(coefficients_FV + exponents_FV * center_V), exponents_FV], axis=2)

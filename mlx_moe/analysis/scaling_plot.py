@@ -1,4 +1,4 @@
-"""Figures of fitted scaling laws: what the runs reached, the law, and the band that its interval makes.
+"""Figures of fitted scaling laws: the runs, the law, and the band of its interval.
 
 N parameters, D tokens.
 """
@@ -23,16 +23,16 @@ from mlx_moe.validation import validate
 
 Variable = Literal["n", "d"]
 
-LINES = 4  # for so many values of the other variable, at most
-BEYOND = 1.5  # how far a line goes past the outermost run
+LINES = 4  # maximum, one per value of the other variable
+BEYOND = 1.5  # how far a line extends beyond the outermost run
 MARKS = "osD^"
 LARGEST_FITS = 256 << 20  # bytes: 10,000 resamples are 1 MB
 
 
 def read_fits(file: Path) -> tuple[str, list[Fit]]:
-    """Return what N counts, and the laws that `mlxmoe fit` found.
+    """Return the count used as N, and the laws fitted by `mlxmoe fit`.
 
-    Raises InputError where a file holds something else.
+    Raises InputError if the file is invalid.
     """
     try:
         record = validate(FitsRecord, read_json(file, LARGEST_FITS))
@@ -43,7 +43,7 @@ def read_fits(file: Path) -> tuple[str, list[Fit]]:
 
 
 def scaling(fitted: Fit, counted: str) -> Figure:
-    """Loss over N, over D, or both side by side, with lines for some values of the other one."""
+    """Draw loss over N, over D, or both side by side, with lines for some values of the other variable."""
     figure = Figure(figsize=(7.2, 3.8 if fitted.law == "ND" else 3.4))
     variables: list[Variable] = [variable for variable in ("n", "d") if variable.upper() in fitted.law]
     panels = figure.subplots(1, len(variables), squeeze=False, sharey=True)[0]
@@ -58,7 +58,7 @@ def scaling(fitted: Fit, counted: str) -> Figure:
 
 
 def shade(place: int, count: int) -> tuple[float, float, float, float]:
-    """The colour of one of several lines, each lighter than the one before."""
+    """Return the colour of one of several lines, each lighter than the previous."""
     return mpl.colormaps["cividis"](0.85 * place / max(count - 1, 1))
 
 
@@ -97,7 +97,7 @@ def _column(fitted: Fit, variable: Variable) -> NDArray[np.float64]:
 
 
 def _fit(record: FitRecord) -> Fit:
-    """Return the reverse of `Fit.to_json`."""
+    """Convert the record of a fit, the inverse of `Fit.to_json`."""
     names = constant_names(record.law)
     if list(record.constants) != names:
         raise InputError(f"the constants of {record.law} are {', '.join(names)}, not {', '.join(record.constants)}")

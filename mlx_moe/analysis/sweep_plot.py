@@ -1,4 +1,4 @@
-"""The figure of a sweep: what each choice had learnt after so many tokens, and for so many FLOPs."""
+"""Figure of a sweep: the loss of each choice over tokens and over FLOPs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from mlx_moe.storage.records import MetricsRow
 from mlx_moe.storage.run_folder import METRICS
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs"}
-SHOWN_FROM = 0.25  # of the way; the steep beginning would flatten what tells the choices apart
+SHOWN_FROM = 0.25  # fraction of the curve to skip; its steep beginning would flatten the rest
 DASHES = ["-", "--", "-.", ":"]
-OUT_OF_SIGHT = 100.0  # times the height of what is shown; nothing is drawn beyond
-LEAST_HEIGHT = 1e-6  # of what is shown, in nats and relative to it
-LARGEST_LOSS = 1e100  # beyond it, sums overflow
+OUT_OF_SIGHT = 100.0  # times the visible height; nothing is drawn beyond
+LEAST_HEIGHT = 1e-6  # of the visible range, in nats and relative to it
+LARGEST_LOSS = 1e100  # larger values overflow in sums
 
 
 def choices(folder: Path) -> Figure:
-    """Validation loss over tokens and over FLOPs, a line for each choice: the mean of its seeds, and their range.
+    """Draw validation loss over tokens and over FLOPs, a line per choice: the mean of its seeds, and their range.
 
-    Raises InputError where no run has begun.
+    Raises InputError if no run has begun.
     """
     curves = _curves(folder)
     longest = max(seeds[0][-1].tokens for seeds in curves.values())
@@ -68,13 +68,13 @@ def _loss(point: CurvePoint) -> float:
 
 
 def _plain(text: str) -> str:
-    """Return a label that Matplotlib draws as it stands: no formula, and not hidden for its underscore."""
+    """Return a label that Matplotlib draws literally: no formula, and not hidden by a leading underscore."""
     escaped = text.replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped
 
 
 def _curves(folder: Path) -> dict[str, list[list[CurvePoint]]]:
-    """Return of each choice that has begun the curves of its seeds, as far as all of them got."""
+    """Return, per choice that has begun, the curves of its seeds up to the point that all reached."""
     found: dict[str, list[list[CurvePoint]]] = {}
     for name, run in read_sweep(folder).items():
         if fault := name_fault(name):

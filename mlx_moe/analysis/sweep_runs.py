@@ -1,12 +1,12 @@
-"""Runs a sweep: every run in a process of its own, one after the other or several at once.
+"""Execution of a sweep: every run in its own process, one after another or several at once.
 
-The sweep's folder holds `sweep.json` (what is to run), a folder and a log per run, and the results so far:
-`results.jsonl`, `results.csv` and `summary.json`. A finished run is not run again, an interrupted one is resumed, and
-one that failed stays as it is and is named.
+The sweep's folder holds `sweep.json` (the planned runs), a folder and a log per run, and the results so far:
+`results.jsonl`, `results.csv` and `summary.json`. Finished runs are not repeated, interrupted ones are resumed, and
+failed ones are kept and reported.
 
-Two locks: the folder's is the sweep's own, and keeps another one out. That of `logs` is inherited by the runs, so that
-it is free only once all of them have ended. They end with the sweep, however it ends: each waits for the end of a pipe
-that the sweep holds open, and then saves and stops.
+Two locks: the folder's excludes other sweeps. The runs inherit that of `logs`, which is free only once all of them have
+ended. They end with the sweep, however it ends: each waits on a pipe that the sweep holds open, and saves and stops
+when it closes.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ from mlx_moe.validation import by_path
 
 LOGS = "logs"
 POLL_SECONDS = 0.1
-PATIENCE_SECONDS = 30  # with the runs of a sweep that was killed, which save when they notice
-LOG_TAIL = 64 << 10  # bytes, in which the last line is looked for
+PATIENCE_SECONDS = 30  # wait for the runs of a killed sweep, which save once they notice
+LOG_TAIL = 64 << 10  # bytes searched for the last line
 LONGEST_REASON = 500  # characters
-# From outside, and no fault of the run: SIGKILL is also what a system sends that has no memory left.
+# External causes, not faults of the run: systems that run out of memory also send SIGKILL.
 INTERRUPTING = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-# What the user's environment may hold that would change a run's exit code or colour its log.
+# Variables that would change a run's exit code or colour its log.
 NOT_INHERITED = {"PYTHONINSPECT", "PYTHONWARNINGS", "PYTHONIOENCODING", "FORCE_COLOR", "TTY_COMPATIBLE"}
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What belongs to this call and not to the sweep.
+    """Options of this call that are not part of the sweep.
 
-    `retry`: run what failed once more, from its beginning. `command`: what a user types to resume the sweep.
+    `retry`: restart failed runs. `command`: the user's command to resume the sweep.
     """
 
     backend: str = "auto"
@@ -75,18 +75,18 @@ class SweepOptions:
 
 
 def run_sweep(planned: Sequence[PlannedRun], out: Path, options: SweepOptions) -> list[dict[str, Any]]:
-    """Train what is not finished, and write the results after every run; returns their rows.
+    """Train unfinished runs, and write the results after each; return their rows.
 
-    Raises TrainingStopped on a signal, once the runs at work have saved; InputError where the folder holds other runs,
-    where another process is sweeping in it, or where it cannot be written.
+    Raises TrainingStopped on a signal, once the active runs have saved; InputError if the folder holds other runs, if
+    another process is sweeping in it, or if it cannot be written.
     """
-    choose_backend(options.backend)  # says so here, and not in every log, where there is none
+    choose_backend(options.backend)  # fail here rather than in every log
     for variable, (launcher, _) in LAUNCHERS.items():
-        if variable in os.environ:  # which every run would inherit, and wait for the others
+        if variable in os.environ:  # every run would inherit it, and wait for the other processes
             raise InputError(f"{launcher} starts several processes of one run; start a sweep without it")
     out, console = absolute(out), Console()
     for data in {run.config.data for run in planned if row_of(run, out / run.name)["status"] != FINISHED}:
-        open_source(data)  # says here, and not in every log, that it is not there
+        open_source(data)  # report missing data here rather than in every log
     with _reported(out), _sole(planned, out, console) as lock:
         return _Sweep(planned, out, options, console, lock).run()
 
@@ -96,7 +96,7 @@ class _Started:
     run: PlannedRun
     process: subprocess.Popen[bytes]
     since: float
-    log_bytes: int  # of earlier attempts
+    log_bytes: int  # written by earlier attempts
 
 
 @dataclass
@@ -105,13 +105,13 @@ class _Sweep:
     out: Path
     options: SweepOptions
     console: Console
-    lock: int  # the descriptor that the runs inherit
+    lock: int  # inherited by the runs
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the run's name
     running: list[_Started] = field(default_factory=list)
     is_stopping: bool = False
 
     def run(self) -> list[dict[str, Any]]:
-        """Start runs as there is room, until none is left or a signal comes."""
+        """Start runs up to the limit, until none is left or a signal arrives."""
         if self.options.retry:
             self._set_failures_aside()
         self.rows = {row["run"]: row for row in gather(self.planned, self.out)}
@@ -135,7 +135,7 @@ class _Sweep:
         return rows
 
     def _set_failures_aside(self) -> None:
-        """Rename the folders of failed runs, so that they start anew; nobody trains in them meanwhile."""
+        """Rename the folders of failed runs, so that they restart, unless another process trains in them."""
         for run in self.planned:
             folder = self.out / run.name
             if row_of(run, folder)["status"] != FAILED:
@@ -152,7 +152,7 @@ class _Sweep:
             self.console.line(f"{run.name} is now {aside.name}")
 
     def _is_settled(self, run: PlannedRun) -> bool:
-        """Say how a run stands that this sweep does not start."""
+        """Print the status of a run that this sweep does not start, and return whether it is such a run."""
         row, folder = self.rows[run.name], self.out / run.name
         clean_leftovers(folder)
         if row["status"] != FINISHED and is_held(folder):
@@ -166,7 +166,7 @@ class _Sweep:
     def _asking_at_the_end(self) -> Iterator[tuple[int, Any]]:
         """Yield the end of the pipe that runs inherit, and a function that asks them, once, to save and stop.
 
-        Whatever happens, none of them is at work when this returns.
+        In any case, none of them is running when this returns.
         """
         reading, writing = os.pipe()
 
@@ -183,7 +183,7 @@ class _Sweep:
         except Exception:
             ask()
             raise
-        except BaseException:  # a second signal: nothing is saved
+        except BaseException:  # a second signal: end without saving
             for started in self.running:
                 started.process.kill()
             raise
@@ -195,13 +195,13 @@ class _Sweep:
                 started.process.wait()
 
     def _start(self, run: PlannedRun, pipe: int) -> None:
-        """Start a run in a session of its own: Ctrl-C reaches this process alone, which then asks the run to save."""
+        """Start a run in its own session: Ctrl-C reaches only this process, which then asks the run to save."""
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONUNBUFFERED": "1"}
         environment |= {"COLUMNS": "120"}
         if (n_threads := self._threads(run)) is not None:
             environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(n_threads)) | environment
-        # -P: no module of the working folder takes the place of one of Python's.
+        # -P: modules in the working folder must not shadow Python's.
         command = [sys.executable, "-P", "-m", one_run.__name__, str(self.out), run.name]
         command += [self.options.backend, self.options.device, str(pipe), str(self.lock)]
         with self._log(run) as stream:
@@ -223,14 +223,14 @@ class _Sweep:
             self.running.append(_Started(run, process, time.monotonic(), stream.tell()))
 
     def _threads(self, run: PlannedRun) -> int | None:
-        """Return as many as the run was begun with; a new one gets its share of the cores."""
-        with suppress(InputError):  # which the run's own process says
+        """Return the run's original number of threads; a new run gets its share of the cores."""
+        with suppress(InputError):  # reported by the run's own process
             if (identity := read_identity(self.out / run.name)) is not None:
                 return identity.threads
         return max(1, (os.cpu_count() or 1) // self.options.jobs) if self.options.jobs > 1 else None
 
     def _finish(self, started: _Started) -> None:
-        """Write down what a run came to, and why it failed if it did."""
+        """Record a run's result, and why it failed if it did."""
         run, code = started.run, started.process.returncode
         folder = self.out / run.name
         row = row_of(run, folder)
@@ -240,7 +240,7 @@ class _Sweep:
                 row |= {"status": ELSEWHERE, "reason": None}
             elif code > 128 or -code in INTERRUPTING:
                 row |= {"status": INTERRUPTED, "reason": None if self.is_stopping else reason}
-            elif code == 2 and (folder / CONFIG).is_file():  # what a user can put right, as a full disk
+            elif code == 2 and (folder / CONFIG).is_file():  # fixable by the user, such as a full disk
                 row |= {"status": INTERRUPTED, "reason": reason}
             else:
                 make_folder(folder)
@@ -253,7 +253,7 @@ class _Sweep:
         self._say(run, f" in {time.monotonic() - started.since:.0f} s")
 
     def _look_again(self) -> None:
-        """Bring the rows of runs up to date that another process trained meanwhile."""
+        """Update the rows of runs that another process was training."""
         for run in self.planned:
             row, folder = self.rows[run.name], self.out / run.name
             if row["status"] == ELSEWHERE and not is_held(folder):
@@ -272,7 +272,7 @@ class _Sweep:
         self.console.line(f"[{number}/{len(self.planned)}] {run.name}: {verdict}{time_taken}")
 
     def _log(self, run: PlannedRun) -> BinaryIO:
-        """Open a run's log to append to it. Raises InputError where it is no file of the folder."""
+        """Open a run's log for appending. Raises InputError if it is not a regular file."""
         file = self.out / LOGS / f"{run.name}.txt"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(file, flags, 0o666)
@@ -283,19 +283,19 @@ class _Sweep:
         return stream
 
     def _last_line(self, started: _Started) -> str:
-        """Return the last line that a run printed, which is why it stopped."""
+        """Return the last line that a run printed, which explains why it stopped."""
         with suppress(OSError), (self.out / LOGS / f"{started.run.name}.txt").open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(started.log_bytes, size - LOG_TAIL))
             lines = stream.read().decode("utf-8", errors="replace").split("\n")
             if said := [line.strip() for line in lines if line.strip()]:
                 return said[-1][:LONGEST_REASON]
-        return "no word in its log"
+        return "nothing in its log"
 
 
 @contextmanager
 def _sole(planned: Sequence[PlannedRun], out: Path, console: Console) -> Iterator[int]:
-    """Keep other sweeps out of a folder, and write down what is to run; yields the lock that the runs inherit."""
+    """Exclude other sweeps from a folder, and write the planned runs; yield the lock that the runs inherit."""
     _check_folder(planned, out)  # before anything is written
     make_folder(out)
     try:
@@ -321,7 +321,7 @@ def _sole(planned: Sequence[PlannedRun], out: Path, console: Console) -> Iterato
 
 
 def _check_folder(planned: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
-    """Return what the folder's `sweep.json` says. Raises InputError where the folder is something else."""
+    """Return the contents of the folder's `sweep.json`. Raises InputError if the folder is something else."""
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"--out {out} is no folder; name another one")
     for place in (LOGS, *(run.name for run in planned)):
@@ -343,15 +343,15 @@ def _check_folder(planned: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
 
 
 def _check_run(run: PlannedRun, folder: Path) -> None:
-    """Raise InputError where the folder of a run holds something else: another run, or a user's files."""
+    """Raise InputError if a run's folder holds something else: another run, or a user's files."""
     if (folder / CONFIG).is_file():
         try:
             there = by_path(read_config(folder).model_dump(mode="json"))
         except InputError:
-            return  # its own process says so, and its row
+            return  # reported by its own process and row
         planned = by_path(run.config.model_dump(mode="json"))
-        settled = {"name", "model.vocab_size"}  # by a user; by the tokenizer
-        # Paths are absolute in a run, whose data is known by its hashes.
+        settled = {"name", "model.vocab_size"}  # set by the user; by the tokenizer
+        # paths in a run are absolute, and its data is identified by hashes
         settled |= {key for key in ("data.source", "data.tokenizer") if os.path.isabs(there[key])}
         for key in dict.fromkeys([*planned, *there]):
             if key not in settled and there.get(key) != planned.get(key):
@@ -369,14 +369,14 @@ def _check_run(run: PlannedRun, folder: Path) -> None:
 
 
 def _is_of_a_beginning(entry: Path) -> bool:
-    """Whether a sweep that was killed before it had written `sweep.json` may have left an entry of its folder."""
+    """Return whether an entry may be left from a sweep killed before it wrote `sweep.json`."""
     if entry.name == LOGS and entry.is_dir():
         return not any(entry.iterdir())
     return entry.name in SYSTEM_FILES or entry.name.startswith(SCRATCH)
 
 
 def _wait_for_runs(out: Path, console: Console) -> int:
-    """Lock the folder of the logs, once the runs of a sweep that was killed have saved; returns the descriptor."""
+    """Lock the folder of the logs, once the runs of a killed sweep have saved; return the descriptor."""
     until, is_told = time.monotonic() + PATIENCE_SECONDS, False
     while True:
         try:
@@ -394,11 +394,11 @@ def _wait_for_runs(out: Path, console: Console) -> int:
 
 @contextmanager
 def _reported(out: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line."""
+    """Convert errors of the file system to one line."""
     try:
         yield
     except OSError as error:
         about = culprit(error, out)
         raise InputError(
-            f"cannot use {about}: {error.strerror or one_line(error)}; run the same again once it can be used"
+            f"cannot use {about}: {error.strerror or one_line(error)}; fix that, then run the same command again"
         ) from None

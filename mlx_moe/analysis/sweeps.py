@@ -1,6 +1,6 @@
-"""What a sweep runs: a file with a base and axes over it becomes one config per run.
+"""Configs of a sweep: a file with base settings and axes becomes one config per run.
 
-An axis is a config key with a list of values, or a name of its own with variants, each of which sets several keys:
+An axis is a config key with a list of values, or a name with variants, each of which sets several keys:
 
     name: width
     preset: demo                    # a run or an architecture
@@ -14,7 +14,7 @@ An axis is a config key with a list of values, or a name of its own with variant
       seed: [0, 1, 2]
 
 Every combination is a run. A variant's `equal: {tokens: NAME}` or `equal: {flops: NAME}` sets the steps of its last
-phase so that, in all, it takes as many as the variant NAME.
+phase so that its total equals that of the variant NAME.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from mlx_moe.validation import nearest, validate
 Budget = Literal["tokens", "flops"]
 Variant = dict[str, Any]
 MOST_RUNS = 1000  # each takes seconds to start
-LONGEST_NAME = 240  # bytes: 255 is what file systems take, and a log's or a failed run's name is longer
-# What a sweep's folder holds beside its runs. A name that begins with a dot is hidden, or a lock file of ours.
+LONGEST_NAME = 240  # bytes: file systems allow 255, and names of logs and failed runs are longer
+# Other entries of a sweep's folder. Names with a leading dot are hidden, or lock files.
 RESERVED = {"logs", "plots", "sweep.json", "results.jsonl", "results.csv", "summary.json", "fits.json"}
 SET_ASIDE = re.compile(r".*\.failed(-[0-9]+)?", re.DOTALL)
 
 
 class SweepConfig(BaseModel):
-    """A sweep's file."""
+    """Contents of a sweep's file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,12 +64,12 @@ class SweepConfig(BaseModel):
     preset: str = "three-phase"
     n_phases: Whole = Field(1, ge=1, le=MAX_PHASES)
     overrides: Variant = {}
-    axes: dict[str, Any] = Field(min_length=1)  # of each, a list of values or a mapping of variants
+    axes: dict[str, Any] = Field(min_length=1)  # per axis, a list of values or a mapping of variants
 
 
 @dataclass(frozen=True)
 class Equal:
-    """A budget that a run spends as much of as the one that differs from it on one axis, where it takes `variant`."""
+    """A budget to match: that of the run with `variant` on `axis` and otherwise the same choices."""
 
     budget: Budget
     axis: str
@@ -78,7 +78,7 @@ class Equal:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of a sweep. `choices`: what it takes on each axis, a value or a variant's name."""
+    """A run of a sweep. `choices`: its value or variant name on each axis."""
 
     name: str
     choices: dict[str, Any]
@@ -87,20 +87,20 @@ class PlannedRun:
     equal: Equal | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What `sweep.json` says of the run, exactly as it is read back."""
+        """Return the run's entry in `sweep.json`, exactly as it is read back."""
         values = {"choices": self.choices, "n_phases": self.n_phases, "config": self.config.model_dump(mode="json")}
         return cast(dict[str, Any], json.loads(json.dumps(values)))
 
 
 def sweep_names() -> list[str]:
-    """Return the names of the sweeps that come with the package."""
+    """Return the names of the built-in sweeps."""
     return sorted(path.stem for path in (FOLDER / "sweeps").glob("*.yaml"))
 
 
 def load_sweep(name: str) -> SweepConfig:
-    """Read a sweep by its file, or by the name of one that comes with the package.
+    """Read a sweep by its file, or by the name of a built-in one.
 
-    Raises InputError on a fault in it; the axes' values are checked by `expand`.
+    Raises InputError if it is invalid; the axes' values are checked by `expand`.
     """
     if name in sweep_names():
         path = FOLDER / "sweeps" / f"{name}.yaml"
@@ -116,7 +116,7 @@ def load_sweep(name: str) -> SweepConfig:
 
 
 def name_fault(name: str) -> str | None:
-    """Say why no folder of ours can have a name; None where one can."""
+    """Explain why a name cannot be a folder's; None if it can."""
     if not name or name[0] in ".-":
         return "is empty" if not name else "begins with a dot or a dash"
     if name != name.strip():
@@ -131,10 +131,10 @@ def name_fault(name: str) -> str | None:
 
 
 def expand(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun]:
-    """Return the runs of a sweep, with its last axis varying fastest. `overrides` (`key=value`) lie under the axes.
+    """Return the runs of a sweep, with its last axis varying fastest; axes take precedence over `overrides`.
 
-    Raises InputError, which names the run or the axis, where there are too many runs, where two would share a folder,
-    or where a config is not valid.
+    Raises InputError, naming the run or the axis, if there are too many runs, if two would share a folder, or if a
+    config is invalid.
     """
     for axis, choices in sweep.axes.items():
         if not isinstance(choices, list | dict) or not choices:
@@ -150,7 +150,7 @@ def expand(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun
 
 
 def budget(run: PlannedRun, kind: Budget) -> list[int]:
-    """Tokens, or training FLOPs, that a step of each of the run's phases takes."""
+    """Return the tokens or training FLOPs per step, for each of the run's phases."""
     tokens = run.config.training.batch_size * run.config.model.context_length
     if kind == "tokens":
         return [tokens] * run.n_phases
@@ -159,7 +159,7 @@ def budget(run: PlannedRun, kind: Budget) -> list[int]:
 
 
 def _variants(axis: str, choices: list[Any] | dict[Any, Any]) -> dict[str, Variant]:
-    """Return what each choice of an axis sets, by the choice's name."""
+    """Return the settings of each choice of an axis, by the choice's name."""
     if isinstance(choices, dict):
         variants: dict[str, Variant] = {}
         for name, variant in choices.items():
@@ -189,18 +189,18 @@ def _is_finite(value: Any) -> bool:
 
 
 def _name(axes: Mapping[str, Mapping[str, Variant]], combination: Sequence[str]) -> str:
-    """Return a run's name. A value may hold a slash, as the tokenizers of Hugging Face do; a name may not."""
+    """Return a run's name. Values may contain slashes, as Hugging Face's tokenizer names do; the name does not."""
     return ",".join(_label(axis, choice) for axis, choice in zip(axes, combination, strict=True)).replace("/", "_")
 
 
 def _label(axis: str, choice: str) -> str:
-    """Return `d_model=64`; a variant's name says enough by itself."""
+    """Return `d_model=64`; a variant's name is sufficient by itself."""
     key = axis.rpartition(".")[2]
     return f"{key}={choice}" if "." in axis or axis == "seed" else choice
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Raise InputError where a name cannot be a folder's, or two are one on a file system that ignores case."""
+    """Raise InputError if a name is invalid for a folder, or two coincide on a file system that ignores case."""
     taken: dict[str, str] = {}
     for name in names:
         if fault := name_fault(name):
@@ -251,7 +251,7 @@ def _bad_equal(run: str, values: Any) -> InputError:
 
 @contextmanager
 def _naming(run: str) -> Iterator[None]:
-    """Begin each line of an InputError with the run that it is about."""
+    """Prefix each line of an InputError with the run's name."""
     try:
         yield
     except InputError as error:
@@ -271,7 +271,7 @@ def _equalized(
     reference = planned.get((*combination[:place], run.equal.variant, *combination[place + 1 :]))
     if reference is None or reference.equal:
         raise _bad_equal(run.name, {kind: run.equal.variant})
-    if kind == "flops":  # the vocabulary's share of them is known once the text is
+    if kind == "flops":  # vocabulary size, and so FLOPs, depend on the text
         run, reference = (_with_vocabulary(planned, vocabularies) for planned in (run, reference))
     with _naming(run.name):
         goal = sum(_spent(reference, kind))
@@ -292,7 +292,7 @@ def _spent(run: PlannedRun, kind: Budget) -> list[int]:
 
 
 def _with_vocabulary(run: PlannedRun, known: dict[str, int]) -> PlannedRun:
-    """Return the run with the size of its tokenizer, which is `known` by what the data are."""
+    """Return the run with its tokenizer's vocabulary size; `known` caches it by data config."""
     data = run.config.data.model_dump_json()
     with _naming(run.name):
         if data not in known:

@@ -1,1 +1,1 @@
-"""The commands of `mlxmoe`: each parses, calls one function and prints."""
+"""Commands of `mlxmoe`; each parses, calls one function and prints."""

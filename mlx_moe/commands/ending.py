@@ -1,4 +1,4 @@
-"""How a command ends before its time: one line on stderr and an exit code."""
+"""Early end of a command: one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NoReturn
 
 from mlx_moe.terminal import echo
 
-LONGEST_LINE = 1_000  # characters; a message may repeat what a user gave, and the remedy stands at its end
+LONGEST_LINE = 1_000  # characters; messages may quote long input, and the remedy comes last
 
 
 def stop(message: str, exit_code: int) -> NoReturn:
-    """Print a message, each line of it cut in the middle where it is too long to read, and end with the exit code."""
+    """Print a message, with the middle of overlong lines cut out, and exit with the code."""
     message = "\n".join(_readable(line) for line in message.split("\n"))
     echo(f"error: {message}" if exit_code < 128 else message, err=True)
     sys.exit(exit_code)

@@ -1,4 +1,4 @@
-"""Many runs: evaluate, sweep, fit, compare; and what the data is."""
+"""Commands on several runs, and on data: eval, sweep, fit, compare, data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.limits import MAX_NEW_TOKENS
 from mlx_moe.terminal import echo
 
-data = typer.Typer(help="What the data of a run is.", no_args_is_help=True)
+data = typer.Typer(help="Describe the data of a run.", no_args_is_help=True)
 
 
 def eval_(
@@ -24,16 +24,19 @@ def eval_(
         str | None, typer.Option(help="stories, tinystories, or a path.", show_default="the run's own")
     ] = None,
     text_field: Annotated[str, typer.Option(help="The column of JSONL and Parquet.")] = "text",
-    max_bytes: Annotated[int, typer.Option(min=1, max=1 << 40, help="Of held-out text.")] = 250_000,
-    prompt: Annotated[list[str] | None, typer.Option(help="To continue; repeatable.", show_default="three")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, max=1 << 40, help="Bytes of held-out text.")] = 250_000,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; repeatable.", show_default="three")
+    ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=0, max=MAX_NEW_TOKENS, help="0: write nothing.")
+        int,
+        typer.Option("--max-new-tokens", "-n", min=0, max=MAX_NEW_TOKENS, help="Per sample; 0: no samples."),
     ] = 60,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity, bits per byte and generations of every checkpoint, on the same held-out text."""
+    """Evaluate checkpoints on the same held-out text: loss, perplexity, bits per byte and samples."""
     from dataclasses import asdict
 
     from mlx_moe.analysis.evaluation import EvaluationOptions, check, evaluate
@@ -44,7 +47,7 @@ def eval_(
     if prompt is not None and not all(prompt):
         raise InputError("--prompt is empty; give it at least one character")
     options = EvaluationOptions(data, text_field, max_bytes, prompt or PROMPTS, max_new_tokens, device)
-    for run in runs:  # before the first is evaluated, which takes a while
+    for run in runs:  # check all before evaluating the first, which takes a while
         check(run, options)
     chosen, console = choose_backend(backend), Console(quiet=as_json)
     found = [evaluation for run in runs for evaluation in evaluate(run, chosen, options, console)]
@@ -53,17 +56,17 @@ def eval_(
 
 
 def sweep(
-    file: Annotated[str, typer.Argument(help="A YAML file, or the name of a sweep that comes with this.")],
+    file: Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in sweep.")],
     override: Overrides = None,
     data: Annotated[str | None, typer.Option(help="stories, tinystories, or a path.")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, max=256, help="Runs at once.")] = 1,
     out: Annotated[Path | None, typer.Option(help="The sweep's folder.", show_default="runs/NAME")] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Run what failed once more.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only name the runs.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed runs again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs without training.")] = False,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Train every combination of a file's axes; the same command resumes it where it was stopped."""
+    """Train every combination of a file's axes; run the same command again to resume."""
     from mlx_moe.analysis.sweep_runs import SweepOptions, run_sweep
     from mlx_moe.analysis.sweeps import expand, load_sweep
     from mlx_moe.presets import as_overrides
@@ -94,7 +97,7 @@ def fit(
     results: Annotated[Path, typer.Argument(help="A sweep's folder, or its results.jsonl.")],
     law: Annotated[str, typer.Option(help="auto, N, D or ND.")] = "auto",
     parameters: Annotated[str, typer.Option(help="What N counts: non_embedding, active or total.")] = "non_embedding",
-    resamples: Annotated[int, typer.Option(min=20, max=10_000, help="Of the residuals, for the intervals.")] = 1000,
+    resamples: Annotated[int, typer.Option(min=20, max=10_000, help="Bootstrap resamples for the intervals.")] = 1000,
     level: Level = 0.9,
     seed: Seed = 0,
     out: Annotated[
@@ -102,7 +105,7 @@ def fit(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fit L(N), L(D) or L(N, D) to a sweep, with intervals."""
+    """Fit L(N), L(D) or L(N, D) to a sweep, with confidence intervals."""
     from mlx_moe.analysis.fitting import fit_results
 
     fit_results(results, law, parameters, resamples, level, seed, out, as_json)
@@ -110,11 +113,11 @@ def fit(
 
 def compare(
     runs: Annotated[list[Path] | None, typer.Argument(help="Runs.", show_default=False)] = None,
-    latest: Annotated[int | None, typer.Option(min=2, max=10_000, help="Instead of names: the last N runs.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where --latest looks.")] = Path("runs"),
+    latest: Annotated[int | None, typer.Option(min=2, max=10_000, help="Compare the last N runs instead.")] = None,
+    folder: Annotated[Path, typer.Option(help="The folder that --latest searches.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Rank runs, show in what they differ, and what each reached for the same tokens, FLOPs and time."""
+    """Rank runs, show how their settings differ, and their losses at equal tokens, FLOPs and time."""
     from mlx_moe.analysis import comparison
 
     if (latest is None) == (not runs):

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from mlx_moe.errors import InputError
 from mlx_moe.limits import MAX_NEW_TOKENS, MAX_SEED, MAX_VOCAB_SIZE
 
-DEVICES = ("auto", "cpu", "gpu", "cuda", "mps")  # the last two are PyTorch's names of GPUs
+DEVICES = ("auto", "cpu", "gpu", "cuda", "mps")  # the last two are PyTorch's names
 
 Preset = Annotated[str, typer.Option("--preset", "-p", help="A run or an architecture preset.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="A YAML or JSON file over the preset.")]
@@ -20,17 +20,17 @@ Overrides = Annotated[
 ]
 BackendOption = Annotated[str, typer.Option("--backend", help="auto, mlx or torch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-AllowLossy = Annotated[bool, typer.Option("--allow-lossy", help="Go on after a boundary that changed the model.")]
+AllowLossy = Annotated[bool, typer.Option("--allow-lossy", help="Accept a transfer that changes the model.")]
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="A checkpoint, a run, RUN/best, or a Hugging Face folder.", show_default=False)
 ]
 OutArgument = Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Of all that is drawn.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of all random numbers.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, max=MAX_NEW_TOKENS)]
 
 
 def _device(value: str) -> str:
-    if value not in DEVICES:  # before anything is loaded or looked up for it
+    if value not in DEVICES:  # before anything is loaded
         raise InputError(f"--device {value!r}: must be one of {', '.join(DEVICES)}")
     return value
 
@@ -90,4 +90,4 @@ def _level(value: float) -> float:
     return value
 
 
-Level = Annotated[float, typer.Option("--level", callback=_level, help="Of the intervals.")]
+Level = Annotated[float, typer.Option("--level", callback=_level, help="Confidence level of the intervals.")]

@@ -1,4 +1,4 @@
-"""Look at a run: what its experts do, its curves, one page about all of it."""
+"""Commands that inspect a run: its experts, its curves, a page about all of it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def experts(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option(help="The file to write.", show_default="RUN/experts.json")] = None,
     sequences: Annotated[
-        int, typer.Option(min=1, max=MAX_BATCH_SIZE, help="Of the validation split, each as long as the context.")
+        int, typer.Option(min=1, max=MAX_BATCH_SIZE, help="Validation sequences, each as long as the context.")
     ] = 64,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Show what the experts of a run's checkpoints do: load, twins, the tokens that each takes."""
+    """Analyse the experts of a run's checkpoints: load, twins, and the tokens routed to each."""
     from mlx_moe.analysis.experts import report_experts
     from mlx_moe.analysis.record import EXPERTS
     from mlx_moe.training.backend import choose_backend
@@ -40,15 +40,15 @@ def plot(
 ) -> None:
     """Draw a run's curves and its experts' load, or a sweep and its scaling law, as SVG and PNG."""
     require("matplotlib", "mlxmoe plot")
-    os.environ["MPLBACKEND"] = "agg"  # figures go to files, and matplotlib fails on a backend that it does not know
+    os.environ["MPLBACKEND"] = "agg"  # matplotlib fails on unknown backends; figures go to files
     import logging
 
-    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # where it keeps its fonts is no matter of the user's
+    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # the location of its font cache does not concern users
 
     for name in ("MPLCONFIGDIR", "MATPLOTLIBRC"):
         if os.environ.get(name):
             os.environ[name] = os.path.abspath(os.environ[name])
-    with contextlib.chdir(Path(__file__).parent):  # for matplotlib looks into the working folder for settings
+    with contextlib.chdir(Path(__file__).parent):  # matplotlib reads settings from the working folder
         from mlx_moe.analysis.plots import plot as draw
 
     for file in draw(path, out, _warn):
@@ -59,7 +59,7 @@ def report(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option(help="The file to write.", show_default="RUN/report.html")] = None,
 ) -> None:
-    """Write one HTML page about a run; it opens in any browser, without a network."""
+    """Write one HTML page about a run, which opens in any browser without a network."""
     from mlx_moe.analysis.report import write_report
 
     echo(write_report(run, out or run / "report.html", _warn))

@@ -1,4 +1,4 @@
-"""Train, and what to know before."""
+"""Commands to train, and to estimate what training needs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def train(
     phases: Annotated[
         str | None,
         typer.Option(
-            help="How many phases of the run to train, such as 2; with --from those named, such as 2,3.",
+            help="Number of phases to train, such as 2; with --from, the phases, such as 2,3.",
             show_default="all",
         ),
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--from", help="A checkpoint, or a Hugging Face model by folder or name, to train on.")
+        str | None, typer.Option("--from", help="Start from a checkpoint, or a Hugging Face model by folder or name.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="stories, tinystories, or a path: .txt, .jsonl, .parquet, or a folder.")
@@ -37,9 +37,9 @@ def train(
         str | None, typer.Option(help="char, bpe:VOCAB, or a Hugging Face tokenizer by name or folder.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of every phase.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, batches and dropout.")] = None,
     optimizer_transfer: Annotated[
-        str | None, typer.Option(help="carry or reset the moments at boundaries.", show_default="carry")
+        str | None, typer.Option(help="carry or reset the optimizer's moments at boundaries.", show_default="carry")
     ] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
@@ -47,7 +47,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
     allow_lossy: AllowLossy = False,
 ) -> None:
-    """Train: dense, upcycled to experts, grown; both boundaries proven lossless."""
+    """Train a model through its phases: dense, upcycled to experts, grown; every boundary is certified lossless."""
     from mlx_moe.training.request import RunRequest
     from mlx_moe.training.run import train_run
     from mlx_moe.training.stopping import TrainingStopped
@@ -88,18 +88,18 @@ def plan(
     preset: Preset = "three-phase",
     config: ConfigFile = None,
     override: Overrides = None,
-    machine: Annotated[str | None, typer.Option(help="Instead of this one, e.g. 'M2 Max 32GB'.")] = None,
+    machine: Annotated[str | None, typer.Option(help="Machine to plan for, e.g. 'M2 Max 32GB'.")] = None,
     backend: BackendOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Estimate every phase's memory, time and largest batch, and say where it will not fit."""
+    """Estimate every phase's memory, time and largest batch, and report where it does not fit."""
     from mlx_moe.training.planning import make_plan, show
 
     show(make_plan(_load_run(preset, config, override or []), backend, machine), as_json)
 
 
 def doctor() -> None:
-    """Show the device, the versions, and what is missing."""
+    """Show the device, the library versions, and what is missing."""
     from mlx_moe.training.doctor import diagnose
 
     raise typer.Exit(diagnose())

@@ -1,1 +1,1 @@
-"""Change what lies on disk: upcycle, grow and import models, a piece at a time."""
+"""Commands on models on disk: upcycle, grow and import, streamed tensor by tensor."""

@@ -1,4 +1,4 @@
-"""Import a model of Hugging Face's as a checkpoint."""
+"""Import of a Hugging Face model as a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mlx_moe.training.console import Console
 
 
 def import_model(name: str, out: Path, allow_nonfinite: bool = False) -> None:
-    """Write a model of Hugging Face's, by folder or name on the hub, as a checkpoint, with its tokenizer.
+    """Write a Hugging Face model, by folder or hub name, as a checkpoint with its tokenizer.
 
-    Raises InputError where `out` exists or is being written, and, without `allow_nonfinite`, for NaN or Inf.
+    Raises InputError if `out` exists or is being written, and, unless `allow_nonfinite`, for NaN or Inf.
     """
     with creating(out) as partial:
         folder, console = find_model(name), Console()

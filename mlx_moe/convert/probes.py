@@ -1,4 +1,4 @@
-"""Tokens that a model is probed with, where no run's data is at hand."""
+"""Probe tokens for models whose training data is not available."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mlx_moe.training.backend import Tokens
 from mlx_moe.training.certify import PROBE_TOKENS
 from mlx_moe.validation import validate
 
-STORY_TOKENS = 64  # of each probe of a model with a tokenizer
-WINDOW_TOKENS = 256  # of the text that centroids are taken of
+STORY_TOKENS = 64  # per probe of a model with a tokenizer
+WINDOW_TOKENS = 256  # per window of the text for centroids
 
 
 def probe_tokens(config: ModelConfig, tokenizer: Tokenizer | None, n: int) -> Tokens:
-    """(n, T + 1) tokens of stories where the model has a tokenizer that knows their words, else random ones.
+    """Return (n, T + 1) probe tokens: stories if the tokenizer knows their words, else random.
 
-    Random tokens take a published model to where rounding alone moves its logits far, and a certificate says little
-    there; so do long texts (SmolLM2-135M, whose logits reach 42, upcycled, float32: 3e-3 in 1,024 random tokens,
+    Random tokens drive a published model to where rounding alone moves its logits far, so that a certificate says
+    little; so do long texts (SmolLM2-135M, whose logits reach 42, upcycled, float32: 3e-3 in 1,024 random tokens,
     1.4e-4 in 256 of text, under 9e-5 in 64).
     """
     random_BT1 = random_probes(config, n)[:, : STORY_TOKENS + 1]
@@ -41,21 +41,21 @@ def probe_tokens(config: ModelConfig, tokenizer: Tokenizer | None, n: int) -> To
 
 
 def checkpoint_probes(source: Checkpoint, n: int) -> Tokens:
-    """Return `probe_tokens` for a checkpoint, with the tokenizer that lies beside it."""
+    """Return `probe_tokens` for a checkpoint, with its tokenizer."""
     folder = source.tokenizer_folder
     return probe_tokens(source.config, None if folder is None else Tokenizer.load(folder), n)
 
 
 def random_probes(config: ModelConfig, n: int, seed: int = 0) -> Tokens:
-    """(n, T + 1) random tokens, for models whose data is not at hand; T is the context, at most PROBE_TOKENS."""
+    """Return (n, T + 1) random tokens; T is the context, at most PROBE_TOKENS."""
     shape = (n, min(config.context_length, PROBE_TOKENS) + 1)
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
 
 
 def text_tokens(source: Checkpoint, text: str, n: int) -> Tokens:
-    """(B, T) tokens of a text, about n where it has as many; T is the context, at most WINDOW_TOKENS.
+    """Return (B, T) tokens of a text, about n if it has as many; T is the context, at most WINDOW_TOKENS.
 
-    Raises InputError where the text cannot be had, or the model has no tokenizer for it.
+    Raises InputError if the text cannot be read, or the model has no tokenizer for it.
     """
     if source.tokenizer_folder is None:
         raise InputError(f"{source.path} has no tokenizer to read {text} with; take --router random")

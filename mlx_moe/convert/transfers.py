@@ -1,4 +1,4 @@
-"""Upcycle or grow a model on disk: stream it through a plan, certify what was written, let it appear."""
+"""Upcycling and growth of a model on disk: stream it through a plan, certify the result, then publish it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mlx_moe.transfer.upcycling import LOSSY_METHOD, plan_phase
 
 @dataclass(frozen=True)
 class Request:
-    """A transfer that a command asks for: from where to where, and how it is computed and judged."""
+    """Source, destination and settings of a transfer command."""
 
     path: Path
     out: Path
@@ -43,7 +43,7 @@ class Request:
 
 
 def upcycle_model(request: Request, phase: UpcyclePhaseConfig, seed: int, text: str | None) -> bool:
-    """`transfer_model` to the experts that a phase asks for; their routers' centroids are those of a text."""
+    """Upcycle by `transfer_model` as a phase describes; centroids for the routers come from a text."""
     if (phase.router_init == "centroids") != (text is not None):
         raise InputError("--router centroids and --text FILE go together: clusters are of the model's states on a text")
 
@@ -66,7 +66,10 @@ def transfer_model(
     target: Callable[[ModelConfig], ModelConfig],
     plan: Callable[[Checkpoint, ModelConfig], Plan],
 ) -> bool:
-    """Apply a plan to a model, certify and write it; whether it was written. One that is lossy on purpose always is."""
+    """Apply a plan to a model, certify and write it; return whether it was written.
+
+    A transfer that is lossy by design is always written.
+    """
     console, limits, device = Console(), VerificationConfig(), request.device
     console.line(f"backend: {request.backend.reason}")
     try:
@@ -100,7 +103,7 @@ class Transfer:
     certificate: Certificate
     bytes_written: int
     seconds: float
-    seconds_certified: float  # of those
+    seconds_certified: float  # included in `seconds`
 
 
 def transfer_checkpoint(
@@ -113,10 +116,10 @@ def transfer_checkpoint(
     allow_lossy: bool,
     probes_BT1: Tokens,
 ) -> Transfer:
-    """Apply a plan to a checkpoint, piece by piece, and prove on the probes that what was written is lossless.
+    """Apply a plan to a checkpoint tensor by tensor, and certify on the probes that the written model is lossless.
 
-    Fills a folder that is not seen yet. Of the weights only: nothing trains on from a checkpoint outside a run. Raises
-    ChangedModel where the certificate fails and `allow_lossy` is not set.
+    Fills a folder that is not visible yet, with weights only: training does not continue from a checkpoint outside a
+    run. Raises ChangedModel if the certificate fails and `allow_lossy` is not set.
     """
     began = time.perf_counter()
     found: list[tuple[Certificate, float]] = []

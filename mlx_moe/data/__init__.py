@@ -1,1 +1,1 @@
-"""Text in, token files and batches out. NumPy only."""
+"""Data pipeline: text to token files to batches. NumPy only."""

@@ -1,4 +1,4 @@
-"""DATA.md: where a run's text comes from, what may be done with it, and how much of it there is."""
+"""DATA.md: source, licence, split and size of a run's text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_moe.terminal import plain_markdown
 
 
 def describe(provenance: dict[str, Any]) -> str:
-    """Markdown from the provenance of `TokenData`, which is also a run's data.json."""
+    """Return Markdown from the provenance of `TokenData`, which is also a run's data.json."""
     source, tokenizer = provenance["source"], provenance["tokenizer"]
     held_out = f"{100 * provenance['validation_fraction']:g} %"
     how = {

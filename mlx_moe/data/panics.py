@@ -1,6 +1,6 @@
-"""Errors of the tokenizers library, which is written in Rust: as one line, without what Rust prints about them.
+"""Errors of the tokenizers library as one line, without Rust's own output.
 
-A panic is no Exception, and prints a stack trace on standard error by itself before anybody can catch it.
+A Rust panic is not an Exception, and prints a stack trace on standard error before it can be caught.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlx_moe.errors import InputError, one_line
 
 @contextlib.contextmanager
 def panics_reported(doing: str, remedy: str) -> Iterator[None]:
-    """Turn whatever the library raises into an InputError: "cannot DOING: ...; REMEDY"."""
+    """Convert whatever the library raises to an InputError: "cannot DOING: ...; REMEDY"."""
     _stderr.hold()
     is_panic = False
     try:
@@ -33,24 +33,24 @@ def panics_reported(doing: str, remedy: str) -> Iterator[None]:
 
 
 class _HeldStderr:
-    """Standard error, kept while the library works: what other threads write meanwhile comes after, a panic's never.
+    """Standard error, held back while the library works; afterwards it is written out, unless there was a panic.
 
-    For all threads at once, since they share it.
+    All threads share the stream, so it is held for all of them.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holders = 0
         self._panicked = False
-        self._kept: int | None = None  # a file without a name
-        self._stderr: int | None = None  # where standard error went before, while it is held
+        self._kept: int | None = None  # an unnamed file
+        self._stderr: int | None = None  # the original descriptor, while it is redirected
 
     def hold(self) -> None:
         with self._lock:
             self._holders += 1
             if self._holders > 1:
                 return
-            with contextlib.suppress(OSError):  # no standard error, or no place to keep it: it is not held
+            with contextlib.suppress(OSError):  # without a standard error, or space for its text, do not redirect
                 if self._kept is None:
                     self._kept = _nameless_file()
                 self._stderr = os.dup(2)

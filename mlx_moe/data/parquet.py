@@ -1,8 +1,8 @@
-"""Columns of text in a Parquet file, within bounds: a few bytes of one can stand for any amount of text.
+"""Text columns of Parquet files, within bounds: a few bytes of a file can expand to any amount of text.
 
-A value in a dictionary is repeated by a few bits, a prefix (DELTA_BYTE_ARRAY) by a number, and zeros compress to almost
-nothing. What a group of rows comes to is therefore bounded before it is read: by its metadata and the longest value in
-its dictionary, and where that could be too much, by counting.
+A dictionary value is repeated by a few bits, a prefix (DELTA_BYTE_ARRAY) by a number, and zeros compress to almost
+nothing. So each row group's size is bounded before it is read: by its metadata and the longest value in its dictionary,
+and if that could be too much, by counting.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE, BYTES_AT_ONCE = 1000, 64 << 20
 BYTES_READ_AT_ONCE = 1 << 20
-# What a file may unpack to: so much anyhow, and beyond that so many times its size. Text compresses 3 to 20 times.
+# Limit of the unpacked size: this many bytes, and beyond that so many times the compressed size. Text compresses 3 to
+# 20 times.
 UNPACKED_ANYHOW, UNPACKED_TIMES = 64 << 20, 256
-BYTES_OF_A_ROW = 32  # that a row counts beside its text: an empty one takes time, too
-LONGEST_LIST = 100_000  # columns, or groups of rows
+BYTES_OF_A_ROW = 32  # added per row to its text: empty rows take time too
+LONGEST_LIST = 100_000  # columns, or row groups
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[ParquetFile]:
-    """A file while it is read. Raises InputError where it is damaged, then or later, and OSError as the system does."""
+    """Open a file for reading. Raises InputError if it is damaged, at once or while it is read, and OSError."""
     require("pyarrow", "a Parquet file")
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -46,7 +47,7 @@ def opened(path: Path) -> Iterator[ParquetFile]:
 
 
 def text_columns(file: ParquetFile) -> list[str]:
-    """The names of the columns that hold text, in order."""
+    """Return the names of the columns that hold text, in order."""
     import pyarrow
 
     def is_text(kind: Any) -> bool:
@@ -59,25 +60,25 @@ def text_columns(file: ParquetFile) -> list[str]:
 
 
 def values(path: Path, file: ParquetFile, name: str) -> Iterator[str | None]:
-    """The values of a column of text, in order. Raises InputError where it unpacks to too much, or is not UTF-8."""
+    """Yield the values of a text column, in order. Raises InputError if it expands too far or is not UTF-8."""
     schema = file.metadata.schema
     columns = [schema.column(i).path for i in range(file.metadata.num_columns)]
     if (n := columns.count(name)) > 1:
-        raise InputError(f"{path} has {n} columns that are called {name!r}; rename all but one")
+        raise InputError(f"{path} has {n} columns named {name!r}; rename all but one")
     column = columns.index(name)
     size, packed, spare, row = path.stat().st_size, 0, UNPACKED_ANYHOW, 0
-    if file.num_row_groups:  # an encrypted column is an error here; pyarrow aborts where its metadata are asked for
+    if file.num_row_groups:  # fail here on an encrypted column: pyarrow aborts when its metadata are accessed
         next(_batches(file, 0, name, 1), None)
     for group in range(file.num_row_groups):
         chunk = file.metadata.row_group(group).column(column)
         packed += chunk.total_compressed_size
         if packed > size:
-            raise _damaged(path, "its groups of rows overlap")
+            raise _damaged(path, "its row groups overlap")
         allowed = UNPACKED_TIMES * chunk.total_compressed_size
         repeated = _longest_repeated(path, file, group, column, name)
         rows_at_once = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(1, repeated)))
         if chunk.total_uncompressed_size + chunk.num_values * (repeated + BYTES_OF_A_ROW) > allowed:
-            counted = max(chunk.total_uncompressed_size, chunk.num_values * BYTES_OF_A_ROW)  # at least
+            counted = max(chunk.total_uncompressed_size, chunk.num_values * BYTES_OF_A_ROW)  # a lower bound
             if counted <= allowed + spare:
                 counted = _count(file, group, name, BYTES_AT_ONCE // max(BYTES_OF_A_ROW, repeated), allowed + spare)
             spare -= max(0, counted - allowed)
@@ -98,7 +99,7 @@ def values(path: Path, file: ParquetFile, name: str) -> Iterator[str | None]:
 
 
 def _longest_repeated(path: Path, file: ParquetFile, group: int, column: int, name: str) -> int:
-    """Bytes of the longest value that may be repeated at no cost, at most; 0 where every value is stored in full."""
+    """Return an upper bound (bytes) of the longest value that can be repeated for free; 0 if there is none."""
     import pyarrow
     from pyarrow import compute
     from pyarrow.parquet import ParquetFile
@@ -110,14 +111,14 @@ def _longest_repeated(path: Path, file: ParquetFile, group: int, column: int, na
         return 0
     with open(open_regular(path), "rb") as stream:
         coded = ParquetFile(stream, metadata=file.metadata, read_dictionary=[name], buffer_size=BYTES_READ_AT_ONCE)
-        first = next(_batches(coded, group, name, 1), None)  # the dictionary comes with the first row
+        first = next(_batches(coded, group, name, 1), None)  # the first row loads the dictionary
         if isinstance(first, pyarrow.DictionaryArray):
             return compute.max(compute.binary_length(first.dictionary)).as_py() or 0
     return 0
 
 
 def _count(file: ParquetFile, group: int, name: str, rows_at_once: int, limit: int) -> int:
-    """Bytes that a group of rows counts; it is not counted further than to the limit."""
+    """Count the bytes of a row group, stopping once the limit is exceeded."""
     import pyarrow
     from pyarrow import compute
 
@@ -132,7 +133,7 @@ def _count(file: ParquetFile, group: int, name: str, rows_at_once: int, limit: i
 
 
 def _batches(file: ParquetFile, group: int, name: str, rows_at_once: int) -> Iterator[Any]:
-    """A column of a group of rows, in Arrow's arrays."""
+    """Yield a column of a row group as Arrow arrays."""
     for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=[name], use_threads=False):
         array = batch.column(0)
         yield getattr(array, "storage", array)

@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded stories, TinyStories, or the user's files."""
+"""Sources of text: embedded stories, TinyStories, or the user's files."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ ENDINGS = (".txt", ".jsonl", ".parquet")
 END_OF_TEXT = "<|endoftext|>"
 TINYSTORIES = "roneneldan/TinyStories"
 MOST_STORIES = 10_000_000
-MOST_FILES, MOST_ENTRIES = 100_000, 1_000_000  # of a folder: those that are data, and all
-LONGEST_LINE = 64 << 20  # bytes; also characters of a value
-LONGEST_PIECE = 8 << 20  # characters without a line end, of which a tokenizer takes some 300 bytes each
-FEWEST_SPARSE = 1 << 30  # bytes; a text as large as this has no holes unless somebody only set its size
+MOST_FILES, MOST_ENTRIES = 100_000, 1_000_000  # of a folder: data files, and all entries
+LONGEST_LINE = 64 << 20  # bytes of a line; also characters of a value
+LONGEST_PIECE = 8 << 20  # characters without a line break; a tokenizer takes about 300 bytes for each
+FEWEST_SPARSE = 1 << 30  # bytes; a larger text with holes was most likely never written in full
 FIELD_HINT = "name one that holds text with -o data.text_field=NAME (of eval: --text-field NAME)"
 NAMES_SHOWN, LONGEST_NAME_SHOWN = 10, 60
 
 
 @dataclass(frozen=True)
 class Source:
-    """Text, as documents. `identity` changes exactly when the text would; `description` is one line for people.
+    """Text as documents. `identity` changes exactly when the text does; `description` is one line for people.
 
-    `licence`: what the text may be used under, None where we cannot know.
+    `licence`: of the text; None if unknown.
 
-    `documents()` starts over with every call and yields no blank document. It raises InputError where the text cannot
-    be had: no network, bad JSON, a missing field, bytes that are not UTF-8, nothing but blanks.
+    Each call of `documents()` starts over; blank documents are skipped. It raises InputError if the text cannot be
+    read: no network, bad JSON, a missing field, bytes that are not UTF-8, only blank documents.
     """
 
     identity: str
@@ -48,7 +48,7 @@ class Source:
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that a config names. Raises InputError where there is no such file, or no known ending."""
+    """Return the source that a config names. Raises InputError for a missing file or an unknown suffix."""
     if config.source == "stories":
         return _stories(config.n_documents or 10_000)
     if config.source == "tinystories":
@@ -70,7 +70,7 @@ def _tinystories(n: int | None) -> Source:
         while True:
             try:
                 text = next(rows, None)
-            except Exception as error:  # whatever fails between here and the hub, the ways out are the same
+            except Exception as error:  # the remedies are the same for every failure on the way to the hub
                 raise InputError(
                     f"cannot read {TINYSTORIES} from the Hugging Face hub ({one_line(error)}); take --data stories, "
                     "which is embedded, or --data FILE with a local copy"
@@ -92,7 +92,7 @@ def _stream_tinystories() -> Iterator[str]:
         require(library, "TinyStories")
     from huggingface_hub import HfApi
 
-    # One quick question first: without a network, datasets itself retries for half a minute and prints every attempt.
+    # Ask briefly first: without a network, datasets retries for half a minute and prints every attempt.
     HfApi().dataset_info(TINYSTORIES, timeout=10)
     from datasets import load_dataset
 
@@ -101,7 +101,7 @@ def _stream_tinystories() -> Iterator[str]:
 
 
 def _files(config: DataConfig) -> Source:
-    absolute(Path(config.source))  # refuses what is no path
+    absolute(Path(config.source))  # rejects invalid paths
     top, field = Path(config.source).expanduser(), config.text_field
     try:
         paths = _find(top, config.source)
@@ -118,13 +118,13 @@ def _files(config: DataConfig) -> Source:
     def documents() -> Iterator[str]:
         texts = (text for path in paths for text in _READERS[path.suffix.lower()](path, field))
         yield from _not_blank(texts, config.n_documents, config.source)
-        for path, state in zip(paths, states, strict=True):  # the identity is to be that of what was read
+        for path, state in zip(paths, states, strict=True):  # the identity must match what was read
             if _state(path) != state:
                 raise _changed(path)
 
     limit = "" if config.n_documents is None else f", at most {config.n_documents:,} documents"
     where = config.source if top.is_file() else f"{config.source} ({len(paths)} files)"
-    # A name may hold bytes that are not UTF-8.
+    # a name may contain bytes that are not UTF-8
     description = f"{where}{limit}".encode(errors="backslashreplace").decode()
     return Source(f"files:{identity.hexdigest()}", description, documents)
 
@@ -150,9 +150,9 @@ def _find(top: Path, name: str) -> list[Path]:
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    """The data files in a folder and those below. Hidden ones are left out, and links to folders not followed.
+    """Yield the data files in a folder and its subfolders; skip hidden ones, and do not follow links to folders.
 
-    Hidden files are the file system's own: macOS writes a binary ._x.txt beside x.txt on foreign disks.
+    Hidden files belong to the file system: macOS writes a binary ._x.txt beside x.txt on foreign disks.
     """
     folders, entries, files = [top], 0, 0
     while folders:
@@ -175,7 +175,7 @@ def _walk(top: Path) -> Iterator[Path]:
 
 
 def _hash(path: Path) -> tuple[str, list[int]]:
-    """The SHA-256 of a file and its state. Raises InputError where it changes meanwhile, or is not there to be read."""
+    """Return a file's SHA-256 and state. Raises InputError if it changes meanwhile or cannot be read."""
     try:
         with open(open_regular(path), "rb") as stream:
             status = os.fstat(stream.fileno())
@@ -191,7 +191,7 @@ def _hash(path: Path) -> tuple[str, list[int]]:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(path, error) from None
-    state = fingerprint(status)[:3]  # links to the file may come and go
+    state = fingerprint(status)[:3]  # without ctime, which changes when links to the file do
     if _state(path) != state:
         raise _changed(path)
     return digest, state
@@ -264,7 +264,7 @@ _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines from 1 on, ending in \\n on every system, without a byte order mark."""
+    """Yield numbered lines, from 1, ending in \\n on every system, without a byte order mark."""
     try:
         with open(open_regular(path), "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):

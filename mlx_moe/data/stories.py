@@ -1,6 +1,6 @@
-"""Short stories for children, made from a grammar: text to train on where there is no network.
+"""Children's stories generated from a grammar: training text that needs no network.
 
-The manner is that of TinyStories (Eldan and Li 2023): few words, whole plots.
+The style follows TinyStories (Eldan and Li 2023): few words, whole plots.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import TypeVar
 from mlx_moe.data.story_plots import PLOTS, Plot
 from mlx_moe.data.story_words import BOYS, COLORS, GIRLS, PHRASES, PRONOUNS, PROPS, TRAITS, WORLDS
 
-VERSION = 1  # of the text: raise it with every change of the grammar or the words
+VERSION = 1  # of the text: increment with every change of the grammar or the words
 
 Item = TypeVar("Item")
 
 
 def stories(n: int, seed: int = 0) -> Iterator[str]:
-    """The first n stories of a seed."""
+    """Yield the first n stories of a seed."""
     return (story(index, seed) for index in range(n))
 
 
 def story(index: int, seed: int = 0) -> str:
-    """One story of 60 to 200 words, paragraphs apart by a blank line: a pure function of (seed, index)."""
+    """Return a story of 60 to 200 words, its paragraphs separated by blank lines: a pure function of (seed, index)."""
     teller = _Teller(seed, index)
     plot = teller.choose(PLOTS)
     teller.cast(plot)
@@ -32,10 +32,10 @@ def story(index: int, seed: int = 0) -> str:
 
 
 class _Teller:
-    """Fills templates in. The cast stays the same through a story; phrases are chosen anew each time."""
+    """Template filler. The cast is constant within a story; phrases are drawn anew each time."""
 
     def __init__(self, seed: int, index: int) -> None:
-        # Python promises that seeding and random() never change; it does not promise it of choice().
+        # Python guarantees stable seeding and random(), but not choice().
         self._random = Random(f"{seed}:{index}").random
         self._bound: dict[str, str] = {}
 

@@ -1,8 +1,8 @@
-"""The plots of the stories.
+"""Plots of the stories.
 
-`{word}` is a member of the cast, a prop or a phrase, `{Word}` the same with a capital, `{a:word}` the same behind its
-article, and `[this|that]` a choice. The cast: the hero (`hero`, `he`, `him`, `his`, `kind`), a friend of the
-other sex, so that pronouns stay clear (`friend`, `he2`, `him2`, `his2`, `kind2`), and an `elder` (`he3`).
+`{word}` is a member of the cast, a prop or a phrase, `{Word}` the same capitalised, `{a:word}` the same with its
+article, and `[this|that]` a choice. The cast: the hero (`hero`, `he`, `him`, `his`, `kind`), a friend of the other sex,
+so that pronouns stay clear (`friend`, `he2`, `him2`, `his2`, `kind2`), and an `elder` (`he3`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plot:
-    """Paragraphs of a template; `props` names the columns of `rows`, of which a story binds one."""
+    """A plot: the paragraphs of a template; `props` names the columns of `rows`, of which a story uses one row."""
 
     text: str
     props: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The words of the stories: names, three worlds with what is found in each, and phrases for every plot."""
+"""Words of the stories: names, three worlds with their contents, and phrases for every plot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The items of a list with commas."""
+    """Split a comma-separated list."""
     return tuple(item.strip() for item in text.split(","))
 
 
@@ -33,7 +33,7 @@ COLORS = words("red, blue, green, yellow, orange, purple, pink, white, silver, g
 
 @dataclass(frozen=True)
 class World:
-    """What there is for one kind of hero. Places and spots carry their preposition."""
+    """Vocabulary for one kind of hero. Places and spots include their preposition."""
 
     girls: tuple[str, ...]
     boys: tuple[str, ...]
@@ -249,7 +249,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# What a plot may ask for besides its cast and its own row.
+# Props that a plot may use besides its cast and its own row.
 PROPS = {
     "creature": words(
         "tiny bird, baby duck, small snail, green beetle, little bee, baby turtle, yellow butterfly, lizard, ant, "

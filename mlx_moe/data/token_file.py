@@ -1,7 +1,7 @@
-"""Files of token ids: checked against their SHA-256 when they are opened, and read without being mapped.
+"""Files of token ids, checked against their SHA-256 and read without memory-mapping.
 
-A mapped file that another process cuts would end this one with SIGBUS, and ids beyond the vocabulary make a backend
-read and write beyond its arrays. What is read here is checked each time, so that either is one line.
+If another process truncated a mapped file, this one would die of SIGBUS, and ids beyond the vocabulary make a backend
+access memory outside its arrays. Every read is checked, so that either becomes a one-line error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BYTES_AT_ONCE = 4 << 20
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file held when its fingerprint was as noted. `largest_id` is -1 where it holds no token."""
+    """Hash and largest id of a file with the given fingerprint. `largest_id` is -1 if it holds no token."""
 
     sha256: str
     largest_id: int
@@ -34,13 +34,13 @@ class Contents:
 
 
 class TokenFile:
-    """The ids of a file, one-dimensional and read-only, indexed as an array is; `windows` reads batches.
+    """Token ids of a file, one-dimensional and read-only, indexed like an array; `windows` reads batches.
 
-    `contents` says what the file was found to hold. It is hashed when it is opened, unless what is `known` of it still
-    fits its fingerprint, and hashed again where the fingerprint changes later.
+    `contents` describes the file as last hashed. It is hashed on opening, unless `known` contents match its
+    fingerprint, and again whenever the fingerprint changes.
 
-    Raises InputError, now and with every later access, where the file does not hold `n_tokens` ids with this SHA-256,
-    all of them below `vocab_size`.
+    Raises InputError, on opening and on every access, unless the file holds `n_tokens` ids with this SHA-256, all below
+    `vocab_size`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TokenFile:
         return self[:] if dtype is None else self[:].astype(dtype)
 
     def windows(self, starts: NDArray[np.int64], width: int) -> NDArray[np.int32]:
-        """The ids from each start on, shape (starts, width)."""
+        """Return the ids that follow each start, shape (starts, width)."""
         return self._read(starts.tolist(), width).astype(np.int32)
 
     def _read(self, starts: list[int], width: int) -> NDArray[Any]:
@@ -80,7 +80,7 @@ class TokenFile:
             raise self._unreadable(error) from None
         self._check()
         ids = np.frombuffer(read, self.dtype)
-        # Between what was read and the check, the file may have been altered and put back.
+        # The file may have been altered and restored between reading and the check.
         if len(ids) != len(starts) * width or int(ids.max(initial=0)) >= self._vocab_size:
             raise self._altered()
         return ids.reshape(len(starts), width)
@@ -103,7 +103,7 @@ class TokenFile:
     def _altered(self) -> InputError:
         return InputError(
             f"token file {self.path} does not hold the tokens that were written to it: it was changed or damaged; "
-            "run the command again, which makes it anew"
+            "run the command again, which rebuilds it"
         )
 
     def _unreadable(self, error: OSError) -> InputError:
@@ -113,7 +113,7 @@ class TokenFile:
 
 
 def inspect(descriptor: int, dtype: np.dtype[Any]) -> Contents:
-    """Hash a file of ids and find the largest of them, in one pass."""
+    """Hash a file of ids and find the largest id, in one pass."""
     before = fingerprint(os.fstat(descriptor))
     digest, largest, offset = hashlib.sha256(), -1, 0
     while read := os.pread(descriptor, BYTES_AT_ONCE, offset):
@@ -125,7 +125,7 @@ def inspect(descriptor: int, dtype: np.dtype[Any]) -> Contents:
 
 
 def _read_range(descriptor: int, start: int, end: int) -> bytes:
-    """The bytes of a range; fewer where the file ends before."""
+    """Read a range of bytes; fewer if the file ends before."""
     if end - start <= BYTES_AT_ONCE:
         return os.pread(descriptor, end - start, start)
     parts = range(start, end, BYTES_AT_ONCE)

@@ -1,4 +1,4 @@
-"""Tokenizers, all in the one JSON format of Hugging Face: of characters, trained here, or taken from elsewhere."""
+"""Tokenizers in Hugging Face's JSON format: by characters, trained here, or existing ones."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as HFTokenizer
 
 UNKNOWN = "<|unknown|>"
-MIN_BPE_VOCAB, MAX_BPE_VOCAB = 257, 1_000_000  # 256 bytes and the end of text; above, training runs out of memory
-CHARACTERS_PER_PIECE = 250_000  # that a tokenizer gets at once
-MOST_TOKENS, LONGEST_TOKEN = 1 << 22, 10_000  # tokens; characters of one
-MOST_GROWTH = 64  # times what a normalizer or decoder may make of a text; Unicode's own forms grow it 18-fold at most
+MIN_BPE_VOCAB, MAX_BPE_VOCAB = 257, 1_000_000  # 256 bytes and the end of text; larger ones run out of memory
+CHARACTERS_PER_PIECE = 250_000  # per piece passed to a tokenizer
+MOST_TOKENS, LONGEST_TOKEN = 1 << 22, 10_000  # tokens; characters per token
+MOST_GROWTH = 64  # factor by which a normalizer or decoder may lengthen a text; Unicode's own forms reach 18
 TRIAL = "The 2 quick (brown) foxes' déjà vu: 東京 🙂 ﷺ\n\t__x = {1.5}\r\n"
 HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 WAYS_OUT = "take bpe:2048, char, or a local folder that holds tokenizer.json"
 
-# Left unset, the library prints a warning when a process that has encoded a batch forks.
+# Unset, the library prints a warning when a process that has encoded a batch forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class Tokenizer:
-    """Text to ids and back. `eot_id` ends every document; `vocab_size` is the largest id + 1.
+    """Conversion between text and ids. `eot_id` ends every document; `vocab_size` is the largest id + 1.
 
     `ids` are those that have a token; there may be holes between them. `unknown_id` stands for what has no token;
     None where the tokenizer has tokens for any text.
     """
 
     def __init__(self, inner: HFTokenizer, end_of_text: str, origin: str) -> None:
-        """`origin` says in an error where the tokenizer came from."""
-        if getattr(inner.model, "dropout", None):  # of merges, drawn anew for every text
+        """Wrap a tokenizer; `origin` describes its source in error messages."""
+        if getattr(inner.model, "dropout", None):  # random omission of merges, which makes ids irreproducible
             inner.model.dropout = None
         self._inner = inner
         self._end_of_text = end_of_text
@@ -64,7 +64,7 @@ class Tokenizer:
         return hashlib.sha256(f"{self._end_of_text}\n{self._inner.to_str()}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with no special token added. Raises InputError where the tokenizer cannot encode it."""
+        """Return the ids of a text, without special tokens. Raises InputError if the tokenizer cannot encode it."""
         with self._reported("encode a text"):
             ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         if ids and max(ids) >= self.vocab_size:
@@ -72,20 +72,20 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores; the ids are as the library gives them."""
+        """Encode every text, on all cores; the ids are not checked."""
         with self._reported("encode a text"):
             return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, special tokens written out."""
+        """Return the text of ids, including special tokens."""
         with self._reported("decode tokens"):
             text: str = self._inner.decode(ids, skip_special_tokens=False)
         return text
 
     def save(self, folder: Path) -> None:
-        """Write what `load` reads back, and transformers too."""
+        """Write the files that `load` and transformers read."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Not by the library, which says of a full disk only that it failed.
+        # The library's own writer reports a full disk without a reason.
         (folder / "tokenizer.json").write_text(self._inner.to_str(pretty=True), encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -96,9 +96,9 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: Path) -> Tokenizer:
-        """The tokenizer of a folder with tokenizer.json.
+        """Return the tokenizer of a folder with tokenizer.json.
 
-        Raises InputError where it is missing or cannot be read, and where a run's is not the one that it began with.
+        Raises InputError if it is missing or unreadable, or if it is a run's and not the one that the run began with.
         """
         from tokenizers import Tokenizer as HFTokenizer
 
@@ -108,12 +108,12 @@ class Tokenizer:
         text = read_text(path, LARGEST_FILE)
         with panics_reported(f"read {path}", "save it anew"):
             inner = HFTokenizer.from_str(text)
-            # What a model was published with may cut or pad, to any length; nothing here may be either.
+            # published tokenizers may truncate or pad to any length; both would change the data
             inner.no_truncation()
             inner.no_padding()
             _check_vocabulary(inner, path)
             _check_growth(inner, path)
-            with contextlib.suppress(Exception):  # a text that it cannot encode need not come
+            with contextlib.suppress(Exception):  # a tokenizer need not be able to encode this text
                 inner.encode(TRIAL)
         tokenizer = Tokenizer(inner, _find_end_of_text(folder, inner), str(path))
         _check_run(folder, tokenizer)
@@ -124,9 +124,9 @@ class Tokenizer:
 
 
 def make_tokenizer(spec: str, documents: Callable[[], Iterator[str]]) -> Tokenizer:
-    """The tokenizer that a config names: `char`, `bpe:VOCAB`, or a Hugging Face tokenizer by folder or hub name.
+    """Return the tokenizer that a config names: `char`, `bpe:VOCAB`, or a Hugging Face tokenizer by folder or hub name.
 
-    `documents()` is read once for `char` and `bpe`, else not at all. Raises InputError, which names the ways out.
+    `documents()` is read once for `char` and `bpe`, else not at all. Raises InputError naming the alternatives.
     """
     if spec == "char":
         return _of_characters(documents())
@@ -137,7 +137,7 @@ def make_tokenizer(spec: str, documents: Callable[[], Iterator[str]]) -> Tokeniz
 
 
 def cut(text: str) -> Iterator[str]:
-    """A text in pieces that end after line ends: a whole book takes a tokenizer a hundred times its size."""
+    """Yield a text in pieces that end at line breaks: encoding a whole book takes a hundred times its size."""
     start = 0
     while len(text) - start > CHARACTERS_PER_PIECE:
         line_end = text.find("\n", start + CHARACTERS_PER_PIECE)
@@ -164,7 +164,7 @@ def _of_characters(documents: Iterator[str]) -> Tokenizer:
 
 
 def _train_bpe(vocab_size: int, documents: Iterator[str]) -> Tokenizer:
-    """Byte-level BPE (Radford et al. 2019). Smaller than `vocab_size` where the text has too few pairs to merge."""
+    """Train byte-level BPE (Radford et al. 2019); smaller than `vocab_size` if the text has too few pairs to merge."""
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -182,7 +182,7 @@ def _train_bpe(vocab_size: int, documents: Iterator[str]) -> Tokenizer:
 
 
 def bpe_vocabulary(spec: str) -> int:
-    """The size that `bpe:VOCAB` asks for. Raises InputError where that is none, or out of range."""
+    """Return the size in `bpe:VOCAB`. Raises InputError if it is not a number, or out of range."""
     number = spec.partition(":")[2]
     if not re.fullmatch(r"[0-9]{1,9}", number) or not MIN_BPE_VOCAB <= int(number) <= MAX_BPE_VOCAB:
         raise InputError(
@@ -207,10 +207,10 @@ def _from_hub(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
             if (folder / "tokenizer.json").is_file():
                 return folder
-        # One quick question first: without a network, a download retries for half a minute and prints every attempt.
+        # Ask briefly first: without a network, a download retries for half a minute and prints every attempt.
         HfApi().model_info(name, timeout=10)
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # whatever fails between here and the hub, the ways out are the same
+    except Exception as error:  # the remedies are the same for every failure on the way to the hub
         known = ("char", "bpe:2048", "gpt2")
         hint = "" if name in known else nearest(name.lower(), known, cutoff=0.7)
         raise InputError(
@@ -219,17 +219,17 @@ def _from_hub(name: str) -> Path:
 
 
 def _check_run(folder: Path, tokenizer: Tokenizer) -> None:
-    from mlx_moe.storage.records import Provenance, read_record  # 10 ms, and most commands read none
+    from mlx_moe.storage.records import Provenance, read_record  # takes 10 ms, and most commands need no record
 
     record = folder.parent / "data.json"
     if not ((folder.parent / "config.yaml").is_file() and record.is_file()):
         return
     try:
         begun_with = read_record(Provenance, record).tokenizer.identity
-    except InputError:  # what cannot be read says nothing against the tokenizer
+    except InputError:  # an unreadable record does not contradict the tokenizer
         return
     if begun_with != tokenizer.identity:
-        raise InputError(f"{folder} is not the tokenizer that its run was trained with ({record}); put that back")
+        raise InputError(f"{folder} is not the tokenizer that its run was trained with ({record}); restore that one")
 
 
 def _find_end_of_text(folder: Path, inner: HFTokenizer) -> str:
@@ -261,7 +261,7 @@ def _check_vocabulary(inner: HFTokenizer, path: Path) -> None:
 
 
 def _check_growth(inner: HFTokenizer, path: Path) -> None:
-    """Raise InputError where the steps of a tokenizer could make a text so long that the memory is full."""
+    """Raise InputError if a tokenizer's steps could lengthen a text enough to exhaust memory."""
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         step = getattr(inner, name)
         if step is not None and (growth := _growth(json.loads(step.__getstate__()))) > MOST_GROWTH:
@@ -270,26 +270,26 @@ def _check_growth(inner: HFTokenizer, path: Path) -> None:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """How many times as long a step can make a text, at most; those that only Unicode's forms bound are left out."""
+    """Return the maximum factor by which a step lengthens a text; steps bounded by Unicode's forms count as 1."""
     kind = step.get("type")
     if kind == "Sequence":
         parts = next((value for value in step.values() if isinstance(value, list)), [])
         return math.prod(max(1.0, _growth(part)) for part in parts)
     if kind == "Replace":
         pattern, content = step["pattern"], len(step["content"])
-        # A regular expression may match nothing at every place.
+        # a regular expression may match the empty string everywhere
         return content / len(pattern["String"]) if pattern.get("String") else 1.0 + content
     if kind == "Prepend":
         return 1.0 + len(step["prepend"])
     if kind == "ByteLevel":
-        return 4.0  # a character per byte
+        return 4.0  # one character per byte
     if kind == "Precompiled":
         return _longest_replacement(step["precompiled_charsmap"] or "")
     return 1.0
 
 
 def _longest_replacement(charsmap: str) -> float:
-    """The longest text in a table of replacements: 4 bytes with the size of a trie, the trie, texts that end with 0."""
+    """Return the longest replacement's length in a table: 4 bytes of trie size, the trie, zero-terminated texts."""
     table = base64.b64decode(charsmap)
     texts = table[4 + int.from_bytes(table[:4], "little") :]
     return float(max(map(len, texts.split(b"\0"))))

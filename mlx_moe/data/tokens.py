@@ -1,4 +1,4 @@
-"""Text becomes token files once; batches are drawn from them without any state."""
+"""Token files, built once from text and cached, and stateless batches drawn from them."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from mlx_moe.storage.records import Provenance, read_record
 from mlx_moe.storage.tokenizer_files import FILES as TOKENIZER_FILES
 from mlx_moe.validation import validate
 
-LAYOUT = 2  # of a cache entry: raise it with every change of what is written
+LAYOUT = 2  # of a cache entry: increment with every change of what is written
 SPLITS = ("train", "validation")
 META, VERIFIED, TOKENIZER = "meta.json", "verified.json", "tokenizer"
-WAIT_SECONDS = 0.2  # between two looks whether another process has finished an entry
+WAIT_SECONDS = 0.2  # between checks whether another process has finished an entry
 DOCUMENTS_PER_BATCH, CHARACTERS_PER_BATCH = 1000, 1_000_000
 
 
 @dataclass(frozen=True)
 class TokenSplits:
-    """Tokens to train on and tokens held out, in memory or on the disk."""
+    """Training and validation tokens, in memory or on disk."""
 
     train: Tokens | TokenFile
     validation: Tokens | TokenFile
@@ -55,10 +55,10 @@ class TokenSplits:
 
 @dataclass(frozen=True)
 class TokenData(TokenSplits):
-    """Tokens of both splits, read-only and on the disk, with an end of text after every document.
+    """Tokens of both splits, read-only and on disk, with an end of text after every document.
 
-    `provenance` says what they were made from: `source`, `tokenizer`, and per split `documents`, `tokens`, `bytes` of
-    UTF-8 text and `sha256` of the file.
+    `provenance` records their origin: `source`, `tokenizer`, and per split `documents`, `tokens`, `bytes` of UTF-8 text
+    and `sha256` of the file.
     """
 
     train: TokenFile
@@ -70,13 +70,13 @@ class TokenData(TokenSplits):
 def prepare(
     config: DataConfig, cache: Path | None = None, progress: Callable[[str], None] = lambda line: None
 ) -> TokenData:
-    """The tokens of a config, made where the cache does not hold them whole. `progress` gets a line now and then.
+    """Return the tokens of a config, built unless the cache has them. `progress` receives status lines.
 
-    The cache is `$MLXMOE_CACHE`, else `~/.cache/mlxmoe`. A document belongs to validation by the hash of its text, so
-    it stays there when data grows and copies never fall on both sides; where that leaves one side empty, validation is
-    the last tokens instead. Where another process is making the same tokens, they are waited for.
+    The cache is `$MLXMOE_CACHE`, else `~/.cache/mlxmoe`. A document is assigned to validation by the hash of its text,
+    so it stays there when data grows and copies never fall on both sides; if that leaves one side empty, validation is
+    the last tokens instead. If another process is building the same tokens, this one waits.
 
-    Raises InputError where the text, the tokenizer or the cache cannot be had.
+    Raises InputError if the text, the tokenizer or the cache is unavailable.
     """
     root = cache or cache_folder()
     wanted = _Wanted(config, open_source(config), _local_tokenizer(config.tokenizer))
@@ -97,9 +97,9 @@ def prepare(
 
 
 def held_out(config: DataConfig, cache: Path | None = None) -> Iterator[str]:
-    """The documents of validation as text, in the source's order and whatever the tokenizer.
+    """Yield the validation documents as text, in the source's order, independent of the tokenizer.
 
-    No more of the source is read than is asked for; but where the split is by token, all of it is made tokens first.
+    The source is read lazily; but if the split is by token, all of it is tokenised first.
     """
     found, has_train, held = False, False, list[str]()
     for text in open_source(config).documents():
@@ -124,22 +124,22 @@ def held_out(config: DataConfig, cache: Path | None = None) -> Iterator[str]:
 def batch(
     tokens: Tokens | TokenFile, *, seed: int, phase: int, step: int, rank: int = 0, batch_size: int, context_length: int
 ) -> NDArray[np.int32]:
-    """Random windows, shape (batch_size, context_length + 1): a pure function of the arguments.
+    """Return random windows, shape (batch_size, context_length + 1): a pure function of the arguments.
 
-    Raises InputError where there are fewer than context_length + 1 tokens.
+    Raises InputError for fewer than context_length + 1 tokens.
     """
     check_length(tokens, context_length)
-    # Phase, rank and step in 8, 16 and 40 bits of their own: no two of them share a stream.
+    # Phase, rank and step have separate fields of 8, 16 and 40 bits, so all streams differ.
     key = np.array([seed % 2**64, phase << 56 | rank << 40 | step], dtype=np.uint64)
-    # Raw numbers, since NumPy may change how its distributions draw; the bias of the remainder is below 2⁻³⁰.
+    # Use raw numbers, since NumPy may change its distributions; the modulo bias is below 2⁻³⁰.
     starts = np.random.Philox(key=key).random_raw(batch_size) % np.uint64(len(tokens) - context_length)
     return _windows(tokens, starts.astype(np.int64), context_length)
 
 
 def fixed_windows(tokens: Tokens | TokenFile, n: int, context_length: int) -> NDArray[np.int32]:
-    """Evenly spaced windows that do not overlap, shape (at most n, context_length + 1); fewer where no more fit.
+    """Return evenly spaced, non-overlapping windows, shape (at most n, context_length + 1); fewer if no more fit.
 
-    Raises InputError where there are fewer than context_length + 1 tokens.
+    Raises InputError for fewer than context_length + 1 tokens.
     """
     check_length(tokens, context_length)
     width = context_length + 1
@@ -157,7 +157,7 @@ def _windows(tokens: Tokens | TokenFile, starts: NDArray[np.int64], context_leng
 def check_length(
     tokens: Tokens | TokenFile, context_length: int, split: Literal["train", "validation"] | None = None
 ) -> None:
-    """Raise InputError, which names the `split`, where the tokens do not fill one window."""
+    """Raise InputError, naming the `split`, if the tokens do not fill one window."""
     if len(tokens) < context_length + 1:
         fraction = {"train": "smaller", "validation": "larger", None: "different"}[split]
         raise InputError(
@@ -169,7 +169,7 @@ def check_length(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What tokens are to be made of. `tokenizer` is there already where it comes from a folder."""
+    """Inputs of the tokens to build. `tokenizer` is already loaded if it comes from a folder."""
 
     config: DataConfig
     source: Source
@@ -178,14 +178,14 @@ class _Wanted:
 
 def _local_tokenizer(spec: str) -> Tokenizer | None:
     folder = absolute(Path(spec))
-    with contextlib.suppress(OSError):  # too long a name for a folder
+    with contextlib.suppress(OSError):  # a name too long for a folder
         if spec != "char" and folder.is_dir():
             return Tokenizer.load(folder)
     return None
 
 
 def _key(wanted: _Wanted) -> str:
-    """The name of a cache entry, from all that its tokens depend on: a tokenizer's contents where it is a folder."""
+    """Return a cache entry's name: a hash of all that its tokens depend on, such as a local tokenizer's contents."""
     config = wanted.config
     tokenizer = config.tokenizer if wanted.tokenizer is None else f"folder:{wanted.tokenizer.identity}"
     parts = [LAYOUT, wanted.source.identity, tokenizer, config.validation_fraction]
@@ -194,7 +194,7 @@ def _key(wanted: _Wanted) -> str:
 
 @contextlib.contextmanager
 def _held(entry: Path, progress: Callable[[str], None]) -> Iterator[None]:
-    """Hold the place of an entry. Another process that holds it is waited for: it makes the same tokens."""
+    """Lock an entry; wait if another process holds it, since it builds the same tokens."""
     with contextlib.ExitStack() as stack:
         is_told = False
         while True:
@@ -212,12 +212,12 @@ def _held(entry: Path, progress: Callable[[str], None]) -> Iterator[None]:
 def _open_or_build(entry: Path, wanted: _Wanted, progress: Callable[[str], None]) -> TokenData:
     if os.path.lexists(entry):
         try:
-            return _open(entry, wanted)  # made by another process in the meantime
+            return _open(entry, wanted)  # another process may have built it meanwhile
         except InputError as error:
-            reason = str(error).rpartition("; ")[0] or error  # without what to do: it is done here
+            reason = str(error).rpartition("; ")[0] or error  # drop the advice, which is carried out here
             progress(f"warning: the token cache is damaged and is made anew: {reason}")
             _remove(entry)
-    # Where nothing can be locked, another process may have been faster.
+    # Without locks, another process may have finished first.
     with contextlib.suppress(FileExistsError), new_folder(entry) as partial:
         _build(partial, wanted, progress)
     try:
@@ -227,9 +227,9 @@ def _open_or_build(entry: Path, wanted: _Wanted, progress: Callable[[str], None]
 
 
 def _open(entry: Path, wanted: _Wanted) -> TokenData:
-    """A cache entry. Raises InputError where it is not what was written, or cannot be read.
+    """Open a cache entry. Raises InputError if it is damaged or unreadable.
 
-    What it was made from is described as it is named now: the same text may have been elsewhere before.
+    The source's description is the current one: the same text may have had another path before.
     """
     config, source = wanted.config, wanted.source
     meta = read_record(Provenance, entry / META)
@@ -246,7 +246,7 @@ def _open(entry: Path, wanted: _Wanted) -> TokenData:
         split = getattr(meta, name)
         files[name] = TokenFile(entry / f"{name}.bin", dtype, split.tokens, split.sha256, vocab_size, known.get(name))
     if (found := {name: file.contents for name, file in files.items()}) != known:
-        with contextlib.suppress(OSError):  # a cache that cannot be written is hashed each time
+        with contextlib.suppress(OSError):  # without write access, hash each time
             _note_verified(entry, found)
     provenance = meta.model_dump(mode="json")
     provenance["source"] |= {"description": source.description, "licence": source.licence}
@@ -255,7 +255,7 @@ def _open(entry: Path, wanted: _Wanted) -> TokenData:
 
 
 def _verified(entry: Path) -> dict[str, Contents]:
-    """What the token files of an entry were found to hold when they were last hashed."""
+    """Return the contents of an entry's token files as last verified."""
     try:
         return validate(dict[str, Contents], read_json(entry / VERIFIED))
     except InputError:
@@ -269,7 +269,7 @@ def _note_verified(entry: Path, contents: dict[str, Contents]) -> None:
 
 
 def _remove(entry: Path) -> None:
-    """Delete a damaged entry; set it aside where something is in it that is not ours."""
+    """Delete a damaged entry; rename it if it contains foreign files."""
     if entry.is_symlink() or not entry.is_dir() or not remove_folder(entry, _is_ours):
         set_aside(entry, "damaged")
 
@@ -291,7 +291,7 @@ def _build(folder: Path, wanted: _Wanted, progress: Callable[[str], None]) -> No
 
 @dataclass
 class _Split:
-    """One side while it is written."""
+    """A split while it is written."""
 
     file: BinaryIO
     documents: int = 0
@@ -337,7 +337,7 @@ def _write_splits(
 
 
 def _split_by_token(folder: Path, train: _Split, validation: _Split, fraction: float, dtype: np.dtype[Any]) -> None:
-    """Hold out the last tokens of a text whose documents all fell on one side. Bytes are shared in proportion."""
+    """Hold out the last tokens if all documents fell on one side; bytes are divided in proportion."""
     if not train.documents:
         (folder / "validation.bin").replace(folder / "train.bin")
         train.documents, train.tokens, train.bytes = validation.documents, validation.tokens, validation.bytes
@@ -369,7 +369,7 @@ def _describe(split: _Split, contents: Contents) -> dict[str, Any]:
 
 
 def is_held_out(utf8: bytes, fraction: float) -> bool:
-    """Whether a document belongs to validation: by the hash of its text, so whatever else there is."""
+    """Return whether a document belongs to validation, by the hash of its text alone."""
     return int.from_bytes(hashlib.blake2b(utf8, digest_size=6).digest()) / 2**48 < fraction
 
 
@@ -387,9 +387,9 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> Iterator[tuple[int, Tokens]]:
-    """(number of the text, ids) of every text in turn, an end of text after each.
+    """Yield (number of the text, ids) of every text in turn, with an end of text after each.
 
-    A book in one document comes in pieces: as Python's numbers its ids would take a hundred times its size.
+    A book in one document comes in pieces: its ids as Python integers would take a hundred times its size.
     """
     pieces = [(number, piece) for number, text in enumerate(texts) for piece in cut(text)]
     for start, end in pairwise([*_starts([len(piece) for _, piece in pieces]), len(pieces)]):
@@ -407,7 +407,7 @@ def _encode(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> Ite
 
 
 def _starts(lengths: list[int]) -> Iterator[int]:
-    """Where to begin another batch, so that each holds CHARACTERS_PER_BATCH at most, or one piece."""
+    """Yield the indices at which batches begin, so that each holds at most CHARACTERS_PER_BATCH, or a single piece."""
     characters = CHARACTERS_PER_BATCH
     for index, length in enumerate(lengths):
         characters += length

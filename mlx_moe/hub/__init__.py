@@ -1,1 +1,1 @@
-"""Models in the folders of Hugging Face: in, and out."""
+"""Reading and writing of models in Hugging Face's folder format."""

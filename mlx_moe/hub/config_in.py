@@ -1,4 +1,4 @@
-"""A family's config.json as our ModelConfig: every key is honoured, known not to matter here, or refused."""
+"""Conversion of a family's config.json to ModelConfig: every key is honoured, known to be irrelevant, or refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_moe.hub.sizes import check_described
 from mlx_moe.storage.tensor_files import StoredTensor, n_elements
 from mlx_moe.validation import validate
 
-# Transformers' words for our activations; `gelu_new` and `gelu_pytorch_tanh` are the same function.
+# Transformers' names of our activations; `gelu_new` and `gelu_pytorch_tanh` are the same function.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -38,15 +38,15 @@ CLASSES = {
     "gpt2": "GPT2LMHeadModel",
 }
 GRANITES = ("granitemoe", "granitemoehybrid")
-LONGEST_CONTEXT = 1 << 30  # tokens: no tensor shows what RoPE can do; the longest published is 10 million
-SWITCHED_WINDOWS = {"qwen2", "qwen3", "qwen3_moe"}  # their sliding window counts only where use_sliding_window says so
+LONGEST_CONTEXT = 1 << 30  # tokens: no tensor limits RoPE's context; the longest published is 10 million
+SWITCHED_WINDOWS = {"qwen2", "qwen3", "qwen3_moe"}  # families whose sliding window applies only with use_sliding_window
 
 
 def read_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[str, ModelConfig]:
-    """The family of a model in Hugging Face's folder, and its architecture in our words.
+    """Return the family of a model in Hugging Face's format, and its ModelConfig.
 
-    No size is believed that the tensors of its files leave no room for. Raises InputError, which names the key that
-    cannot be honoured, its value, and what could be.
+    Sizes are checked against the tensors in its files. Raises InputError naming a key that cannot be honoured, its
+    value, and the supported values.
     """
     file = folder / CONFIG
     keys = Keys(file, read_settings(folder), n_elements(tensors))
@@ -63,7 +63,7 @@ def read_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[str,
 
 
 def _llama(keys: Keys, family: str, most_layers: int) -> dict[str, Any]:
-    """Llama and its kin. What is left out has transformers' value for the family."""
+    """Convert Llama and its relatives. Omitted keys have transformers' defaults for the family."""
     d_model, n_heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
     n_kv_heads = keys.whole_or_null("num_key_value_heads", None if family in ("llama", *GRANITES) else REQUIRED)
     head_dim = keys.whole_or_null("head_dim", 128 if family == "qwen3" else None)
@@ -114,7 +114,7 @@ def _feed_forward(keys: Keys, family: str, n_layers: int) -> dict[str, Any]:
 
 
 def _qwen3_experts(keys: Keys, n_layers: int) -> dict[str, Any]:
-    """`decoder_sparse_step` n says every n-th layer, from which `mlp_only_layers` are taken."""
+    """Convert Qwen3's experts: every n-th layer (`decoder_sparse_step`), except `mlp_only_layers`."""
     keys.one_of("norm_topk_prob", [True], False)  # gates sum to 1
     step, dense = keys.whole("decoder_sparse_step", 1), set(keys.list_of(int, "mlp_only_layers", None) or [])
     layers = [layer for layer in range(n_layers) if (layer + 1) % step == 0 and layer not in dense]
@@ -132,7 +132,7 @@ def _qwen3_experts(keys: Keys, n_layers: int) -> dict[str, Any]:
 
 
 def _refuse_windows(keys: Keys, family: str, context_length: int, n_layers: int) -> None:
-    """A window that hides a token from another changes the model; one that sees all of the context does not."""
+    """Refuse an attention window shorter than the context; a window that covers it changes nothing."""
     window = keys.whole_or_null("sliding_window", 4096 if family == "mistral" else None, LONGEST_CONTEXT)
     layer_types = keys.list_of(str, "layer_types", None)
     slides = window is not None

@@ -1,4 +1,4 @@
-"""A checkpoint as the folder of a model that transformers and mlx-lm open unchanged."""
+"""Export of a checkpoint as a model folder that transformers and mlx-lm open unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mlx_moe.transfer.registry import TRANSFERS
 
 
 def export(source: Checkpoint, out: Path, requested: str, shard_bytes: int = SHARD_BYTES) -> str:
-    """Write `out` in a format, as `fill` does; it appears when it is whole. Returns the format."""
+    """Write `out` in a format, atomically, as `fill` does. Returns the format."""
     with creating(out) as partial:
         return fill(source, partial, requested, shard_bytes=shard_bytes)
 
@@ -46,10 +46,10 @@ def fill(
     check: Callable[[Path], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Write a model into an empty folder in a format, `auto` for the one that fits, and return the format.
+    """Write a model into an empty folder in a format, `auto` for a suitable one, and return the format.
 
-    What was written is read back, and must be the same model bit for bit; `check` may look at it too, and raise. Raises
-    InputError where no format fits, the weights hold NaN or Inf, or the disk does not let it.
+    The result is read back and must equal the model bit for bit; `check` may inspect it too, and raise. Raises
+    InputError if no format fits, the weights hold NaN or Inf, or the disk refuses.
     """
     name = formats.choose_format(source.config, requested)
     check_room(folder, source.config)
@@ -59,7 +59,7 @@ def fill(
     _write_json(formats.to_json(source.config, name, special_tokens), folder / "config.json")
     (folder / "README.md").write_text(_card(source, name), encoding="utf-8")
     theirs = {name: holder.shape(shapes(source.config)) for name, holder in holders.items()}
-    # One tensor of ours holds the experts of many of theirs.
+    # several of their tensors are slices of one of our expert tensors
     weights = StoredWeights(source.weights, lru_cache(1)(source.weights.__getitem__))
     write_tensors(folder, theirs, lambda name: [holders[name].pack(weights)], shard_bytes)
     _read_back(source, name, folder)
@@ -69,7 +69,7 @@ def fill(
 
 
 def _held_as(source: Checkpoint, name: str) -> Checkpoint:
-    """The same model as the format spells it: tensors that only the format knows are zeros."""
+    """Return the model with the config and tensors of a format; tensors that only the format has are zeros."""
     config = formats.held_as(source.config, name)
     zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes(config).items() if name not in source.weights}
     names = [*source.weights, *zeros]
@@ -80,7 +80,7 @@ def _held_as(source: Checkpoint, name: str) -> Checkpoint:
 def _read_back(source: Checkpoint, name: str, folder: Path) -> None:
     tensors = open_tensors(folder)
     family, config = read_config(folder, tensors)
-    # What no reader of the folder computes the logits from is not in it.
+    # These fields do not affect the logits, so the folder does not contain them.
     training: dict[str, Any] = dict.fromkeys(("architecture", "dropout", "attention_backend"), True)
     training["moe"] = {"load_balance_coefficient", "z_loss_coefficient"}
     ours, theirs = (model.model_dump(exclude=training) for model in (source.config, config))
@@ -92,10 +92,10 @@ def _read_back(source: Checkpoint, name: str, folder: Path) -> None:
 
 
 def _write_tokenizer(source: Checkpoint, folder: Path) -> dict[str, int | None]:
-    """Copy the tokenizer, and write generation_config.json where none came with it; the ids of special tokens."""
+    """Copy the tokenizer, write generation_config.json if it has none, and return the ids of special tokens."""
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
     if source.tokenizer_folder is not None:
-        refuse_code(source.tokenizer_folder)  # others would be asked to run it
+        refuse_code(source.tokenizer_folder)  # users would be asked to run it
         ids["eos_token_id"] = Tokenizer.load(source.tokenizer_folder).eot_id
         copy_tokenizer(source.tokenizer_folder, folder)
     generation = folder / "generation_config.json"
@@ -107,7 +107,7 @@ def _write_tokenizer(source: Checkpoint, folder: Path) -> dict[str, int | None]:
 
 
 def _card(source: Checkpoint, name: str) -> str:
-    """README.md. What others named in it is text, and never YAML, Markdown or HTML."""
+    """Return README.md, with names from outside escaped for YAML, Markdown and HTML."""
     config, count, state = source.config, count_parameters(source.config), source.state
     active = f", {count.active:,} of them for each token" if config.moe else ""
     made = "imported from Hugging Face's format"
@@ -152,7 +152,7 @@ model, tokenizer = load("PATH")
 
 
 def _began(source: Checkpoint) -> str:
-    """Say what the model was when the training of its phase began."""
+    """Describe the model at the start of its last phase."""
     transfer = TRANSFERS.get(source.state.transfer or "")
     if transfer is not None:
         return f"{transfer.participle}{' to experts' if transfer.gives_experts else ''}"

@@ -1,8 +1,8 @@
-"""How other libraries open a model that somebody else made: all of it goes through here.
+"""Safe opening of third-party models by other libraries.
 
-transformers and mlx-lm run code that a model's folder names or holds: `auto_map` and `model_file` in config.json, a
-kernel as its attention, adapters and pickles beside the weights, `custom_generate/`. So they never see the folder. They
-open a copy of its config.json, checked here, beside links to its safetensors files; nothing else lies there.
+transformers and mlx-lm run code that a model's folder names or contains: `auto_map` and `model_file` in config.json, a
+kernel as its attention, adapters and pickles beside the weights, `custom_generate/`. So they never see the folder
+itself, only a folder with a checked copy of its config.json and links to its safetensors files.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from mlx_moe.storage.tensor_files import INDEX, StoredTensor, check_finite, n_el
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of PEFT
-# Files that may name code, for one library or another.
+# Files that may name code for some library.
 SETTINGS = (CONFIG, "tokenizer_config.json", "generation_config.json", "processor_config.json")
 NO_CODE = "the model brings code of its own, which is never run"
 NO_QUANTIZED = "quantised weights are not read; take the model in float32, bfloat16 or float16"
 ONE_FILE = "only config.json and model.safetensors are read; delete the key"
-# At any depth of the files above. What is empty names nothing.
+# Keys at any depth of the files above. Empty values name nothing.
 CODE = {
     **dict.fromkeys(("auto_map", "model_file", "custom_pipelines", "custom_generate", "trust_remote_code"), NO_CODE),
     **dict.fromkeys(("configuration_files", "transformers_weights"), ONE_FILE),
 }
-# A name on the hub in place of a name that a library knows is a kernel, which it fetches and runs.
+# A hub name in place of a built-in name is a kernel, which libraries download and run.
 COMPUTED_BY = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
 QUANTIZED = ("quantization_config", "quantization")
-# How and where to compute, and where the model came from: not for a library to act on.
+# How and where to compute, and the model's origin: libraries should not act on these.
 LEFT_OUT = {
     *(*CODE, *COMPUTED_BY, "_attn_implementation_autoset", "name_or_path", "_name_or_path", "_commit_hash"),
     *("use_kernels", "kernel_config", "fusion_config", "distributed_config"),
@@ -46,14 +46,14 @@ LEFT_OUT = {
 }
 FAMILY = re.compile(r"[A-Za-z0-9_-]{1,100}")
 COUNTS_LAYERS = re.compile(r"(n|num|decoder|encoder)(_\w+)?_layers?")
-NO_SIZE = re.compile(r".*(_id|_ids|theta|seed|base)")  # integers that nothing is made as large as
-LARGEST_SIZE = 1 << 24  # of what no tensor shows, such as positions; the longest context published is 10 million
-SPARE_ELEMENTS = 50_000_000  # that a library may make beside what the files hold, such as tables of positions
+NO_SIZE = re.compile(r".*(_id|_ids|theta|seed|base)")  # integers that determine no array's size
+LARGEST_SIZE = 1 << 24  # of sizes that no tensor shows, such as positions; the longest published context is 10 million
+SPARE_ELEMENTS = 50_000_000  # that a library may allocate beyond the files' contents, such as position tables
 
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A model in the folder that libraries get: its config.json as they read it, the tensors of its files."""
+    """A model in the folder prepared for libraries: its config.json as they read it, and the tensors of its files."""
 
     folder: Path
     config: dict[str, Any]
@@ -61,30 +61,30 @@ class ForeignModel:
 
     @property
     def source(self) -> Path:
-        """The config.json that it was made of."""
+        """The original config.json."""
         return self.files[0].with_name(CONFIG)
 
     @property
     def files(self) -> list[Path]:
-        """The files of its weights, where they came from."""
+        """The original files of its weights."""
         return sorted({tensor.file for tensor in self.tensors.values()})
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The keys of config.json.
+    """Return the keys of config.json.
 
-    Raises InputError where there is none, where a file of the folder names code to run, or where it is an adapter.
+    Raises InputError if there is none, if a file of the folder names code to run, or if it is an adapter.
     """
     found = refuse_code(folder)
     if (folder / ADAPTER).is_file():
         raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model first (merge_and_unload)")
     if found is None:
-        raise InputError(f"no {CONFIG} in {folder}; name the folder of a model, as Hugging Face's hub has it")
+        raise InputError(f"no {CONFIG} in {folder}; name the folder of a model")
     return found
 
 
 def refuse_code(folder: Path) -> dict[str, Any] | None:
-    """Raise InputError where a file of a folder names code to run; else return the keys of config.json, if any."""
+    """Raise InputError if a file of a folder names code to run; return the keys of config.json, if any."""
     found: dict[str, Any] | None = None
     for name in SETTINGS:
         if (file := own_file(folder, name)) is not None:
@@ -100,10 +100,10 @@ def refuse_code(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def opened_for_library(folder: Path) -> Iterator[ForeignModel]:
-    """A model for another library to open: in a folder with its config.json and weights, and nothing else.
+    """Yield a model for another library to open, in a folder with its config.json and weights only.
 
-    What is opened there stays open when that folder goes, at the end. Raises InputError where the model names code to
-    run, is described as larger than it can be, or is damaged.
+    The folder is deleted at the end; files opened in it stay open. Raises InputError if the model names code to run,
+    claims impossible sizes, or is damaged.
     """
     values, file = read_settings(folder), folder / CONFIG
     family = values.get("model_type")
@@ -124,7 +124,7 @@ def opened_for_library(folder: Path) -> Iterator[ForeignModel]:
 
 @contextlib.contextmanager
 def without_network() -> Iterator[None]:
-    """Let huggingface_hub, and whoever goes through it, fetch nothing."""
+    """Forbid huggingface_hub, and libraries that use it, to download."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -136,7 +136,7 @@ def without_network() -> Iterator[None]:
 
 
 def check_described(model: ForeignModel, n_described: int) -> None:
-    """Raise InputError where the model that a library makes of config.json is far larger than the files."""
+    """Raise InputError if the model that a library builds from config.json is far larger than the files."""
     n_stored = n_elements(model.tensors)
     if n_described > 2 * n_stored + SPARE_ELEMENTS:
         raise InputError(
@@ -146,7 +146,7 @@ def check_described(model: ForeignModel, n_described: int) -> None:
 
 
 def refuse_quantized(model: ForeignModel) -> None:
-    """Raise InputError where a model's weights are quantised."""
+    """Raise InputError if a model's weights are quantised."""
     for place, key, value in _every_key(model.config):
         if key in QUANTIZED and value:
             raise InputError(
@@ -155,7 +155,7 @@ def refuse_quantized(model: ForeignModel) -> None:
 
 
 def check_all_finite(model: ForeignModel) -> None:
-    """Raise InputError, which names the tensor, where one holds NaN or Inf."""
+    """Raise InputError, naming the tensor, if one holds NaN or Inf."""
     for name, tensor in model.tensors.items():
         if tensor.is_readable:
             check_finite(name, tensor.read(), tensor.file)
@@ -172,13 +172,11 @@ def _check_config(values: dict[str, Any], file: Path, tensors: Mapping[str, Stor
                 "it is not that of these weights"
             )
         if abs(value) > largest:
-            raise InputError(
-                f"{file}: {brief_name(place)} = {quoted(value)} is beyond all sizes; take at most {largest:,}"
-            )
+            raise InputError(f"{file}: {brief_name(place)} = {quoted(value)} is too large; take at most {largest:,}")
 
 
 def _every_key(values: Any, above: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every key at any depth: as it is reached from above, by itself, and its value."""
+    """Yield every key at any depth: its path, its name, and its value."""
     parts = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     for key, value in parts:
         if isinstance(key, str):
@@ -187,14 +185,14 @@ def _every_key(values: Any, above: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is the name of a function that a library has itself, or such names by part of the model."""
+    """Return whether a value is a built-in function's name, or a mapping of such names by part of the model."""
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     return value is None or isinstance(value, bool) or (isinstance(value, str) and bool(re.fullmatch(r"[\w|]*", value)))
 
 
 def _without(values: Any, keys: set[str]) -> Any:
-    """A copy without these keys, at any depth."""
+    """Return a copy without these keys, at any depth."""
     if isinstance(values, dict):
         return {key: _without(value, keys) for key, value in values.items() if key not in keys}
     return [_without(value, keys) for value in values] if isinstance(values, list) else values

@@ -1,4 +1,4 @@
-"""What each format can hold, as transformers and mlx-lm both read it, and the config.json that says it."""
+"""Capabilities of the export formats, as transformers and mlx-lm both read them, and their config.json."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FORMATS = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "gra
 
 
 def choose_format(config: ModelConfig, requested: str) -> str:
-    """The format asked for, or for `auto` the one that can hold the model; `mlx` is that too: mlx-lm opens them all.
+    """Return the requested format, or for `auto` and `mlx` one that can hold the model; mlx-lm opens all of them.
 
-    Raises InputError with what stands in the way, and with the format that can hold it, or comes nearest.
+    Raises InputError with the obstacles, and with the format that can hold it or comes closest.
     """
     if requested not in ("auto", "mlx", *FORMATS):
         raise InputError(f"--format {requested}: must be one of auto, mlx, {', '.join(FORMATS)}")
@@ -32,9 +32,9 @@ def choose_format(config: ModelConfig, requested: str) -> str:
     if fitting:
         way_out = f"take --format {fitting[0]}"
     elif nearest == requested:
-        way_out = "no other format comes nearer"
+        way_out = "no other format comes closer"
     else:
-        way_out = f"nearest is {nearest}, which cannot hold {', '.join(lacking[nearest])}"
+        way_out = f"closest is {nearest}, which cannot hold {', '.join(lacking[nearest])}"
     if not fitting:
         way_out += "; models trained with --preset llama or smollm can be exported"
     missing = "the model" if requested == "auto" else ", ".join(lacking[requested])
@@ -42,14 +42,16 @@ def choose_format(config: ModelConfig, requested: str) -> str:
 
 
 def obstacles(config: ModelConfig, name: str) -> list[str]:
-    """What of a model a format cannot hold; nothing where it can hold it all."""
+    """Return the features of a model that a format cannot hold."""
     checks = _gpt2_checks(config) if name == "gpt2" else _llama_checks(config, name)
     return [reason for holds, reason in checks if not holds]
 
 
 def held_as(config: ModelConfig, name: str) -> ModelConfig:
-    """The model as the format spells it. Granite's attention has all biases or none, so o_proj's become zeros. Where
-    every layer has experts, no width but theirs is known.
+    """Return the config with a format's conventions.
+
+    Granite's attention has all biases or none, so o_proj's become zeros. If every layer has experts, the only FFN width
+    is theirs.
     """
     if name in GRANITES and config.attention_bias == "qkv":
         config = config.model_copy(update={"attention_bias": "qkvo"})
@@ -65,7 +67,7 @@ def held_as(config: ModelConfig, name: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class _Format:
-    """What a relative of Llama can hold; where transformers can hold more, it is mlx-lm that cannot."""
+    """Capabilities of a relative of Llama; if transformers supports more, mlx-lm does not."""
 
     experts: bool
     qk_norm: bool
@@ -73,7 +75,7 @@ class _Format:
     bias: tuple[bool, ...] = (False,)
     any_head_dim: bool = False
     rope_scaling: bool = True
-    dense_layers: bool = False  # beside those with experts
+    dense_layers: bool = False  # dense layers beside those with experts
     shared_expert: bool = False
 
 
@@ -142,7 +144,7 @@ def _gpt2_checks(config: ModelConfig) -> list[tuple[bool, str]]:
 
 
 def to_json(config: ModelConfig, name: str, special_tokens: dict[str, int | None]) -> dict[str, Any]:
-    """config.json, with both spellings of RoPE's keys: mlx-lm reads the one, transformers writes the other."""
+    """Return config.json with both spellings of RoPE's keys: mlx-lm reads one, transformers writes the other."""
     values = {
         "architectures": [CLASSES[name]],
         "model_type": name,
@@ -205,7 +207,7 @@ def to_json(config: ModelConfig, name: str, special_tokens: dict[str, int | None
             "shared_intermediate_size": config.moe.shared_d_ff,
             "layer_types": ["attention"] * config.n_layers,
             "position_embedding_type": "rope",
-            "mamba_n_heads": 1,  # of no layer; transformers asks that they divide twice the width
+            "mamba_n_heads": 1,  # unused; transformers requires that they divide twice the width
         }
     if name in GRANITES:
         values |= dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)

@@ -1,4 +1,4 @@
-"""The keys of a config.json: each is asked for, or known not to matter, or refused by name."""
+"""Reader of config.json's keys: each is requested, known to be irrelevant, or refused by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_moe.errors import InputError, brief_name, quoted
 from mlx_moe.hub.foreign import NO_CODE, NO_QUANTIZED
 from mlx_moe.validation import nearest
 
-# What the logits do not depend on: provenance, training, generation, other heads, and how something is computed.
+# Keys that do not affect the logits: provenance, training, generation, other heads, and computation.
 _IRRELEVANT = """
     _name_or_path _model_name_or_path _commit_hash transformers_version transformers.js_config is_llama_config dtype
     torch_dtype finetuning_task task_specific_params problem_type id2label label2id num_labels tokenizer_class prefix
@@ -27,9 +27,9 @@ _IRRELEVANT = """
 """
 IRRELEVANT = frozenset(_IRRELEVANT.split())
 
-# What would change the model, with the only values at which it does not.
+# Keys that would change the model, with the only values at which they do not.
 INERT: dict[str, tuple[Any, ...]] = {
-    "is_decoder": (False, True),  # all of these families are decoders, whatever it says
+    "is_decoder": (False, True),  # all of these families are decoders regardless
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (None,),
@@ -56,9 +56,9 @@ REQUIRED = object()
 
 
 class Keys:
-    """The keys of a config.json; those that nobody asked for are refused in the end.
+    """The keys of a config.json; keys that nobody requested are refused at the end.
 
-    `largest`: no size in it is larger, which is the number of values that the files hold.
+    `largest`: upper bound of all sizes, the number of values in the files.
     """
 
     def __init__(self, file: Path, values: dict[str, Any], largest: int, section: str = ""):
@@ -69,14 +69,14 @@ class Keys:
 
     def take(self, key: str, default: Any = REQUIRED) -> Any:
         if key not in self._left and default is REQUIRED:
-            raise InputError(f"{self._file} has no {self._section}{key}, which the model cannot do without")
+            raise InputError(f"{self._file} has no {self._section}{key}, which is required")
         return self._left.pop(key, default)
 
     def __contains__(self, key: str) -> bool:
         return key in self._left
 
     def is_null(self, key: str) -> bool:
-        """Whether a key is not there, or null; then it is done with."""
+        """Return whether a key is absent or null; a null key is consumed."""
         if self._left.get(key) is not None:
             return False
         self._left.pop(key, None)
@@ -90,7 +90,7 @@ class Keys:
         self.refuse(key, value, f"supported: {', '.join(map(str, supported))}")
 
     def whole(self, key: str, default: Any = REQUIRED, largest: int | None = None) -> int:
-        """A whole number from 1 to `largest`, or to the number of values that the files hold."""
+        """Return an integer from 1 to `largest`, or to the number of values in the files."""
         value = self.take(key, default)
         if not _is_whole(value) or value < 1:
             self.refuse(key, value, "it must be a whole number from 1")
@@ -103,14 +103,14 @@ class Keys:
         return int(value)
 
     def whole_or_null(self, key: str, default: Any, largest: int | None = None) -> int | None:
-        """`whole`, or None where the key is null, or is not there and has no other default."""
+        """Return an integer as `whole` does, or None if the key is null, or absent without another default."""
         if self._left.get(key, default) is None:
             self._left.pop(key, None)
             return None
         return self.whole(key, default, largest)
 
     def list_of(self, kind: type[Any], key: str, default: Any = REQUIRED) -> list[Any] | None:
-        """A list of whole numbers or of strings; or None, where that is the default or is written out."""
+        """Return a list of integers or strings; or None if that is the default or the value."""
         value = self.take(key, default)
         if value is None and default is None:
             return None
@@ -126,7 +126,7 @@ class Keys:
         return float(value)
 
     def section(self, key: str) -> Keys | None:
-        """The keys of a mapping under a key; None where there is none."""
+        """Return the keys of a mapping under a key; None if there is none."""
         values = self.take(key, None)
         if values is not None and not isinstance(values, dict):
             self.refuse(key, values, "it must be a mapping")

@@ -1,4 +1,4 @@
-"""Which tensor of each family holds which of ours: one table, for reading and for writing."""
+"""Mapping between each family's tensors and ours: one table, for reading and for writing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mlx_moe.storage.tensor_files import DTYPES, StoredTensor, StoredWeights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt2")
 PREFIXES = {family: "" if family == "gpt2" else "model." for family in FAMILIES}  # as mlx-lm reads them
-ALSO_WITH = {"gpt2": "transformer."}  # what transformers writes
-# Not learned: computed once more by whoever reads the model.
+ALSO_WITH = {"gpt2": "transformer."}  # as transformers writes them
+# Derived buffers, recomputed by each reader.
 DERIVED = re.compile(r"(.*\.)?(self_attn\.rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias)")
 
 GRANITE = {
@@ -26,7 +26,7 @@ GRANITE = {
     "experts.gate_proj": "block_sparse_moe.input_linear",
     "experts.down_proj": "block_sparse_moe.output_linear",
 }
-# Our names in a block's mixture; {} is an expert, and Granite's hold the up projections after the gates.
+# Our names in a mixture; {} is an expert's index. Granite concatenates gate and up projections.
 EXPERTS = {
     "mixtral": {
         "router": "block_sparse_moe.gate",
@@ -58,12 +58,12 @@ GPT2_BLOCK = {
 
 @dataclass(frozen=True)
 class Holder:
-    """A tensor of a family, and our tensors in it, one after the other along an axis."""
+    """A tensor of a family, and the tensors of ours that it concatenates along an axis."""
 
     name: str
     parts: tuple[str, ...]
-    expert: int | None = None  # it holds that one of a stack of experts
-    transposed: bool = False  # (in, out), where ours are (out, in)
+    expert: int | None = None  # index in a stack of experts, if it holds only that one
+    transposed: bool = False  # stored as (in, out); ours are (out, in)
     axis: int = 0
 
     def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ class Holder:
         return tuple(whole[::-1] if self.transposed else whole)
 
     def part(self, name: str, whole: NDArray[np.float32], shapes: dict[str, tuple[int, ...]]) -> NDArray[np.float32]:
-        """Our tensor of that name, or the one of its expert, out of the family's; a view."""
+        """Return our tensor of that name, or its expert's slice, from the family's tensor; a view."""
         start = sum(shapes[part][self.axis] for part in self.parts[: self.parts.index(name)])
         end = start + shapes[name][self.axis if self.expert is None else self.axis + 1]
         along = (slice(None),) * self.axis + (slice(start, end),)
@@ -80,14 +80,14 @@ class Holder:
         return view
 
     def pack(self, weights: Weights) -> NDArray[np.float32]:
-        """The tensor, a view where it can be."""
+        """Return the family's tensor, a view where possible."""
         parts = [weights[part] if self.expert is None else weights[part][self.expert] for part in self.parts]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
         return whole.T if self.transposed else whole
 
 
 def layout(family: str, config: ModelConfig) -> list[Holder]:
-    """The tensors of a family for a model that it can hold, in the order of the forward pass."""
+    """Return a family's tensors for a model that it can hold, in the order of the forward pass."""
     names = [parameter.name for parameter in table(config)]
     if family == "gpt2":
         return list(_gpt2(config, names))
@@ -95,7 +95,7 @@ def layout(family: str, config: ModelConfig) -> list[Holder]:
 
 
 def _llama(config: ModelConfig, name: str, family: str) -> Iterator[Holder]:
-    """Our names are theirs, but for routers and experts."""
+    """Yield Llama's tensors: the names equal ours, except routers and experts."""
     prefix = "" if name == "lm_head.weight" else PREFIXES[family]
     block, _, place = name.rpartition("mlp.")
     if config.moe is None or not place.startswith(("router.", "experts.", "shared_expert.")):
@@ -113,7 +113,7 @@ def _llama(config: ModelConfig, name: str, family: str) -> Iterator[Holder]:
 
 
 def _gpt2(config: ModelConfig, names: list[str]) -> Iterator[Holder]:
-    """Their linear maps are stored as (in, out), and one of them yields queries, keys and values."""
+    """Yield GPT-2's tensors: linear maps are stored as (in, out), with queries, keys and values in one."""
     for name in names:
         module, _, kind = name.rpartition(".")
         if not name.startswith("layers."):
@@ -129,9 +129,9 @@ def _gpt2(config: ModelConfig, names: list[str]) -> Iterator[Holder]:
 def find(
     folder: Path, tensors: dict[str, StoredTensor], family: str, config: ModelConfig
 ) -> list[tuple[Holder, StoredTensor]]:
-    """Each tensor of the model and where it lies, by the family's names with and without their prefix.
+    """Return each tensor of the model with its location, by the family's names with and without their prefix.
 
-    Raises InputError where one is missing, has another shape or an unknown dtype, or where one more is there.
+    Raises InputError for a missing or surplus tensor, a wrong shape, or an unknown dtype.
     """
     expected = shapes(config)
     left, found = dict(tensors), []
@@ -167,7 +167,7 @@ def _check_dtype(folder: Path, name: str, stored: StoredTensor) -> None:
 
 
 def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> StoredWeights:
-    """Our tensors, by name; views of the file where one holds just that."""
+    """Return our tensors by name; views of the file where one holds the same array."""
     expected = shapes(config)
     holders: dict[str, list[tuple[Holder, StoredTensor]]] = {name: [] for name in expected}
     for holder, stored in found:

@@ -1,4 +1,4 @@
-"""Models wherever they come from: a checkpoint of ours, or Hugging Face's folder in its place."""
+"""Opening of models: a checkpoint of ours, or a folder in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.storage.reading import is_folder
 from mlx_moe.storage.tensor_files import StoredWeights, check_finite, open_tensors
 
-ORIGIN = "huggingface"  # stands for the backend where none of ours trained the weights
+ORIGIN = "huggingface"  # in place of the backend, for weights that neither backend trained
 
 
 def open_model(path: Path) -> Checkpoint:
-    """A checkpoint, a run's latest or best one, or a model in Hugging Face's folder.
+    """Open a checkpoint, a run's latest or best one, or a model in Hugging Face's format.
 
-    Raises InputError where it is missing, damaged, or not a model that our config can describe.
+    Raises InputError if it is missing, damaged, or not describable by ModelConfig.
     """
     check_place(path)
     if not is_model_folder(path):
@@ -37,13 +37,13 @@ def open_model(path: Path) -> Checkpoint:
 
 
 def check_place(path: Path) -> None:
-    """Raise InputError where a path names no folder, and not the best checkpoint of one."""
+    """Raise InputError unless a path is a folder, or `best` in a folder."""
     if not is_folder(path) and not (path.name == "best" and is_folder(path.parent)):
         raise InputError(f"no checkpoint at {brief_name(str(path), limit=400)}: there is no such folder")
 
 
 def with_finite_weights(source: Checkpoint, remedy: str = "get the model anew") -> Checkpoint:
-    """The same model; InputError, which names the tensor, when one is first fetched that holds NaN or Inf."""
+    """Return the model with checked weights: reading a tensor that holds NaN or Inf raises InputError naming it."""
     checked: set[str] = set()
 
     def read(name: str) -> NDArray[np.float32]:
@@ -57,7 +57,7 @@ def with_finite_weights(source: Checkpoint, remedy: str = "get the model anew") 
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder looks like Hugging Face's, and not like a checkpoint or a run."""
+    """Return whether a folder looks like Hugging Face's format, and not like a checkpoint or a run."""
     if not os.path.isdir(path):
         return False
     if any((path / name).is_file() for name in (checkpoint.MANIFEST, checkpoint.STATE, "config.yaml")):
@@ -68,10 +68,13 @@ def is_model_folder(path: Path) -> bool:
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, Weights]:
-    """The architecture and float32 weights of a model in Hugging Face's folder; InputError where they do not fit."""
+    """Return the architecture and float32 weights of a model in Hugging Face's format.
+
+    Raises InputError if they disagree.
+    """
     if not is_folder(folder):
         raise InputError(f"no model at {brief_name(str(folder), limit=400)}: there is no such folder")
-    read_settings(folder)  # before the weights: what has no config.json, or brings code, is no model
+    read_settings(folder)  # before the weights: refuses folders without config.json, and folders with code
     tensors = open_tensors(folder)
     family, config = read_config(folder, tensors)
     return config, unpack(find(folder, tensors, family, config), config)

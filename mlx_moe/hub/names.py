@@ -1,4 +1,4 @@
-"""Models by their names on the Hugging Face hub."""
+"""Lookup of models by their names on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PATTERNS = ["config.json", "model*.safetensors", INDEX, *FILES]
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: itself, or where huggingface_hub keeps the model of that name, fetched if need be.
+    """Return a model's folder: itself, or huggingface_hub's copy of the model of that name, downloaded if needed.
 
-    Raises InputError where there is neither a folder nor a model that can be had.
+    Raises InputError if there is no such folder, and no such model can be downloaded.
     """
     folder = absolute(Path(name)) if name.startswith("~") or "\0" in name else Path(name)
-    is_best = folder.name == "best" and os.path.isdir(folder.parent)  # of a run
+    is_best = folder.name == "best" and os.path.isdir(folder.parent)  # in a run
     if os.path.exists(folder) or is_best or not HUB_NAME.fullmatch(name):
         return folder
     require("huggingface_hub", f"{name}, a name on the Hugging Face hub,")
@@ -34,10 +34,10 @@ def find_model(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=True))
             if _is_whole(folder):
                 return folder
-        # One quick question first: without a network, a download retries for half a minute and prints every attempt.
+        # Ask briefly first: without a network, a download retries for half a minute and prints every attempt.
         HfApi().model_info(name, timeout=10)
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
-    except Exception as error:  # whatever fails between here and the hub, the way out is the same
+    except Exception as error:  # the remedy is the same for every failure on the way to the hub
         raise InputError(
             f"no folder {brief_name(name)}, and cannot get a model of that name from the Hugging Face hub "
             f"({one_line(error)}); name a folder that holds one"
@@ -45,7 +45,7 @@ def find_model(name: str) -> Path:
 
 
 def model_name(folder: Path) -> str:
-    """The name on the hub of a model in huggingface_hub's cache, else that of its folder."""
+    """Return the hub name of a model in huggingface_hub's cache, else its folder's name."""
     folder = folder.resolve()
     if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
         return folder.parents[1].name.removeprefix("models--").replace("--", "/")

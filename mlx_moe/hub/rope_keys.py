@@ -1,6 +1,6 @@
 """RoPE in a config.json, in both spellings.
 
-Transformers 5 writes all of it under `rope_parameters`; transformers 4 and mlx-lm know `rope_theta` and `rope_scaling`.
+Transformers 5 writes everything under `rope_parameters`; transformers 4 and mlx-lm use `rope_theta` and `rope_scaling`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from mlx_moe.config import ModelConfig
 from mlx_moe.hub.keys import Keys
 
-# What each kind of scaling is told, in their words and in ours.
+# Parameters of each kind of scaling, in their names and ours.
 SCALINGS: dict[str, dict[str, str]] = {
     "default": {},
     "linear": {"factor": "factor"},
@@ -24,7 +24,7 @@ SCALINGS: dict[str, dict[str, str]] = {
 
 
 def read_rope(keys: Keys, default_theta: float) -> dict[str, Any]:
-    """The fields of our ModelConfig. What two spellings both say must be the same."""
+    """Return the fields of ModelConfig. Values given in both spellings must agree."""
     thetas: dict[str, float] = {}
     if not keys.is_null("rope_theta"):
         thetas["rope_theta"] = keys.number("rope_theta")
@@ -37,20 +37,20 @@ def read_rope(keys: Keys, default_theta: float) -> dict[str, Any]:
             thetas[f"{name}.rope_theta"] = section.number("rope_theta")
         kinds = [section.one_of(key, SCALINGS) for key in ("rope_type", "type") if key in section] or ["default"]
         if kinds[-1] != kinds[0]:
-            section.refuse("type", kinds[-1], f"rope_type says {kinds[0]}; make them the same")
+            section.refuse("type", kinds[-1], f"rope_type is {kinds[0]}; make them equal")
         scalings[name] = kinds[0], {ours: section.number(theirs) for theirs, ours in SCALINGS[kinds[0]].items()}
         section.refuse_the_rest()
     for said in (thetas, scalings):
         for name, value in said.items():
             first = next(iter(said))
             if value != said[first]:
-                keys.refuse(name, value, f"{first} says {said[first]}; make them the same")
+                keys.refuse(name, value, f"{first} is {said[first]}; make them equal")
     _, scaling = next(iter(scalings.values()), ("default", {}))
     return {"rope_theta": next(iter(thetas.values()), default_theta), "rope_scaling": scaling or None}
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """The keys of config.json, in both spellings."""
+    """Return the keys of config.json, in both spellings."""
     scaling = None
     if config.rope_scaling:
         ours = config.rope_scaling.model_dump()

@@ -1,4 +1,4 @@
-"""How large a model would be, by its config alone and at once: compared with what is there before anything is made.
+"""Size of a model from its config alone, in constant time, to compare with its files before anything is allocated.
 
 D model, F ffn, E experts, V vocabulary.
 """
@@ -16,13 +16,13 @@ from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.tensor_files import StoredTensor, n_elements
 
 BYTES = 4  # of a float32
-LEEWAY = 16  # times what the files hold; below, the tensor that is missing, or has another shape, is named instead
+LEEWAY = 16  # times the files' contents; below, the message names the missing or misshapen tensor instead
 
 
 def least_parameters(config: ModelConfig) -> int:
-    """The values in a model's matrices, embeddings and routers: all but norms, biases and an untied head.
+    """Return the number of values in matrices, embeddings and routers: all but norms, biases and an untied head.
 
-    Unlike `count_parameters` it makes no table, so it takes no longer for a billion layers than for one.
+    Unlike `count_parameters` it builds no table, so its cost does not depend on the number of layers.
     """
     D, moe = config.d_model, config.moe
     attention = 2 * D * config.head_dim * (config.n_heads + config.n_kv_heads)
@@ -39,7 +39,7 @@ def least_parameters(config: ModelConfig) -> int:
 def check_described(
     file: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], one_tensor_each: bool
 ) -> None:
-    """Raise InputError where config.json asks for more than the files hold; `one_tensor_each`: of the experts."""
+    """Raise InputError if config.json describes more than the files hold; `one_tensor_each`: per expert."""
     needed, there, what = least_parameters(config), n_elements(tensors), "values"
     if needed <= LEEWAY * there and config.moe and one_tensor_each:
         needed, there, what = _n_mixtures(config) * config.moe.n_experts, len(tensors), "tensors"
@@ -51,7 +51,7 @@ def check_described(
 
 
 def check_room(out: Path, config: ModelConfig) -> None:
-    """Raise InputError where the disk of a folder that is to be made has no room for a model in float32."""
+    """Raise InputError if the disk of a new folder has no space for the model in float32."""
     place = absolute(out)
     while not place.exists():
         place = place.parent
@@ -64,7 +64,7 @@ def check_room(out: Path, config: ModelConfig) -> None:
 
 
 def _n_mixtures(config: ModelConfig) -> int:
-    """The number of layers with experts; `len(config.expert_layers)` would list them all."""
+    """Return the number of layers with experts, without listing them as `config.expert_layers` would."""
     if config.moe is None:
         return 0
     return config.n_layers if config.moe.layers is None else len(config.moe.layers)

@@ -1,7 +1,7 @@
-"""Runs and architectures by name, and what a user lays over them.
+"""Presets of runs and architectures, and the settings merged over them.
 
-Precedence: preset < file < `-o key=value`. An architecture preset stands under all of them: it fills in whatever
-the `model` section leaves open.
+Precedence: preset < file < `-o key=value`. An architecture preset lies below all of them and fills in what the `model`
+section omits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlx_moe.storage.reading import check_values, is_unicode, parse_yaml, read_m
 from mlx_moe.validation import nearest, validate
 
 FOLDER = Path(__file__).parent
-MAX_DEPTH = 8  # dots in a key path; the deepest key there is has two
+MAX_DEPTH = 8  # dots in a key path; the deepest key has two
 
 
 def preset_names(kind: Literal["architectures", "runs"]) -> list[str]:
@@ -36,16 +36,16 @@ def load_run(
 ) -> RunConfig:
     """Return the merged config of a run: preset < file < overrides (`key.path=value`, the value read as YAML).
 
-    All documents of a path are taken: a preset's `data.n_documents` counts for the sources that come with us.
+    For a path, all documents are used: a preset's `data.n_documents` applies only to the built-in sources.
 
-    A file or a preset that names the transfer of a phase lists all phases of the run, in their order; what it leaves
-    open of one comes from the preset below. Otherwise it changes those that are there. `phases.NAME=null` drops a
-    phase, `phases.NAME.transfer=grow` appends one. `steps` are those of every phase that no override names.
+    A file or preset that names the transfer of a phase lists all phases of the run, in order; omitted settings come
+    from the preset below. Otherwise it changes existing phases. `phases.NAME=null` drops a phase,
+    `phases.NAME.transfer=grow` appends one. `steps` applies to every phase whose steps no override sets.
 
-    `preset` names a run, or an architecture, which then stands in the `three-phase` run. `settled` is what a model to
-    start from says, its whole `model` section among it: it takes the place of the preset's.
+    `preset` names a run, or an architecture, which is used in the `three-phase` run. `settled` holds what a starting
+    model determines, including its whole `model` section, and replaces the preset's values.
 
-    Raises InputError, which names the key, the value, the limit and the nearest valid key.
+    Raises InputError with the key, the value, the limit and the closest valid key.
     """
     if preset in preset_names("architectures"):
         layers = [_read_preset("runs", "three-phase"), {"model": {"architecture": preset}}]
@@ -81,7 +81,7 @@ def load_run(
 
 
 def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a config's values with overrides (`key.path=value`) laid over them. Raises InputError."""
+    """Return a config's values with overrides (`key.path=value`) merged over them. Raises InputError."""
     merged: dict[str, Any] = json.loads(json.dumps(values))
     for text in overrides:
         _merge(merged, _parse_override(text))
@@ -89,12 +89,12 @@ def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def load_architecture(name: str, **overrides: Any) -> ModelConfig:
-    """An architecture preset, with fields replaced."""
+    """Return an architecture preset, with fields replaced."""
     return validate(ModelConfig, _read_preset("architectures", name) | overrides)
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """`key.path=value` for `load_run`. Raises InputError for a text, as a path may be, that is not UTF-8."""
+    """Return `key.path=value` for `load_run`. Raises InputError for text, such as a path, that is not UTF-8."""
     for key, value in values.items():
         if isinstance(value, str) and not is_unicode(value):
             raise InputError(f"{key} {quoted(value)} is not UTF-8, as a config must be; rename it")
@@ -126,7 +126,7 @@ def _names_a_path(layer: Mapping[str, Any]) -> bool:
 
 
 def _lists_phases(layer: Mapping[str, Any]) -> bool:
-    """Return whether a layer lists all phases of a run: it names the transfer of one."""
+    """Return whether a layer lists all phases of a run, which it does if it names a transfer."""
     phases = layer.get("phases")
     return isinstance(phases, dict) and any(isinstance(own, dict) and own.get("transfer") for own in phases.values())
 
@@ -134,7 +134,7 @@ def _lists_phases(layer: Mapping[str, Any]) -> bool:
 def _known_phases(phases: dict[str, Any], *origins: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the phases that were not dropped.
 
-    Raises InputError for one that no layer lists and that has no transfer: its name is misspelt.
+    Raises InputError for a phase that no layer lists and that has no transfer: its name is misspelt.
     """
     listed: dict[str, Any] = {}
     for layer in (layer for layers in origins for layer in layers if _lists_phases(layer)):
@@ -151,7 +151,7 @@ def _known_phases(phases: dict[str, Any], *origins: Sequence[Mapping[str, Any]])
 
 
 def _set_steps(phases: dict[str, Any], overrides: Sequence[Mapping[str, Any]], steps: int | None) -> None:
-    """Set the steps of every phase that no override names them of."""
+    """Set the steps of every phase whose steps no override sets."""
     for name, own in phases.items() if steps is not None else ():
         named = [layer["phases"].get(name) for layer in overrides if isinstance(layer.get("phases"), dict)]
         if isinstance(own, dict) and not any(isinstance(values, dict) and "steps" in values for values in named):
@@ -161,7 +161,7 @@ def _set_steps(phases: dict[str, Any], overrides: Sequence[Mapping[str, Any]], s
 def _merged(below: Any, own: Any) -> Any:
     if not isinstance(below, dict) or not isinstance(own, dict):
         return own
-    if below.get("transfer") != own.get("transfer"):  # other settings, of another transfer
+    if below.get("transfer") != own.get("transfer"):  # settings of another transfer do not apply
         return own
     both = dict(below)
     _merge(both, own)

@@ -1,1 +1,1 @@
-"""What lies on disk: written whole or not at all, locked while it is written, read with a schema."""
+"""Files on disk: atomic writes, locks between processes, and reads checked against a schema."""

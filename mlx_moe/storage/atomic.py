@@ -1,8 +1,8 @@
-"""Writing that a kill cannot tear and that destroys nothing of others.
+"""Atomic writes that survive a kill and never overwrite other people's files.
 
-Files and folders are written in a scratch folder beside their place and appear by one rename, once they are on the
-disk. A file takes the place of a file, never of a folder; a folder takes the place of nothing. A scratch folder is
-locked by the process that made it, so what a dead process left can be told from what another is writing.
+A file or folder is written in a scratch folder beside its destination, flushed, and renamed into place. A file may
+replace a file, never a folder; a folder replaces nothing. The process that made a scratch folder locks it, so leftovers
+of dead processes differ from work in progress.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mlx_moe.storage import locks
 from mlx_moe.terminal import DELETED
 
 SCRATCH = ".mlxmoe-partial-"
-# Every file that a command writes says so in its first bytes: only such a file does it write over.
+# Every file that a command writes carries this in its first bytes; a command overwrites only such files.
 SIGNATURE = "written by mlxmoe"
 SIGNED_WITHIN = 4096  # bytes
-# Where a signature stands: in a comment at the top, under the first key of JSON, in the metadata of SVG and PNG.
+# Places of the signature: a comment at the top, the first key of JSON, the metadata of SVG and PNG.
 SIGNED = (
     rb"(<!doctype html>\n)?<!-- %s -->",
     rb'\{\s*"generator": "%s"',
@@ -34,21 +34,21 @@ SIGNED = (
 )
 STALE_SECONDS = 60
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What operating systems put into folders by themselves.
+# Files that operating systems create in folders.
 SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name to write a file under; whole and on the disk, it takes the place of the file at `path`.
+    """Yield a temporary name to write a file under; on success the file is flushed and replaces the one at `path`.
 
-    A link stays: what it points to is replaced. Raises IsADirectoryError where a folder stands there, and
-    InputError where a device or FIFO does. On an error nothing of it is kept, and what was at `path` stays.
+    A symbolic link is kept and its target replaced. Raises IsADirectoryError if `path` is a folder, and InputError if
+    it is a device or FIFO. On an error the new file is removed and `path` stays as it was.
     """
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if target.exists() and not target.is_file():  # a device could be replaced, too, by whoever may
+    if target.exists() and not target.is_file():  # a privileged user could replace a device
         raise InputError(f"{path} is no regular file, or a link to none; move it away")
     with _scratch(target.parent) as scratch:
         partial = scratch / target.name
@@ -60,10 +60,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path, aside: str | None = None) -> Iterator[Path]:
-    """Yield a folder to fill; whole and on the disk, it appears at `path`, where nothing may be but an empty folder.
+    """Yield a folder to fill; on success it is flushed and renamed to `path`, which must be free or an empty folder.
 
-    Raises FileExistsError where something is, or came in the meantime; with `aside`, what is there is set aside under
-    that ending. On an error nothing of it is kept.
+    Raises FileExistsError if something is there, or appeared meanwhile; with `aside`, an existing entry is renamed with
+    that suffix instead. On an error the new folder is removed.
     """
     if aside is None:
         check_free(path)
@@ -86,7 +86,7 @@ def new_folder(path: Path, aside: str | None = None) -> Iterator[Path]:
 
 
 def check_free(path: Path) -> None:
-    """Raise FileExistsError unless there is nothing at `path`, or an empty folder that nobody works in."""
+    """Raise FileExistsError unless `path` is free, or an empty folder other than the working directory."""
     if not os.path.lexists(path):
         return
     is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
@@ -98,35 +98,36 @@ def check_free(path: Path) -> None:
 def writing(
     path: Path, name: str | None, command: str, is_own_place: bool = False, remedy: str = "name another --out"
 ) -> Iterator[Path]:
-    """Hold the place of a command's file while it works; yield a name to write it under, which then takes that place.
+    """Lock the destination of a command's file and yield a temporary name; on success the file replaces `path`.
 
-    Enter it before the work begins: what makes the place impossible is said at once. A folder as `path` means the file
-    `name` in it; without a `name` it is refused. What is there already is written over only if the same `command` wrote
-    it (`is_signed`), or if the place is ours by definition (`is_own_place`: the default name in a run's folder). Raises
-    InputError, with the `remedy`, where the place is taken, cannot be written, or is held by another process.
+    Enter it before the work begins, so that an impossible destination is reported at once. If `path` is a folder, the
+    file is `name` in it; without a `name` a folder is refused. An existing file is overwritten only if the same
+    `command` wrote it (`is_signed`) or if the place is ours by definition (`is_own_place`: the default name in a run's
+    folder). Raises InputError, with the `remedy`, if the place is taken, cannot be written, or is locked by another
+    process.
     """
     with _reported(path, remedy):
         target = output_file(path, name) if name else absolute(path)
         _check_replaceable(target, command, is_own_place, remedy)
-        if target.is_symlink():  # what holds the place, and what is left over in it, is where the file is
+        if target.is_symlink():  # the lock and the leftovers are beside the file itself
             target = Path(os.path.realpath(target))
             if not target.parent.is_dir():
                 raise InputError(f"{path} is a link into {target.parent}, which is no folder; {remedy}")
         with _held(target), replacing(target) as partial:
             yield partial
-            _check_replaceable(target, command, is_own_place, remedy)  # something may have come there during the work
+            _check_replaceable(target, command, is_own_place, remedy)  # a file may have appeared there during the work
 
 
 @contextlib.contextmanager
 def creating(path: Path) -> Iterator[Path]:
-    """Hold the place of a command's folder while it works; yield a folder to fill, which then appears there.
+    """Lock the destination of a command's folder and yield a folder to fill; on success it is renamed to `path`.
 
-    Enter it before the work begins. Raises InputError where something is at `path` already, where it cannot be written,
-    or where another process holds the place.
+    Enter it before the work begins. Raises InputError if `path` exists, cannot be written, or is locked by another
+    process.
     """
     with _reported(path, "name another place"):
         target = absolute(path)
-        with _held(target):  # before it is refused: a kill may have left something over
+        with _held(target):  # clean up before refusing: a kill may have left scratch folders
             try:
                 check_free(target)
             except FileExistsError:
@@ -136,39 +137,42 @@ def creating(path: Path) -> Iterator[Path]:
 
 
 def signature(command: str) -> str:
-    """What a file that a command writes must say at its beginning, so that the command may write over it."""
+    """Return the text that marks a file as written by `command`, which may then overwrite it."""
     return f"{SIGNATURE} {command}"
 
 
 def output_file(path: Path, name: str) -> Path:
-    """The file that a command's `--out` means: `name` in it where it is a folder, else the path itself."""
+    """Return the file meant by a command's `--out`: `name` in it if it is a folder, else the path itself."""
     target = absolute(path)
     return target / name if target.is_dir() else target
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root, `~` expanded. Raises InputError for a `~user` that does not exist, and for a path that no
-    file can have: with a NUL byte, or too long."""
+    """Return the absolute path, with `~` expanded.
+
+    Raises InputError for a `~user` that does not exist, and for a path that no file can have: with a NUL byte, or too
+    long.
+    """
     if str(path) == path.root:
         raise InputError(f"{path} is the root of all folders; name one in it")
     if "\0" in str(path):
         raise InputError(f"{quoted(str(path))} holds a NUL byte, which no path may; leave it out")
     try:
-        expanded = Path(os.path.abspath(path.expanduser()))  # `..` goes by the text, as the shell's `cd` does
+        expanded = Path(os.path.abspath(path.expanduser()))  # resolve `..` in the text, as the shell's `cd` does
     except RuntimeError as error:
         raise InputError(f"{quoted(str(path))}: {one_line(error).rstrip('.')}; write the folder out") from None
     except FileNotFoundError:
         raise InputError(DELETED) from None
     try:
         os.lstat(expanded)
-    except OSError as error:  # that it is not there, or not to be seen, is for others to say
+    except OSError as error:  # callers report a missing or unreadable path
         if error.errno == errno.ENAMETOOLONG:
             raise InputError(f"{quoted(str(path))}: {error.strerror}; shorten it") from None
     return expanded
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again: MLXMOE_CACHE, or ~/.cache/mlxmoe. Raises InputError where it is none."""
+    """Return the cache folder, MLXMOE_CACHE or ~/.cache/mlxmoe. Raises InputError if the path is invalid."""
     try:
         return absolute(Path(os.environ.get("MLXMOE_CACHE") or "~/.cache/mlxmoe"))
     except InputError as error:
@@ -176,7 +180,7 @@ def cache_folder() -> Path:
 
 
 def make_folder(path: Path) -> list[Path]:
-    """Make a folder and those above it, each on the disk when this returns; returns those that were not there."""
+    """Create a folder and its parents, flush each, and return the ones that were created."""
     missing, made = [], list[Path]()
     while not path.is_dir():
         missing.append(path)
@@ -196,10 +200,10 @@ def make_folder(path: Path) -> list[Path]:
 
 
 def remove_folder(folder: Path, is_ours: Callable[[Path], bool]) -> bool:
-    """Delete a folder of ours so that a kill in the middle leaves none that looks whole; False where it stays.
+    """Delete a folder of ours so that a kill midway leaves nothing that looks complete; return False if it is kept.
 
-    It stays where another process reads it (`locks.acquire(folder, shared=True)`), and where it holds anything for
-    which `is_ours` (given the path relative to it) is not true.
+    It is kept if another process reads it (`locks.acquire(folder, shared=True)`), or if it contains anything for which
+    `is_ours` (given the relative path) is false.
     """
     try:
         descriptor = locks.acquire(folder)
@@ -217,7 +221,7 @@ def remove_folder(folder: Path, is_ours: Callable[[Path], bool]) -> bool:
 
 
 def set_aside(path: Path, reason: str) -> Path:
-    """Rename a file or folder to `NAME.REASON`, or `NAME.REASON-2` and so on; returns the new path."""
+    """Rename a file or folder to `NAME.REASON`, or `NAME.REASON-2` and so on; return the new path."""
     number = 1
     while True:
         aside = path.with_name(f"{path.name}.{reason}" + (f"-{number}" if number > 1 else ""))
@@ -228,13 +232,13 @@ def set_aside(path: Path, reason: str) -> Path:
 
 
 def clean_leftovers(folder: Path) -> None:
-    """Delete the scratch folders and lock files that processes which are no longer alive left in a folder."""
+    """Delete scratch folders and lock files that dead processes left in a folder."""
     scratch = [path for path in folder.glob(f"{SCRATCH}*") if path.is_dir() and not path.is_symlink()]
-    # A younger lock file may be one that its maker has not locked yet.
+    # A recent lock file may belong to a process that has not locked it yet.
     stale = [path for path in folder.glob(f"{locks.LOCK_PREFIX}*{locks.LOCK_SUFFIX}") if _is_old_file(path)]
     for leftover in [*scratch, *stale]:
         with contextlib.suppress(OSError, locks.Busy):
-            descriptor = locks.acquire(leftover, needed=True)  # else it may be what another process is writing
+            descriptor = locks.acquire(leftover, needed=True)  # without a lock, another process may be writing it
             try:
                 shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
             finally:
@@ -242,7 +246,7 @@ def clean_leftovers(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -252,14 +256,14 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
-    """A folder of this process's own in `parent`, locked, and deleted at the end with all that is in it."""
+    """Yield a locked scratch folder in `parent`; delete it with its contents at the end."""
     while True:
         scratch = parent / f"{SCRATCH}{os.urandom(6).hex()}"
         scratch.mkdir()
         try:
             descriptor = locks.acquire(scratch)
             break
-        except (locks.Busy, FileNotFoundError):  # taken for a leftover in the moment before it was locked
+        except (locks.Busy, FileNotFoundError):  # another process removed it as a leftover before it was locked
             continue
     try:
         yield scratch
@@ -272,15 +276,15 @@ def _scratch(parent: Path) -> Iterator[Path]:
 
 def _remove_empty(folders: list[Path]) -> None:
     for path in reversed(folders):
-        with contextlib.suppress(OSError):  # not empty: the work came to something
+        with contextlib.suppress(OSError):  # not empty: the work produced something
             path.rmdir()
 
 
 @contextlib.contextmanager
 def _free_of_others(path: Path) -> Iterator[None]:
-    """Keep the empty folder at `path`, where there is one, from a run that is about to begin in it, which locks it.
+    """Lock the empty folder at `path`, if there is one, so that no run starts in it.
 
-    Raises FileExistsError where one has begun.
+    Raises FileExistsError if a run has started there.
     """
     descriptor = None
     try:
@@ -296,9 +300,9 @@ def _free_of_others(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(target: Path) -> Iterator[None]:
-    """Hold a place for the time of the work, in folders made for it; those of them that are empty afterwards go.
+    """Lock a destination during the work, creating its folders; remove those that are still empty afterwards.
 
-    Deletes what killed processes left beside it. Raises InputError where another process holds it.
+    Deletes leftovers of killed processes beside it. Raises InputError if another process holds the lock.
     """
     made = list[Path]()
     with contextlib.ExitStack() as stack:
@@ -311,7 +315,7 @@ def _held(target: Path) -> Iterator[None]:
                 break
             except locks.Busy:
                 raise InputError(f"another process is writing {target}; wait for it, or name another place") from None
-            except FileNotFoundError:  # another process had made the folder, too, and removed it again
+            except FileNotFoundError:  # another process created the folder too, and removed it again
                 if target.parent.is_dir():
                     raise
         yield
@@ -326,11 +330,11 @@ def culprit(error: OSError, written: Path) -> Path:
 
 @contextlib.contextmanager
 def _reported(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what the file system refuses into one line; it may be a file that the work reads. Memory is none of it."""
+    """Convert errors of the file system, of reads as well as writes, to a one-line InputError; MemoryError passes."""
     try:
         yield
     except FileExistsError:
-        raise InputError(f"{path} came into being in the meantime and was not changed; {remedy}") from None
+        raise InputError(f"{path} appeared meanwhile and was not changed; {remedy}") from None
     except OSError as error:
         if is_out_of_memory(error):
             raise
@@ -365,9 +369,9 @@ def _check_replaceable(target: Path, command: str, is_own_place: bool, remedy: s
 
 
 def is_signed(file: Path, command: str) -> bool:
-    """Whether a file begins as those do that the command writes: the signature stands in its format's own place for it.
+    """Return whether a file has the command's signature in the place that its format reserves for it.
 
-    Text that only mentions mlxmoe is somebody's. An empty file holds nothing to lose.
+    Text that merely mentions mlxmoe does not count. An empty file does: it has nothing to lose.
     """
     with file.open("rb") as stream:
         head = stream.read(SIGNED_WITHIN)

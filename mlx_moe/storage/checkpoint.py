@@ -1,7 +1,8 @@
-"""Checkpoints: a folder that is there whole or not at all, and that says what it holds.
+"""Checkpoints: folders written atomically, with a manifest of their files.
 
-`config.json` (the model), `model.safetensors`, `optimizer.safetensors` (absent where the optimizer starts fresh),
-`trainer.json` (phase, step) and `manifest.json` (bytes and SHA-256 of each). Either backend reads the other's.
+`config.json` (the model), `model.safetensors`, `optimizer.safetensors` (absent if the optimizer starts fresh),
+`trainer.json` (phase, step) and `manifest.json` (bytes and SHA-256 of each). Both backends read and write the same
+format.
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Place of a checkpoint in a run: `step` optimizer steps into `phase`, which is counted from 1."""
+    """Position of a checkpoint in its run: `step` optimizer steps into `phase`, counted from 1."""
 
     phase: Annotated[int, Field(ge=1, le=MAX_PHASES)]
     step: Annotated[int, Field(ge=0)]
     backend: str
     validation_loss: float | None = None
-    lineage: tuple[str, ...] = ()  # the model that it comes from, and what became of that before this phase
-    has_optimizer_state: bool | None = None  # None: written before this was kept
-    phase_name: str | None = None  # None: not of a run
-    transfer: str | None = None  # the one that the phase began with, by its name in the config
+    lineage: tuple[str, ...] = ()  # the model it started from, and the transfers before this phase
+    has_optimizer_state: bool | None = None  # None: written by a version that did not record it
+    phase_name: str | None = None  # None: not part of a run
+    transfer: str | None = None  # the config's name of the transfer that the phase began with
 
     @property
     def phase_folder(self) -> str:
@@ -71,20 +72,20 @@ class TrainerState:
 
 
 class Pruned(InputError):
-    """A checkpoint was deleted by the run that it belongs to, between finding it and opening it."""
+    """The run deleted a checkpoint between finding it and opening it."""
 
 
 class Hold:
-    """Keeps a checkpoint's folder from being pruned by a run that trains, for as long as the object lives."""
+    """Shared lock that keeps a training run from pruning a checkpoint, for the lifetime of the object."""
 
     def __init__(self, path: Path):
-        """Raises Pruned where the folder is no longer there."""
+        """Lock the folder. Raises Pruned if it no longer exists."""
         self._descriptor: int | None = None
         try:
             self._descriptor = locks.wait_for(path, shared=True)  # the run may be about to delete it
         except FileNotFoundError:
             raise Pruned(f"checkpoint {path} is gone: its run deleted it; take a later one") from None
-        except (OSError, locks.Busy):  # it may not be opened, or whoever has it takes long: reading goes ahead
+        except (OSError, locks.Busy):  # no permission, or a long wait: read without a lock
             pass
 
     def __del__(self) -> None:
@@ -102,12 +103,12 @@ class Checkpoint:
 
     @cached_property
     def optimizer_state(self) -> Arrays | None:
-        """Adam's moments, read when asked for: only training needs them. None where the optimizer starts fresh."""
+        """Return Adam's moments, read lazily (only training needs them); None if the optimizer starts fresh."""
         return _read(self.path / OPTIMIZER) if (self.path / OPTIMIZER).exists() else None
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """The tokenizer beside the checkpoint, or that of its run; a Hugging Face folder is its own."""
+        """Return the tokenizer's folder: the checkpoint itself (Hugging Face), its `tokenizer/`, or its run's."""
         if (self.path / "tokenizer.json").is_file():
             return self.path
         runs = (folder for folder in self.path.resolve().parents[:4] if (folder / RUN_CONFIG).is_file())
@@ -120,12 +121,12 @@ def phase_folder(number: int, name: str) -> str:
 
 
 def folder(run: Path, phase: str, step: int) -> Path:
-    """Return the place of a checkpoint of a run; `phase` is the name of the phase's folder."""
+    """Return a checkpoint's folder in a run; `phase` is the name of the phase's folder."""
     return run / "phases" / phase / "checkpoints" / f"step-{step}"
 
 
 def phase_folders(run: Path) -> list[Path]:
-    """Return the folders of a run's phases, in order, without copies of them: their checkpoints name another folder."""
+    """Return the folders of a run's phases, in order; copies, whose checkpoints name another folder, are left out."""
     numbered = [
         (int(found[1]), folder)
         for folder in (run / "phases").glob("*")
@@ -135,7 +136,7 @@ def phase_folders(run: Path) -> list[Path]:
 
 
 def _is_copy(phase: Path) -> bool:
-    """Return whether all checkpoints in a phase's folder say that they belong to another one."""
+    """Return whether all checkpoints in a phase's folder name another phase."""
     states = [state for file in phase.glob(f"checkpoints/step-*/{STATE}") if (state := _read_state(file)) is not None]
     return bool(states) and not any(_belongs_to(state, phase.name) for state in states)
 
@@ -156,9 +157,9 @@ def _read_state(file: Path) -> TrainerState | None:
 def save(
     path: Path, config: ModelConfig, state: TrainerState, weights: Weights, optimizer_state: Weights | None
 ) -> None:
-    """Write a checkpoint of a run, so that no half of it is ever seen. What is at `path` already is set aside.
+    """Write a run's checkpoint atomically; rename whatever is at `path` already.
 
-    Raises InputError where the disk does not let it.
+    Raises InputError if the disk refuses.
     """
     try:
         make_folder(path.parent)
@@ -176,9 +177,10 @@ def create(
     tokenizer: Path | None = None,
     check: Callable[[Weights], None] | None = None,
 ) -> None:
-    """Write a checkpoint outside a run, where nothing may be yet, its weights piece by piece, without moments.
+    """Write a checkpoint outside a run, to a path that is free, block by block, without optimizer state.
 
-    `tokenizer`: a folder to copy in; `check` may look at what was written, and raise. Raises InputError as `creating`.
+    `tokenizer`: a folder to copy in; `check` may inspect the written weights and raise. Raises InputError as
+    `creating`.
     """
     with creating(path) as partial:
         fill(partial, config, state, blocks, tokenizer, check)
@@ -193,11 +195,11 @@ def fill(
     check: Callable[[Weights], None] | None = None,
     optimizer_state: Weights | None = None,
 ) -> None:
-    """Write the files of a checkpoint into a folder that is not seen yet; the manifest lists all of them."""
+    """Write a checkpoint's files and manifest into a folder that is not visible yet."""
     model = folder / MODEL
     hashes = {MODEL: write_file(model, shapes(config), blocks, hashed=check is None)}
     if check is not None:
-        with ThreadPoolExecutor(2) as threads:  # neither disk nor hash need wait for the check, nor it for them
+        with ThreadPoolExecutor(2) as threads:  # flush and hash while `check` runs
             flushed, digest = threads.submit(flush, model), threads.submit(sha256, model)
             check(stored_weights(read_header(model)))
         flushed.result()
@@ -218,10 +220,10 @@ def fill(
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and verify a checkpoint, adapters merged; a run's folder stands for its latest one, `RUN/best` for its best.
+    """Load and verify a checkpoint, with adapters merged; a run's folder means its latest, `RUN/best` its best.
 
-    While the result lives, a run that trains does not delete the checkpoint. Raises InputError when it is missing,
-    incomplete, altered, or does not hold the tensors that its config asks for; Pruned where a run deleted it meanwhile.
+    A training run does not delete the checkpoint while the result lives. Raises InputError if it is missing,
+    incomplete, altered, or lacks tensors that its config requires; Pruned if a run deleted it meanwhile.
     """
     found, hold = _resolve_and_hold(path)
     verify(found)
@@ -231,15 +233,15 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_listed(path: Path) -> Checkpoint:
-    """Load (`load`) a checkpoint that was just found in its run. Raises Pruned where the run has deleted it since."""
-    hold = Hold(path)  # until it has one of its own
+    """Load a checkpoint that was just found in its run (see `load`). Raises Pruned if the run has deleted it since."""
+    hold = Hold(path)  # until `load` takes its own lock
     loaded = load(path)
     del hold
     return loaded
 
 
 def _resolve_and_hold(path: Path) -> tuple[Path, Hold]:
-    """The checkpoint that a path means, held; where a run deletes it in between, the one that has taken its place."""
+    """Resolve a path to a checkpoint and lock it; if a run deletes it meanwhile, resolve again."""
     while True:
         found = resolve(path)
         try:
@@ -250,10 +252,10 @@ def _resolve_and_hold(path: Path) -> tuple[Path, Hold]:
 
 
 def load_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The last checkpoint of a run that is whole; None where none was saved yet.
+    """Return a run's last undamaged checkpoint; None if none was saved yet.
 
-    Clears away what a kill left. Damaged ones that come later are renamed to `step-N.damaged`, with a warning. Raises
-    InputError where all are damaged: none is renamed then.
+    Deletes leftovers of a kill. Renames later, damaged checkpoints to `step-N.damaged`, with a warning. Raises
+    InputError, and renames none, if all are damaged.
     """
     for phase in phase_folders(run):
         clean_leftovers(phase / "checkpoints")
@@ -268,12 +270,12 @@ def load_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         return _load_verified(path, Hold(path))
     if damaged:
         path, damage = damaged[0]
-        raise InputError(f"no checkpoint in {run} is whole; {path} {damage}; put back a copy, or begin another run")
+        raise InputError(f"no checkpoint in {run} is whole; {path} {damage}; restore a copy, or begin another run")
     return None
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a path means: itself, the latest of the run or phase that it is, the best for `RUN/best`."""
+    """Return the checkpoint that a path means: itself, the latest of a run or phase, the best for `RUN/best`."""
     if (path / MANIFEST).is_file():
         return path
     if path.name == "best" and path.parent.is_dir():
@@ -288,12 +290,12 @@ def resolve(path: Path) -> Path:
 
 
 def latest(path: Path) -> Path | None:
-    """The last complete checkpoint of a run or a phase."""
+    """Return the last complete checkpoint of a run or a phase."""
     return next(reversed(list(complete_in(path))), None)
 
 
 def best(path: Path) -> Path | None:
-    """The checkpoint of a run or a phase with the lowest validation loss, the first of equals."""
+    """Return the checkpoint with the lowest validation loss in a run or a phase; ties go to the first."""
     return min(
         (folder for folder in complete_in(path) if math.isfinite(_validation_loss(folder))),
         key=_validation_loss,
@@ -302,20 +304,20 @@ def best(path: Path) -> Path | None:
 
 
 def best_validation_loss(path: Path) -> float:
-    """That of `best`, nats per token; infinite where no checkpoint has one."""
+    """Return the lowest validation loss (nats per token) among the checkpoints; inf if there is none."""
     return math.inf if (found := best(path)) is None else _validation_loss(found)
 
 
 def complete_in(path: Path) -> Iterator[Path]:
-    """The complete checkpoints of a run, of a phase, or of its `checkpoints/`, the earliest first.
+    """Yield the complete checkpoints of a run, a phase, or its `checkpoints/`, earliest first.
 
-    A folder whose trainer.json names another phase or step than its path is none of them: somebody copied it there.
+    A folder whose trainer.json names another phase or step than its path is a copy, and is left out.
     """
     yield from (folder for folder in _folders(path) if (folder / MANIFEST).is_file() and not _misplaced(folder))
 
 
 def _folders(path: Path) -> list[Path]:
-    """Return the folders that should be checkpoints, in the order of `complete_in`."""
+    """Return the folders that may be checkpoints, in the order of `complete_in`."""
     levels = [*(phase / "checkpoints" for phase in phase_folders(path)), path / "checkpoints", path]
     return [
         folder
@@ -326,9 +328,9 @@ def _folders(path: Path) -> list[Path]:
 
 
 def keep_last(path: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints of a phase; its birth (step 0) and its best stay.
+    """Delete all but a phase's last `keep` checkpoints, its step-0 checkpoint and its best.
 
-    One that another process reads, or into which somebody has put something, stays too.
+    Checkpoints that another process reads, or that contain foreign files, are kept too.
     """
     later = [checkpoint for checkpoint in complete_in(path) if checkpoint.name != "step-0"]
     lowest = best(path)
@@ -336,21 +338,22 @@ def keep_last(path: Path, keep: int) -> None:
         if checkpoint != lowest:
             try:
                 listed = {MANIFEST, *_manifest(checkpoint)}
-            except (OSError, InputError):  # what in it is ours is not to be known
+            except (OSError, InputError):  # which of its files are ours is unknown
                 continue
             folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
             remove_folder(checkpoint, lambda entry, ours=listed | folders: entry.as_posix() in ours)  # type: ignore[misc]
 
 
 def _validation_loss(path: Path) -> float:
-    """Validation loss in nats per token; infinite where it was not measured or cannot be read."""
+    """Return the validation loss in nats per token; inf if it was not measured or cannot be read."""
     state = _read_state(path / STATE)
     return math.inf if state is None or state.validation_loss is None else state.validation_loss
 
 
 def _misplaced(path: Path) -> str | None:
-    """How the phase or step in trainer.json contradicts the folder's place, if it does; a file that cannot be read
-    contradicts nothing.
+    """Describe how the phase or step in trainer.json contradicts the folder's path; None if it does not.
+
+    An unreadable file contradicts nothing.
     """
     state = _read_state(path / STATE)
     above, phase, below, name = ("", "", "", "", *path.absolute().parts)[-4:]
@@ -362,15 +365,15 @@ def _misplaced(path: Path) -> str | None:
 
 
 def verify(path: Path) -> None:
-    """Raise InputError unless every file is there with the size and hash that the manifest states."""
+    """Raise InputError unless every file is there with the size and hash of the manifest."""
     if (damage := _damage(path)) is not None:
-        raise InputError(f"checkpoint {path} {damage}; take an earlier one, or put back a copy")
+        raise InputError(f"checkpoint {path} {damage}; take an earlier one, or restore a copy")
 
 
 def _damage(path: Path) -> str | None:
-    """Describe how a checkpoint differs from what was written; None where it does not.
+    """Describe how a checkpoint differs from its manifest; None if it does not.
 
-    Raises InputError where the system does not let it be read: it may be whole.
+    Raises InputError if the system denies reading: the checkpoint may be intact.
     """
     try:
         manifest = _manifest(path)
@@ -404,8 +407,8 @@ class ListedFile:
 
 
 def _manifest(path: Path) -> dict[str, ListedFile]:
-    """The files that a checkpoint lists, by their paths in it. Raises OSError, InputError."""
-    os.close(open_regular(path / MANIFEST))  # a file that cannot be opened is another matter than a damaged one
+    """Return the files listed in a checkpoint's manifest, by relative path. Raises OSError, InputError."""
+    os.close(open_regular(path / MANIFEST))  # a manifest that cannot be opened is not necessarily damaged
     manifest = validate(dict[str, ListedFile], read_mapping(path / MANIFEST))
     for name in manifest:
         if Path(name).is_absolute() or ".." in Path(name).parts or not name:

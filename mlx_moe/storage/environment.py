@@ -1,4 +1,4 @@
-"""Versions, device and code of a run, as environment.json keeps them."""
+"""Versions, device and code of a run, as kept in environment.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def library_versions() -> dict[str, str | None]:
 
 
 def environment(backend: Backend, trainer: Trainer) -> dict[str, Any]:
-    """The command, the code's git SHA, versions, backend and device."""
+    """Return the command, the code's git SHA, library versions, backend and device."""
     return {
         "command": sys.argv,
         "git_sha": _git_sha(),

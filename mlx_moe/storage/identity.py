@@ -1,6 +1,6 @@
-"""What a run was begun with and its config does not say: backend, device, threads, how far it goes (`run.json`).
+"""Facts of a run's start that its config does not contain: backend, device, threads, last phase (`run.json`).
 
-Resuming takes it from here, so that the same numbers come out. What differs nevertheless is said: `differences`.
+Resuming reads them, so that it reproduces the same numbers. `differences` reports what has changed nevertheless.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ IDENTITY = "run.json"
 
 
 class RunIdentity(Open):
-    """`threads`: of products on CPU, None where nobody counts them; `versions`: of what computes; `config`: as it was
-    written, but for the data, whose hashes stand in `data.json`; `differences`: what has changed since the run began,
-    each in a few words; `instructions`: those of products on CPU; `start_sha256`: of the weights that it starts from.
+    """Facts recorded when a run began.
+
+    `threads`: of matrix products on CPU, None if the backend does not count them; `versions`: of the libraries that
+    compute; `config`: as first written, without the data, whose hashes are in `data.json`; `differences`: changes since
+    the start, a few words each; `instructions`: instruction set of matrix products on CPU; `start_sha256`: hash of the
+    weights that the run starts from.
     """
 
     backend: Literal["mlx", "torch"]
@@ -40,13 +43,13 @@ class RunIdentity(Open):
 
 
 def read_identity(run: Path) -> RunIdentity | None:
-    """The identity of a run; None where it was begun before there were any. Raises InputError where it is damaged."""
+    """Return a run's identity; None if it predates this file. Raises InputError if it is damaged."""
     file = run / IDENTITY
     return read_record(RunIdentity, file) if file.is_file() else None
 
 
 def is_identity(path: Path) -> bool:
-    """Whether a file is the identity of a run: all that is there of one that was killed as it began."""
+    """Return whether a file is a run's identity, the only file left by a run killed at its start."""
     if path.name != IDENTITY or path.is_symlink():
         return False
     try:
@@ -56,7 +59,7 @@ def is_identity(path: Path) -> bool:
 
 
 def differences(before: RunIdentity, now: RunIdentity) -> list[str]:
-    """What makes a resumed run round differently from the run that was begun, each in a few words."""
+    """List what makes a resumed run round differently from the original, a few words each."""
     named = {"backend": "backend", "device_label": "device", "precision": "precision", "machine": "machine"}
     found = [
         f"{name} {getattr(now, key)}, was {getattr(before, key)}"
@@ -74,7 +77,7 @@ def differences(before: RunIdentity, now: RunIdentity) -> list[str]:
 
 
 def changed_settings(before: RunIdentity, now: RunIdentity) -> list[str]:
-    """List the settings of a run's config that were changed since the run began, each in a few words."""
+    """List the config settings changed since the run began, a few words each."""
     was, is_now = by_path(before.config), by_path(now.config)
     return [
         f"{key} {quoted(is_now[key])}, was {quoted(was[key])}"

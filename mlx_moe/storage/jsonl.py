@@ -1,4 +1,4 @@
-"""Rows of JSON in a file that grows: what a kill or a full disk tears is left out, and all else is read."""
+"""Append-only files of JSON rows; lines torn by a kill or a full disk are skipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one row; it is on the file system when this returns. After a torn line it begins a line of its own."""
+    """Append one row; it has reached the file system on return. A torn last line is closed first."""
     line = json.dumps(row).encode() + b"\n"
     with path.open("ab") as stream:
         if stream.tell() and not _ends_in_newline(path):
@@ -28,10 +28,10 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path, kind: Any | None = None, warn: Callable[[str], None] | None = None) -> list[Row]:
-    """The rows of a file, but for those that are not of a `kind` (a pydantic model); none where there is no file.
+    """Return a file's rows that match `kind` (a pydantic model); none if there is no file.
 
-    A last line without its end is left out without a word, because that is what a kill leaves. Every other line that
-    is no row is left out and counted in one call of `warn`. Raises InputError where the file cannot be read at all.
+    An unterminated last line, which a kill leaves, is skipped silently. All other invalid lines are skipped and
+    reported in one call of `warn`. Raises InputError if the file cannot be read at all.
     """
     if not os.path.lexists(path):
         return []
@@ -46,12 +46,12 @@ def read(path: Path, kind: Any | None = None, warn: Callable[[str], None] | None
         except InputError as error:
             bad.append(error.lines[0])
     if bad and warn is not None:
-        warn(f"{path}: {len(bad)} of {len(lines) - 1} lines are no rows and were left out; the first: {bad[0]}")
+        warn(f"{path}: {len(bad)} of {len(lines) - 1} lines are invalid and were left out; the first: {bad[0]}")
     return rows
 
 
 def rewind(path: Path, phase: int, step: int, kind: Any | None = None) -> None:
-    """Drop the rows after a resumed step, so that nothing is logged twice, and the lines that are no rows."""
+    """Drop the rows after a resumed step, so that nothing is logged twice, and all invalid lines."""
     keep(
         path,
         lambda row: isinstance(row.get("phase"), int) and (row["phase"], row.get("step") or 0) <= (phase, step),
@@ -60,7 +60,7 @@ def rewind(path: Path, phase: int, step: int, kind: Any | None = None) -> None:
 
 
 def keep(path: Path, is_kept: Callable[[Row], bool], kind: Any | None = None) -> None:
-    """Drop all rows but some, and the lines that are no rows."""
+    """Keep only the rows that `is_kept` accepts; drop invalid lines."""
     if os.path.lexists(path):
         kept = [row for row in read(path, kind) if is_kept(row)]
         with replacing(path) as partial:

@@ -1,7 +1,6 @@
-"""Locks between processes, by `flock`: the system lets go of them when their holder ends, however it ends.
+"""Locks between processes, by `flock`; the system releases them when their holder ends, however it ends.
 
-Where a file system knows no `flock`, nothing is locked; what is written is still whole, because it appears by
-one rename.
+On file systems without `flock` nothing is locked; writes are still atomic, because they end in one rename.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-UNSUPPORTED.add(errno.EBADF)  # of a folder on NFS
+UNSUPPORTED.add(errno.EBADF)  # folders on NFS
 WAIT_SECONDS, POLL_SECONDS = 10.0, 0.01
 LOCK_PREFIX, LOCK_SUFFIX = ".mlxmoe-", ".lock"
 
@@ -26,13 +25,13 @@ class Busy(Exception):
 
 
 def acquire(path: Path, shared: bool = False, needed: bool = False, writable: bool = False) -> int:
-    """Lock a file or a folder that exists, and return the descriptor that holds it; `os.close` lets go.
+    """Lock an existing file or folder and return the descriptor that holds the lock; `os.close` releases it.
 
-    Raises Busy where another process holds it, or where a lock is `needed` and the file system knows none, and
-    FileNotFoundError where it was renamed or deleted in the meantime. NFS locks only what is opened to be written.
+    Raises Busy if another process holds it, or if a lock is `needed` and the file system supports none, and
+    FileNotFoundError if the path was renamed or deleted meanwhile. NFS locks only files opened for writing.
     """
     mode = os.O_RDWR if writable else os.O_RDONLY
-    descriptor = os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
+    descriptor = os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a FIFO would block until a writer comes
     try:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -52,7 +51,7 @@ def acquire(path: Path, shared: bool = False, needed: bool = False, writable: bo
 
 
 def wait_for(path: Path, shared: bool = False) -> int:
-    """`acquire`, waiting for the moment that another process holds it; Busy where that takes long."""
+    """Acquire a lock, waiting briefly for another process to release it. Raises Busy on timeout."""
     until = time.monotonic() + WAIT_SECONDS
     while True:
         try:
@@ -65,17 +64,14 @@ def wait_for(path: Path, shared: bool = False) -> int:
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
-    """Hold the place of `path`, which need not exist, by a hidden lock file beside it that goes at the end.
-
-    Raises Busy where another process holds it.
-    """
+    """Lock `path`, which need not exist, by a hidden lock file beside it that is deleted at the end."""
     lock = lock_file(path)
     while True:
         os.close(os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
         try:
             descriptor = acquire(lock, writable=True)
             break
-        except FileNotFoundError:  # its last holder deleted it in the meantime
+        except FileNotFoundError:  # the previous holder deleted it meanwhile
             continue
     try:
         yield
@@ -86,7 +82,7 @@ def holding(path: Path) -> Iterator[None]:
 
 
 def lock_file(path: Path) -> Path:
-    """The lock file of a place: hidden, beside it, and never too long a name."""
+    """Return the lock file of a path: hidden, beside it, with a name of bounded length."""
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
     return path.with_name(f"{LOCK_PREFIX}{digest}{LOCK_SUFFIX}")
 

@@ -1,7 +1,7 @@
-"""Reading what others wrote, and what a user did: every fault is one line that says where and why.
+"""Safe reading of files and settings from outside; every fault is one line with the place and the reason.
 
-Text that comes from a file goes through here, but for rows of data and headers of tensors: regular files only, bounded
-in size and depth, UTF-8, no integer that no computer counts to, no YAML that builds more than it says.
+All text from files passes through here, except rows of data and headers of tensors: regular files only, bounded in size
+and depth, UTF-8, bounded integers, no YAML aliases that expand without limit.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import yaml
 from mlx_moe.errors import InputError, one_line, quoted
 from mlx_moe.storage.regular_files import open_regular
 
-LARGEST_CONFIG = 16 << 20  # bytes; the largest config.json known has some 100 kB
-LARGEST_YAML = 100_000  # characters, which take a second or two; a config with all its layers listed has half of that
-MOST_NODES = 100_000  # of a YAML text, its aliases written out
+LARGEST_CONFIG = 16 << 20  # bytes; the largest config.json known has about 100 kB
+LARGEST_YAML = 100_000  # characters, parsed in a second or two; a config that lists all its layers has half of that
+MOST_NODES = 100_000  # of a YAML text, aliases expanded
 DEEPEST = 64  # levels of nesting
-MOST_DIGITS = 308  # of an integer: what a float can hold
+MOST_DIGITS = 308  # of an integer: the range of a float
 TOO_LARGE = 10**MOST_DIGITS
-NOT_JSON = (ValueError, RecursionError)  # a JSONDecodeError is a ValueError, as are too many digits
+NOT_JSON = (ValueError, RecursionError)  # JSONDecodeError and the error for too many digits are ValueErrors
 
 
 def read_bytes(path: Path, at_most: int = LARGEST_CONFIG) -> bytes:
-    """The bytes of a regular file. Raises InputError where it is none, is too large, or cannot be read."""
+    """Return the bytes of a regular file. Raises InputError if it is not one, is too large, or cannot be read."""
     if "\0" in str(path):
         raise InputError(f"cannot read {path}: no path holds a NUL byte; leave it out")
     try:
@@ -39,15 +39,15 @@ def read_bytes(path: Path, at_most: int = LARGEST_CONFIG) -> bytes:
                     f"cannot read {path}: it has {size:,} bytes, and at most {at_most:,} are read of such a "
                     "file; is it the right one?"
                 )
-            return stream.read(size)  # a larger number would be set aside in memory first
+            return stream.read(size)  # `read` allocates what it is asked for, so ask for no more than the size
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or one_line(error)}") from None
 
 
 def read_text(path: Path, at_most: int = LARGEST_CONFIG) -> str:
-    """The text of a regular UTF-8 file, without a byte order mark.
+    """Return the text of a regular UTF-8 file, without a byte order mark.
 
-    Raises InputError as `read_bytes` does, and where it is not UTF-8.
+    Raises InputError as `read_bytes` does, and if it is not UTF-8.
     """
     try:
         return read_bytes(path, at_most).decode("utf-8-sig")
@@ -56,7 +56,7 @@ def read_text(path: Path, at_most: int = LARGEST_CONFIG) -> str:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path names a folder. Raises InputError where that may not be looked at."""
+    """Return whether a path is a folder. Raises InputError if permissions forbid to look."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except PermissionError as error:
@@ -66,10 +66,10 @@ def is_folder(path: Path) -> bool:
 
 
 def own_file(folder: Path, name: str) -> Path | None:
-    """A file of a folder that came from elsewhere; None where there is none.
+    """Return a file of a folder from outside; None if there is none.
 
-    Raises InputError where it is a link to somewhere outside: what lies there is the user's, and not the model's. The
-    hub's cache keeps its files in `blobs` and links to them, which is inside.
+    Raises InputError if it links to a file outside the folder, which belongs to the user and not to the model. Links
+    into the hub cache's `blobs` count as inside.
     """
     file = folder / name
     try:
@@ -93,12 +93,12 @@ def own_file(folder: Path, name: str) -> Path | None:
 
 
 def read_json(path: Path, at_most: int = LARGEST_CONFIG) -> Any:
-    """The values of a JSON file, of whatever type. Raises InputError."""
+    """Return the parsed values of a JSON file, of any type. Raises InputError."""
     return parse_json(read_text(path, at_most), str(path))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The values of a YAML or JSON file with a mapping at the top; none of an empty file. Raises InputError."""
+    """Return the top-level mapping of a YAML or JSON file; empty for an empty file. Raises InputError."""
     text = read_text(path)
     values = parse_json(text, str(path)) if path.suffix == ".json" else parse_yaml(text, str(path))
     if values is None:
@@ -109,7 +109,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The values of a JSON text, no key twice; `where` says in an InputError what it is."""
+    """Parse JSON text without duplicate keys; `where` names the source in an InputError."""
     try:
         values = json.loads(text, object_pairs_hook=_unique)
     except NOT_JSON as error:
@@ -126,10 +126,10 @@ def not_json(error: Exception, where: str, remedy: str = "") -> InputError:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The values of a YAML text: mappings with texts as keys, lists, texts, numbers, booleans and null; no key twice.
+    """Parse YAML text: mappings with string keys, lists, strings, numbers, booleans and null; no duplicate keys.
 
-    Numbers are written as YAML 1.1 has them in base 10 (`1.0e-4`; `1e-4` is a text), `true` and `false` as that; what
-    YAML 1.1 also takes for either stays a text.
+    Numbers follow YAML 1.1 in base 10 (`1.0e-4`; `1e-4` is a string), booleans are `true` and `false`; everything else
+    that YAML 1.1 takes for either stays a string.
     """
     if len(text) > LARGEST_YAML:
         raise InputError(
@@ -151,7 +151,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def check_values(values: Any, where: str) -> None:
-    """Raise InputError where parsed values are nested too deep, or hold text that cannot be written as UTF-8."""
+    """Raise InputError if parsed values are nested too deep, or hold text that cannot be encoded as UTF-8."""
     level, depth = [values], 0
     while level:
         if depth > DEEPEST:
@@ -171,7 +171,7 @@ def check_values(values: Any, where: str) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: it holds no half of a surrogate pair, as bytes that are no UTF-8 become."""
+    """Return whether a text can be encoded: no lone surrogates, which result from bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -188,12 +188,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _written_out_size(node: Any, known: dict[int, int]) -> int:
-    """The number of values that a YAML node stands for, each alias counted as what it repeats."""
+    """Return the number of values that a YAML node expands to, with each alias counted as its content."""
     if id(node) in known:
         if not known[id(node)]:
             raise yaml.composer.ComposerError(None, None, "an alias is part of what it repeats", node.start_mark)
         return known[id(node)]
-    known[id(node)] = 0  # not known yet: whoever comes by here again is inside it
+    known[id(node)] = 0  # marks a node in progress: meeting it again means that it contains itself
     value = node.value if isinstance(node.value, list) else []
     parts = [part for entry in value for part in (entry if isinstance(entry, tuple) else (entry,))]
     known[id(node)] = 1 + sum(_written_out_size(part, known) for part in parts)
@@ -201,8 +201,11 @@ def _written_out_size(node: Any, known: dict[int, int]) -> int:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader without what surprises: dates, numbers in base 60, 16 or 8, `no` for false, tags of other types, keys
-    that come twice or are no text, and aliases that multiply without end or contain themselves."""
+    """SafeLoader without YAML's surprises.
+
+    No dates, no numbers in base 60, 16 or 8, no `no` for false, no tags of other types, no duplicate or non-string
+    keys, no aliases that expand without limit or contain themselves.
+    """
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
@@ -224,12 +227,12 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
     def construct_text(self, node: Any) -> str:
-        """The text, halves of surrogate pairs joined: so JSON escapes what lies beyond the first 65,536 characters."""
+        """Return the text with surrogate pairs joined: JSON escapes characters above U+FFFF that way."""
         text: str = self.construct_scalar(node)
         return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
     def construct_plain(self, node: Any) -> Any:
-        """A null, boolean or number."""
+        """Return a null, boolean or number."""
         text, kind = self.construct_scalar(node), node.tag.removeprefix(YAML_TAG)
         if not _PLAIN[kind].fullmatch(text):
             raise yaml.constructor.ConstructorError(None, None, f"{quoted(text)} is no {kind}", node.start_mark)
@@ -246,7 +249,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 YAML_TAG = "tag:yaml.org,2002:"
-# YAML 1.1 takes all of these for the same, so that PyYAML quotes a text that looks like one, and it is read back.
+# YAML 1.1 gives all of these a type, so PyYAML quotes text that looks like one and it survives a round trip.
 _PLAIN = {
     "null": re.compile(r"~|null|Null|NULL|"),
     "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),

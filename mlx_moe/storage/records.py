@@ -1,7 +1,6 @@
-"""What each file of ours holds, as types: a file is checked against its type where it is read, and nowhere else.
+"""Schemas of the project's own files; a file is checked against its schema once, where it is read.
 
-Keys that are not named here are let through, so that a later version may add some. Nothing is converted: a number in
-quotes is no number.
+Unknown keys are kept, so that later versions may add some. Types are strict: a number in quotes is not a number.
 
 L layers, E experts.
 """
@@ -22,8 +21,8 @@ from mlx_moe.validation import validate
 
 Record = TypeVar("Record")
 
-LARGEST_FIGURE = 1e39  # what is computed in float32 ends at 3.4e38
-LONGEST_FAULT = 150  # characters of a message; it repeats what was read
+LARGEST_FIGURE = 1e39  # float32 ends at 3.4e38
+LONGEST_FAULT = 150  # characters of a message, which quotes its input
 LARGEST_EXPERTS = 1 << 30  # bytes of experts.json: two E × E maps for every layer of every checkpoint
 
 
@@ -37,16 +36,16 @@ Figure = Annotated[float, Field(ge=-LARGEST_FIGURE, le=LARGEST_FIGURE)]
 Amount = Annotated[float, Field(ge=0, le=LARGEST_FIGURE)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e12)]  # of a step: at most thirty years
 Share = Annotated[float, Field(ge=0, le=1)]
-# Of a log: one that is not finite is no figure; the row still counts.
+# In a log, a non-finite value counts as missing; the row is kept.
 LoggedFigure = Annotated[Figure | None, BeforeValidator(_missing_unless_finite)]
 LoggedAmount = Annotated[Amount | None, BeforeValidator(_missing_unless_finite)]
 LoggedShare = Annotated[Share | None, BeforeValidator(_missing_unless_finite)]
 
 
 class Open(BaseModel):
-    """Keys beyond those named are kept as they are."""
+    """Base model that keeps unknown keys."""
 
-    # A schema is built when the first file of its kind is read: commands that read none start sooner.
+    # Build schemas on first use, so that commands that read no such file start sooner.
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, frozen=True, strict=True, defer_build=True)
 
 
@@ -96,7 +95,7 @@ class Environment(Open):
 
 
 class MetricsRow(Open):
-    """A row of `metrics.jsonl`. A row of step 0 has a validation loss only."""
+    """A row of `metrics.jsonl`. A row of step 0 has only a validation loss."""
 
     phase: Phase
     step: Count
@@ -122,7 +121,7 @@ class Parameters(Open):
 
 
 class PhaseRow(Open):
-    """A row of `history.jsonl` for a phase that is finished."""
+    """A row of `history.jsonl` for a finished phase."""
 
     event: Literal["phase"]
     phase: Phase
@@ -138,7 +137,7 @@ class PhaseRow(Open):
 
 
 class Certificate(Open):
-    """A file of `boundaries/`, and a row of `history.jsonl`. None stands for what is not finite."""
+    """A file of `boundaries/`, and a row of `history.jsonl`. None replaces non-finite values."""
 
     passed: bool
     logit_differences: list[Figure | None]
@@ -164,7 +163,7 @@ class BoundaryRow(Certificate):
 
 
 class DivergedRow(Open):
-    """A row of `history.jsonl` for a phase that ended because something was no longer finite; `reason` says what."""
+    """A row of `history.jsonl` for a phase that ended with a non-finite value; `reason` names it."""
 
     event: Literal["diverged"]
     phase: Phase
@@ -200,7 +199,7 @@ class ClonesRecord(Open):
 
 
 class LayerRecord(Open):
-    """The experts of a layer."""
+    """Statistics of one layer's experts."""
 
     layer: Count
     load: list[Share]  # (E,)
@@ -244,9 +243,9 @@ class ExpertsRecord(Open):
 
 
 def read_record(kind: type[Record], file: Path, at_most: int = LARGEST_CONFIG) -> Record:
-    """A JSON file of ours, of `at_most` so many bytes, checked against its type.
+    """Read one of the project's JSON files, at most `at_most` bytes, and check it against its schema.
 
-    Raises InputError, which names the file and what is wrong.
+    Raises InputError naming the file and the faults.
     """
     values = read_json(file, at_most)
     try:
@@ -257,7 +256,7 @@ def read_record(kind: type[Record], file: Path, at_most: int = LARGEST_CONFIG) -
 
 
 class SweepRun(Open):
-    """A run in `sweep.json`: what it takes on each axis, and its config, which it is checked against when it starts."""
+    """A run in `sweep.json`: its value on each axis, and its config, which is checked when it starts."""
 
     choices: dict[str, Any]
     n_phases: Phase = 1
@@ -272,7 +271,7 @@ class FailureRecord(Open):
 
 
 class ResultRow(Open):
-    """A row of a sweep's `results.jsonl`; the counts and the loss are there once the run has finished."""
+    """A row of a sweep's `results.jsonl`; counts and loss are present once the run has finished."""
 
     run: str
     status: Literal["finished", "failed", "interrupted", "not begun", "running elsewhere"]
@@ -283,7 +282,7 @@ class ResultRow(Open):
     validation_loss: float | None = None
 
 
-# Of a fitted law. Whatever lies beyond these is no constant of a loss, and sums of it overflow.
+# Bounds of a fitted law: larger values are no constants of a loss, and their sums overflow.
 Constant = Annotated[float, Field(ge=0, le=1e100)]
 Size = Annotated[float, Field(ge=1, le=1e18)]  # parameters or tokens
 Loss = Annotated[float, Field(ge=1e-9, le=1e9)]  # nats per token

@@ -1,4 +1,4 @@
-"""Regular files of others: opened without waiting for anybody, and known again by what the file system says of them."""
+"""Opening of regular files without blocking, and fingerprints to detect changes."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pathlib import Path
 
 from mlx_moe.errors import InputError
 
-GIT_LFS = b"version https://git-lfs"  # what stands in place of a file that git did not fetch
+GIT_LFS = b"version https://git-lfs"  # start of the pointer file that stands in for a file git did not fetch
 
 
 def open_regular(path: Path) -> int:
-    """Open a file to read and return its descriptor.
+    """Open a file for reading and return its descriptor.
 
-    Raises InputError where it is a FIFO, a socket, a device or a folder, and OSError where it cannot be opened.
+    Raises InputError if it is a FIFO, socket, device or folder, and OSError if it cannot be opened.
     """
-    # The type is asked first, since opening some devices does something; a FIFO would wait for a writer.
+    # Check the type first: opening some devices has side effects, and opening a FIFO blocks.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise InputError(f"cannot read {path}: it is no regular file; name one, or leave it out")
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def fingerprint(status: os.stat_result) -> list[int]:
-    """Size, time of change, inode and time of any change to the inode: other contents have another fingerprint."""
+    """Return size, mtime, inode and ctime: a changed file has another fingerprint."""
     return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
 
 
 def is_git_lfs(file: Path) -> bool:
-    """Whether a file is git-lfs's note of where the real one is."""
+    """Return whether a file is a git-lfs pointer in place of the real one."""
     with contextlib.suppress(OSError), file.open("rb") as stream:
         return stream.read(len(GIT_LFS)) == GIT_LFS
     return False

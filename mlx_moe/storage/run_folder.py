@@ -1,6 +1,6 @@
-"""A run's folder: all that a run writes while it goes, and what it reads back to go on.
+"""The folder of a run: everything that training writes, and reads back to resume.
 
-Of several processes only the first touches it, and tells the others what it reads.
+Of several processes only rank 0 touches it, and broadcasts what it reads.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ P = ParamSpec("P")
 
 
 def resume_command(run: Path, *options: str) -> str:
-    """Return what a user types to resume a run, quoted for the shell."""
+    """Return the command that resumes a run, quoted for the shell."""
     return shlex.join(["mlxmoe", "train", "--resume", str(run), *options])
 
 
 def check_new(path: Path) -> None:
-    """Raise InputError where a run cannot begin: its folder may be there, but must hold nothing that can be seen."""
+    """Raise InputError unless a run can begin at `path`: a new path, or a folder without visible files."""
     if path.is_dir():
         passing = (entry for entry in path.iterdir() if entry.name[0] != "." and entry.name not in SYSTEM_FILES)
         if not all(map(is_identity, passing)):
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """What gets the rows of `metrics.jsonl` too."""
+    """Receiver of the rows that also go to `metrics.jsonl`."""
 
     def log(self, row: dict[str, Any]) -> None: ...
 
@@ -76,12 +76,12 @@ class Tracker(Protocol):
 
 
 def read_run(path: Path, values: dict[str, Any]) -> RunConfig:
-    """A run's config from what its `config.yaml` holds.
+    """Return a run's config from the values of its `config.yaml`.
 
-    What a run started from need not stay: its tokenizer is the copy in the run's folder, once that is there.
+    The model that a run started from may be gone: once the run's folder has a copy of the tokenizer, that is used.
     """
     if missing := [name for name in ("model", "data", "phases") if name not in values]:
-        raise InputError(f"{path / CONFIG} is not the whole config of a run: it has no {missing[0]}; put back a copy")
+        raise InputError(f"{path / CONFIG} is not the whole config of a run: it has no {missing[0]}; restore a copy")
     run = validate(RunConfig, values)
     own = path / TOKENIZER
     if run.start is None or not own.is_dir():
@@ -90,7 +90,7 @@ def read_run(path: Path, values: dict[str, Any]) -> RunConfig:
 
 
 def _by_the_first(method: Callable[Concatenate[RunFolder, P], None]) -> Callable[Concatenate[RunFolder, P], None]:
-    """What the first process does, and the others leave to it."""
+    """Run a method on rank 0 only; do nothing on the other ranks."""
 
     @wraps(method)
     def call(folder: RunFolder, *arguments: P.args, **options: P.kwargs) -> None:
@@ -102,7 +102,7 @@ def _by_the_first(method: Callable[Concatenate[RunFolder, P], None]) -> Callable
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands, and all that it takes to go on. A phase is born without optimizer state."""
+    """State of a run to resume from. A phase starts without optimizer state."""
 
     config: ModelConfig
     state: TrainerState
@@ -112,38 +112,38 @@ class Position:
 
 @dataclass
 class RunFolder:
-    """Every method that writes raises InputError where the disk does not let it, and names the last checkpoint."""
+    """A run's folder. Methods that write raise InputError, naming the last checkpoint, if the disk refuses."""
 
     path: Path
     world: ProcessGroup = SingleProcess()
     tracker: Tracker | None = None
     lock: int | None = None  # a file descriptor
-    warn: Callable[[str], None] | None = None  # gets a line where rows of a log could not be read
+    warn: Callable[[str], None] | None = None  # gets a line for log rows that could not be read
 
     def open(self) -> RunConfig:
-        """The config of a run to resume. Raises InputError where there is none."""
+        """Return the config of a run to resume. Raises InputError if there is none."""
         if self._is_ours and not (self.path / CONFIG).is_file():
             raise InputError(f"cannot resume {self.path}: there is no {CONFIG} in it; name a run's folder")
         return read_run(self.path, self._told(lambda: read_mapping(self.path / CONFIG)))
 
     def identity(self) -> RunIdentity | None:
-        """What a run was begun with; None where it was not begun, or before this was kept."""
+        """Return the facts of the run's start; None if it has not begun, or predates this file."""
         saved = self._told(self._identity)
         return None if saved is None else validate(RunIdentity, saved)
 
     def _identity(self) -> dict[str, Any] | None:
-        if not (self.path / CONFIG).is_file():  # another run was killed as it began, and left its own
+        if not (self.path / CONFIG).is_file():  # without a config, the identity is left from a run killed at its start
             return None
         found = read_identity(self.path)
         return None if found is None else found.model_dump(mode="json")
 
     @property
     def is_begun(self) -> bool:
-        """Whether there is a run in the folder."""
+        """Return whether the folder contains a run."""
         return bool(self._told(lambda: (self.path / CONFIG).is_file()))
 
     def check_data(self, data: TokenData) -> None:
-        """Raise InputError where a run began with other tokens: its weights would mean nothing for these."""
+        """Raise InputError if the tokens differ from those that the run began with: its weights would not fit them."""
         hashes = [data.provenance[split]["sha256"] for split in ("train", "validation")]
         if hashes != self._told(lambda: hashes):
             raise InputError(
@@ -154,18 +154,18 @@ class RunFolder:
             return
         if not (self.path / DATA).is_file():
             if self.warn is not None and checkpoint.latest(self.path) is not None:
-                self.warn(f"{self.path / DATA} is missing, so nothing says whether these are the tokens of before")
+                self.warn(f"{self.path / DATA} is missing, so it cannot be checked that the tokens are unchanged")
             return
         before = read_record(Provenance, self.path / DATA)
         if [before.train.sha256, before.validation.sha256] != hashes:
             source = data.provenance["source"]["description"]
             raise InputError(
-                f"cannot resume {self.path}: {source} gives other tokens than the run began with ({DATA}); put the "
-                "text and the tokenizer back as they were, or begin another run"
+                f"cannot resume {self.path}: {source} gives other tokens than the run began with ({DATA}); "
+                "restore the text and the tokenizer, or begin another run"
             )
 
     def hold(self) -> None:
-        """Keep other processes out until `close`, or the end of this one. Raises InputError where one is in already."""
+        """Lock the folder until `close` or the process's end. Raises InputError if another process holds it."""
         if not self._is_ours or self.lock is not None or not self.path.is_dir():
             return
         try:
@@ -174,7 +174,7 @@ class RunFolder:
             raise InputError(f"another process is training in {self.path}; wait for it, or stop it first") from None
 
     def check_new(self) -> None:
-        """Raise InputError where another process has begun a run in the folder since the command looked."""
+        """Raise InputError if another process has begun a run in the folder meanwhile."""
         if self.is_begun:
             raise self._taken()
 
@@ -182,30 +182,30 @@ class RunFolder:
     def introduce(
         self, run: RunConfig, identity: RunIdentity, data: TokenData, environment: dict[str, Any], is_new: bool = False
     ) -> None:
-        """Write what the run is. Once its identity and its config are there, a killed run can be resumed.
+        """Write a new run's metadata. Once identity and config are on disk, a killed run can be resumed.
 
-        Raises InputError where the run `is_new`, and another one has begun in its place.
+        Raises InputError if the run `is_new` and another has begun in its place.
         """
         with self._writing():
             make_folder(self.path)
             self.hold()
-            if is_new and (self.path / CONFIG).is_file():  # of a process that ended before this one got the lock
+            if is_new and (self.path / CONFIG).is_file():  # from a process that ended before this one got the lock
                 raise self._taken()
             for folder in (self.path, self.path / "boundaries"):
                 clean_leftovers(folder)
             self._write_json(IDENTITY, identity.model_dump(mode="json"))
-            if not (self.path / CONFIG).is_file():  # else it is the user's by now, with what was noted in it
+            if not (self.path / CONFIG).is_file():  # an existing config may carry the user's notes
                 try:
                     with replacing(self.path / CONFIG) as partial:
                         configs.save(run, partial)
                 finally:
-                    if not (self.path / CONFIG).exists():  # then there is no run that this could be of
+                    if not (self.path / CONFIG).exists():  # an identity without a config is of no use
                         (self.path / IDENTITY).unlink()
             if not (self.path / TOKENIZER).is_dir():
                 with new_folder(self.path / TOKENIZER) as partial:
                     if run.start is None:
                         data.tokenizer.save(partial)
-                    else:  # with all that came with the model
+                    else:  # including whatever came with the model
                         copy_tokenizer(Path(run.data.tokenizer), partial)
             self._write_json(DATA, data.provenance)
             self._write_json(ENVIRONMENT, environment)
@@ -237,20 +237,20 @@ class RunFolder:
 
     @_by_the_first
     def rewind(self, phase: int, step: int) -> None:
-        """Drop the rows after a step, so that nothing is there twice."""
+        """Drop the rows after a step, so that none occurs twice."""
         with self._writing():
             jsonl.rewind(self.path / METRICS, phase, step, MetricsRow)
             jsonl.rewind(self.path / HISTORY, phase, step, HistoryRow)
 
     @_by_the_first
     def drop_result(self, phase: int) -> None:
-        """Drop the row of a phase that had finished, and is to be trained further."""
+        """Drop the result of a finished phase that is to be trained further."""
         with self._writing():
             jsonl.keep(self.path / HISTORY, lambda row: (row["event"], row["phase"]) != ("phase", phase), HistoryRow)
 
     @_by_the_first
     def rewind_metrics(self, phase: int) -> None:
-        """Drop the rows of a phase that starts over."""
+        """Drop the metrics of a phase that starts over."""
         with self._writing():
             jsonl.rewind(self.path / METRICS, phase, -1, MetricsRow)
 
@@ -271,10 +271,10 @@ class RunFolder:
     def save(
         self, config: ModelConfig, state: TrainerState, weights: Weights, optimizer_state: Weights | None, keep: int
     ) -> None:
-        """Save a checkpoint, and of its phase keep the last few, the best and the birth."""
+        """Save a checkpoint and prune its phase to the last few, the best and step 0."""
         path = checkpoint.folder(self.path, state.phase_folder, state.step)
         with self._writing():
-            for name in (METRICS, HISTORY):  # no checkpoint without the rows that lead to it
+            for name in (METRICS, HISTORY):  # a checkpoint on disk implies the rows that lead to it
                 if (self.path / name).exists():
                     flush(self.path / name)
             try:
@@ -284,13 +284,13 @@ class RunFolder:
             checkpoint.keep_last(path.parent, keep)
 
     def best_validation_loss(self, phase: str) -> float:
-        """Return the lowest of the checkpoints in a phase's folder, nats per token; inf before the first."""
+        """Return the lowest validation loss in a phase's folder, nats per token; inf before the first."""
         folder = checkpoint.folder(self.path, phase, 0).parent
         loss: float = self._told(lambda: checkpoint.best_validation_loss(folder))
         return loss
 
     def load_latest(self, warn: Callable[[str], None]) -> Position | None:
-        """Where the run stands: its last whole checkpoint, if there is one."""
+        """Return the state of the run's last undamaged checkpoint; None if there is none."""
         with self._writing():
             saved = checkpoint.load_latest(self.path, warn) if self._is_ours else None
         if not self._told(lambda: saved is not None):
@@ -302,18 +302,18 @@ class RunFolder:
         return Position(config, state, self._arrays(weights), self._arrays(optimizer_state) if has_moments else None)
 
     def last_saved(self) -> str:
-        """In words, for the line that says why a run stopped."""
+        """Describe the last checkpoint, for the line that explains why a run stopped."""
         saved = checkpoint.latest(self.path)
         return f"the last checkpoint is {saved.relative_to(self.path)}" if saved else "there is no checkpoint yet"
 
     @property
     def resume_advice(self) -> str:
-        """How to resume, for the line that says why a run stopped."""
+        """Return how to resume, for the line that explains why a run stopped."""
         return f"resume with: {self.resume_command}"
 
     @property
     def resume_command(self) -> str:
-        """Return what a user types to resume the run."""
+        """Return the command that resumes the run."""
         if self.world.size == 1:
             return resume_command(self.path)
         return f"{resume_command(self.path)} under the launcher, with {self.world.size} processes as before"
@@ -323,7 +323,7 @@ class RunFolder:
         return self.world.rank == 0
 
     def _told(self, read: Callable[[], Any]) -> Any:
-        """What the first process reads."""
+        """Read on rank 0 and broadcast the result."""
         if self.world.size == 1:
             return read()
         return json.loads(self.world.broadcast(json.dumps(read()).encode() if self._is_ours else b""))

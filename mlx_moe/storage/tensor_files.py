@@ -1,6 +1,6 @@
-"""Safetensors files, read where they lie and written piece by piece: a model need not fit the memory.
+"""Safetensors files, memory-mapped on reading and streamed on writing: a model need not fit in memory.
 
-The format: 8 bytes with the length of the header, the header in JSON, the data.
+Format: 8 bytes with the length of the header, the header in JSON, the data.
 https://github.com/huggingface/safetensors#format
 """
 
@@ -25,17 +25,17 @@ from mlx_moe.storage.reading import NOT_JSON, own_file, read_mapping
 from mlx_moe.storage.regular_files import is_git_lfs, open_regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # transformers' own limit is 50 GB, the hub asks for 5 GB
+SHARD_BYTES = 5_000_000_000  # transformers' default is 50 GB, the hub asks for 5 GB
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-PIECE_BYTES = 4 << 20  # written and hashed at once; it fits the cache that both read it from
-WRITE_BYTES = 256 << 10  # a write; Linux (6.18, ext4) takes twice as long for the same in pieces of 4 MB
+PIECE_BYTES = 4 << 20  # hashed and written at once; it fits the cache that both read it from
+WRITE_BYTES = 256 << 10  # per write call; with 4 MB, Linux (6.18, ext4) takes twice as long
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 SHARD = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies."""
+    """Location of a tensor in a file."""
 
     file: Path
     offset: int
@@ -44,22 +44,23 @@ class StoredTensor:
 
     @property
     def is_readable(self) -> bool:
-        """Whether `read` knows its dtype."""
+        """Return whether `read` supports its dtype."""
         return self.dtype in DTYPES
 
     def read(self) -> NDArray[np.float32]:
-        """Its values as float32: mapped where the file holds that, else converted, which is exact."""
-        # Each by itself, so that its pages go with it; "c" copies on writing, because torch wants to be able to write.
+        """Return the values as float32: memory-mapped if stored so, else converted exactly."""
+        # One map per tensor, so that its pages are freed with it; mode "c" (copy on write), as torch wants writable
+        # memory.
         stored = np.asarray(np.memmap(self.file, DTYPES[self.dtype], "c", self.offset, self.shape))
         if self.dtype == "BF16":
             wide = stored.astype(np.uint32)
             wide <<= 16  # bfloat16 is float32's upper half
             return wide.view(np.float32)
-        return np.require(stored, np.float32, "A")  # aligned, which a file need not be
+        return np.require(stored, np.float32, "A")  # files need not align tensors
 
 
 class StoredWeights(Mapping[str, NDArray[np.float32]]):
-    """Arrays that are fetched anew each time they are asked for, and kept by nobody."""
+    """Arrays that are read anew on each access, and not cached."""
 
     def __init__(self, names: Iterable[str], read: Callable[[str], NDArray[np.float32]]):
         self._names, self._read = dict.fromkeys(names), read
@@ -81,9 +82,9 @@ def stored_weights(tensors: Mapping[str, StoredTensor]) -> StoredWeights:
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a model, from one file or from the shards that its index names.
+    """Return a model's tensors, from one file or from the shards of its index.
 
-    Raises InputError where a file is missing, damaged, a link out of the folder, or does not hold what the index says.
+    Raises InputError if a file is missing, damaged, a link out of the folder, or contradicts the index.
     """
     single, index = own_file(folder, SINGLE), own_file(folder, INDEX)
     if not single and not index:
@@ -121,7 +122,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor."""
+    """Return the file of each tensor."""
     places = read_mapping(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise InputError(f"{index} has no weight_map from tensors to files; download it anew")
@@ -129,11 +130,11 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file. Raises InputError where it is damaged."""
+    """Return the tensors of one file. Raises InputError if it is damaged."""
     try:
-        with open(open_regular(file), "rb") as stream:  # says why where it cannot be opened, as safe_open does not
+        with open(open_regular(file), "rb") as stream:  # unlike safe_open, reports why a file cannot be opened
             with safe_open(file, "np"):
-                pass  # checks the header against the file's size: no tensor is longer than the file, none overlap
+                pass  # checks the header against the file's size: tensors lie within the file and do not overlap
             length = int.from_bytes(stream.read(8), "little")
             header: dict[str, Any] = json.loads(stream.read(length))
     except (OSError, SafetensorError, *NOT_JSON) as error:
@@ -152,13 +153,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def n_elements(tensors: Mapping[str, StoredTensor]) -> int:
-    """The number of values in all of these tensors."""
+    """Return the total number of elements."""
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
 def check_finite(name: str, array: NDArray[np.float32], where: Path, remedy: str = "get the model anew") -> None:
-    """Raise InputError, which names the tensor, where an array holds NaN or Inf."""
-    # A sum costs less than half of looking at each value, and loses no NaN or Inf; finite values may overflow.
+    """Raise InputError, naming the tensor, if an array holds NaN or Inf."""
+    # A sum costs less than half of an elementwise test and misses no NaN or Inf; finite values may overflow.
     with np.errstate(all="ignore"):
         if np.isfinite(np.sum(array)):
             return
@@ -168,12 +169,12 @@ def check_finite(name: str, array: NDArray[np.float32], where: Path, remedy: str
         )
 
 
-# What a tensor's values are, in pieces that follow one another in the order in which they lie.
+# Returns a tensor's values in consecutive blocks, in memory order.
 Blocks = Callable[[str], Iterable[NDArray[Any]]]
 
 
 def write_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], blocks: Blocks, shard_bytes: int) -> None:
-    """Write float32 tensors, each asked for when its turn comes; in shards with an index above `shard_bytes`."""
+    """Write float32 tensors, each requested when its turn comes; beyond `shard_bytes`, in shards with an index."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = shard_bytes
     for name, shape in shapes.items():
@@ -195,11 +196,11 @@ def write_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], blocks: B
 
 
 def write_file(file: Path, shapes: Mapping[str, tuple[int, ...]], blocks: Blocks, hashed: bool = True) -> str:
-    """Write float32 tensors in this order; the SHA-256 of the file, or "" if it is not to be `hashed`.
+    """Write float32 tensors in this order; return the file's SHA-256, or "" unless `hashed`.
 
-    A thread hashes a piece while it is written. Nothing of a tensor is kept beyond its turn.
+    A thread hashes each piece while it is written. No tensor is kept beyond its turn.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it, transformers refuses the file
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + _bytes(shape)

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, copied as they are."""
+"""Copying of a tokenizer's files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_moe.errors import InputError
 from mlx_moe.storage.reading import own_file
 
-# What may come with a tokenizer: its own files, and how to talk to the model.
+# Files that may come with a tokenizer: its own, and the chat template.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
@@ -18,9 +18,9 @@ LARGEST_FILE = 64 << 20  # bytes; the largest published tokenizers have 33 MB
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files, and nothing else, out of a folder that may hold more.
+    """Copy a tokenizer's files, and nothing else, from a folder that may hold more.
 
-    Raises InputError where one is a link to somewhere outside the folder, or too large to be one.
+    Raises InputError if one links outside the folder, or is too large.
     """
     target.mkdir(exist_ok=True)
     for name in FILES:

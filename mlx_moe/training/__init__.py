@@ -1,1 +1,1 @@
-"""One training loop for both backends. Imports no framework."""
+"""Training, with one loop for both backends. Imports no framework."""

@@ -1,4 +1,4 @@
-"""Routers on centroids: clusters of what the routers of a model would read in some text."""
+"""Routers initialised at centroids of the router inputs on some text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from mlx_moe.transfer.centroids import Routers, centroid_rows
 from mlx_moe.transfer.experts import experts_of
 
 CENTROID_TOKENS = 4096
-TOKENS_PER_CENTROID = 16  # at least
+TOKENS_PER_CENTROID = 16  # minimum
 
 
 def centroid_tokens(phase: UpcyclePhaseConfig) -> int:
-    """How many tokens to take centroids of."""
+    """Return the number of tokens to compute centroids from."""
     return max(CENTROID_TOKENS, TOKENS_PER_CENTROID * phase.n_experts)
 
 
 def centroid_routers(model: StreamedModel, phase: UpcyclePhaseConfig, tokens_BT: Tokens, seed: int) -> Routers:
-    """A router for every layer that a phase gives experts, on clusters of what it would read in these tokens.
+    """Return a router for every layer that gets experts in a phase, from clusters of its inputs on these tokens.
 
-    Raises InputError where they are too few.
+    Raises InputError for too few tokens.
     """
     if tokens_BT.size < TOKENS_PER_CENTROID * phase.n_experts:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Proof on probes that a transfer left a model as it was."""
+"""Certification on probe tokens that a transfer left the model's function unchanged."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mlx_moe.transfer.growth import layer_sources
 from mlx_moe.transfer.plan import made
 from mlx_moe.transfer.reordering import plan_reordering
 
-PROBE_TOKENS = 256  # the logits of all 8,192 tokens that a published model can see would take 1.6 GB
+PROBE_TOKENS = 256  # logits of all 8,192 tokens of a published model's context would take 1.6 GB
 
 
 def certify(
     limits: VerificationConfig, before: Trainer, after: Trainer, probes_BT1: Tokens, widened: bool = False
 ) -> Certificate:
-    """`widened`: what rounding does to the model before may widen the limit of the logits."""
+    """Certify a transfer between two trainers; `widened`: the rounding floor may raise the limit of the logits."""
 
     def each_logits(model: Trainer, tokens_BT: Tokens) -> Iterator[Logits]:
         return (model.logits(tokens_T[None])[0] for tokens_T in tokens_BT)
@@ -45,14 +45,14 @@ def certify_streamed(
     after: StreamedModel,
     probes_BT1: Tokens,
 ) -> Certificate:
-    """`reordered` is `before` with its units in another order, to see what rounding does."""
+    """Certify a transfer between streamed models; `reordered` is `before` with permuted units, to measure rounding."""
     replay = partial(replay_routing, before, after) if before.config.moe and after.config.moe else None
     models, floor = (before.each_logits, after.each_logits), partial(rounding_floor, before, reordered)
     return probe(*models, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay, floor)
 
 
 def rounding_floor(model: Trainer | StreamedModel, reordered: Trainer | StreamedModel, tokens_BT: Tokens) -> float:
-    """The largest difference of a logit between a model and itself in another order, with the same experts."""
+    """Return the largest logit difference between a model and its reordered copy, with the same experts."""
     one = model.routed_logits(tokens_BT)
     other = reordered.routed_logits(tokens_BT, one.experts_LNK if model.config.moe else None)
     return max_difference(one.logits_BTV, other.logits_BTV)
@@ -63,9 +63,9 @@ def in_another_order(config: ModelConfig, weights: Weights) -> Weights:
 
 
 def replay_routing(before: Trainer | StreamedModel, after: Trainer | StreamedModel, tokens_BT: Tokens) -> Replay:
-    """Run `after`, of as many layers or more, with the experts that `before` chose.
+    """Run `after`, which may have more layers, with the experts that `before` chose.
 
-    New layers copy the choices of the layer that they copy; they add nothing yet, so their own routing is not compared.
+    New layers use the choices of the layer that they copy; their own routing does not matter yet, as they add nothing.
     """
     sources = layer_sources(before.config.n_layers, after.config.n_layers)
     with_experts = before.config.expert_layers

@@ -1,4 +1,4 @@
-"""What a run says in the terminal: aligned blocks, a progress bar, plain lines where there is no terminal."""
+"""Terminal output of a run: aligned blocks, a progress bar, plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlx_moe.transfer.certificate import Certificate
 
 
 class Console:
-    """Writes to standard output; `quiet` keeps silent."""
+    """Writer to standard output, silent if `quiet`."""
 
     def __init__(self, quiet: bool = False):
         self._rich = RichConsole(highlight=False, quiet=quiet)
@@ -36,7 +36,7 @@ class Console:
         self._rich.rule(Text(printable(text), style="bold"), align="left")
 
     def facts(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Names and values, aligned."""
+        """Print names and values, aligned."""
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
@@ -45,7 +45,7 @@ class Console:
         self._rich.print(grid)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The first column to the left, numbers to the right."""
+        """Print a table with its first column left-aligned and the others right-aligned."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
         for i, column in enumerate(columns):
             table.add_column(Text(printable(column)), justify="right" if i else "left", overflow="fold")
@@ -70,7 +70,7 @@ class Console:
         self.facts(facts)
 
     def step(self, row: dict[str, Any], n_steps: int) -> None:
-        """One line of at most 80 columns; `load` is the busiest expert's over the mean, `val` the validation loss."""
+        """Print a line of at most 80 columns; `load`: the busiest expert's over the mean, `val`: validation loss."""
         parts = [
             f"{row['step']:>{len(str(n_steps))}}/{n_steps}",
             f"loss {row['cross_entropy']:.3f}",
@@ -86,7 +86,7 @@ class Console:
 
     @contextmanager
     def progress(self, title: str, n_steps: int, done: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
-        """A bar with loss, tokens/s and time left; yields a function of (steps done, the latest row or nothing)."""
+        """Show a bar with loss, tokens/s and time left; yield a function of (steps done, latest row or empty)."""
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -99,7 +99,7 @@ class Console:
             TextColumn("{task.fields[latest]}", markup=False),
             console=self._rich,
             transient=True,
-            refresh_per_second=2,  # drawing it takes milliseconds of the interpreter that the steps need
+            refresh_per_second=2,  # drawing takes milliseconds of the interpreter, which the steps need
             disable=not self._rich.is_terminal,
         ) as bar:
             task = bar.add_task(title, total=n_steps, completed=done, latest="")

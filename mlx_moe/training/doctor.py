@@ -1,4 +1,4 @@
-"""What this machine offers, and what it lacks."""
+"""Diagnosis of this machine: devices, versions, and what is missing."""
 
 from __future__ import annotations
 

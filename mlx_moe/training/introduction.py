@@ -1,4 +1,4 @@
-"""What a run says of itself before it trains."""
+"""Description of a run, printed before it trains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx_moe.training.backend import Backend, Trainer, peak_flops_per_s
 
 
 def facts(run: RunConfig, folder: Path, data: TokenData, backend: Backend, trainer: Trainer) -> list[tuple[str, str]]:
-    """Names and what to say of them: the run, its start, backend, hardware, precision, optimizer, data."""
+    """Return names and descriptions: the run, its start, backend, hardware, precision, optimizer, data."""
     tokens = {name: data.provenance[name]["tokens"] for name in ("train", "validation")}
     world = trainer.world
     processes = f"; {world.size} processes, {run.engine.strategy}" if world.size > 1 else ""

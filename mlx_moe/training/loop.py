@@ -1,4 +1,4 @@
-"""One phase: batches in, steps, and what is logged, evaluated and saved on the way."""
+"""Training loop of one phase: steps, logging, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mlx_moe.training.run_log import RunLog
 from mlx_moe.training.schedule import learning_rate
 from mlx_moe.training.stopping import Interruption, TrainingStopped
 
-DRAWN_WITH = ("router_std", "noise")  # settings of a phase that what it draws is as large as
+DRAWN_WITH = ("router_std", "noise")  # settings of a phase that scale its random draws
 
 
 @dataclass(frozen=True)
 class Session:
-    """What all phases of a training have in common."""
+    """Objects shared by all phases of a training."""
 
     run: RunConfig
     data: TokenSplits
@@ -41,10 +41,10 @@ class Session:
 def train_phase(session: Session, phase: Phase, trainer: Trainer, step: int) -> None:
     """Train a phase from `step` to its end.
 
-    Every `log_every` steps a row goes to the log, every `eval_every` the validation loss with it; a checkpoint is saved
-    every `checkpoint_every` steps, after the last, and where the validation loss is the lowest so far. The device is
-    waited for only then. An interruption finishes the step and saves. Raises TrainingStopped on it, and on a loss that
-    is not finite; weights that are not finite are never saved. Raises InputError where the disk is full.
+    Every `log_every` steps a row is logged, every `eval_every` with the validation loss; a checkpoint is saved every
+    `checkpoint_every` steps, after the last, and at each new lowest validation loss. The program waits for the device
+    only then. An interruption finishes the step and saves. Raises TrainingStopped on it, and on a non-finite loss;
+    non-finite weights are never saved. Raises InputError if the disk is full.
     """
     run, data, log, interruption = session.run, session.data, session.log, session.interruption
     training, context_length = run.training, trainer.config.context_length
@@ -52,7 +52,7 @@ def train_phase(session: Session, phase: Phase, trainer: Trainer, step: int) -> 
     lowest = log.best_validation_loss(phase.folder)
     rates = _Rates.of(session.backend, trainer)
     if step == 0:
-        log.rewind_metrics(phase.number)  # an earlier try may have written some before its first checkpoint
+        log.rewind_metrics(phase.number)  # drop rows that an earlier attempt wrote before its first checkpoint
         loss = _validation_loss(log, phase, step, trainer, validation, training.batch_size)
         log.log_step({"phase": phase.number, "step": 0, "validation_loss": loss})
     if interruption.came(trainer.world):
@@ -100,13 +100,13 @@ def train_phase(session: Session, phase: Phase, trainer: Trainer, step: int) -> 
             if to_save:
                 state = phase_state(run, phase, step, session.backend.name, row.get("validation_loss"))
                 _save(log, phase, trainer, state, training.keep_checkpoints, stopwatch)
-                if interruption.came(trainer.world):  # one that comes later is seen, and saved for, in the next step
+                if interruption.came(trainer.world):  # a later signal is handled in the next step
                     where = f"after step {step} of phase {phase.number} and saved"
                     raise interruption.stopped(f"{where}; {log.resume_advice}")
 
 
 def evaluate(trainer: Trainer, windows_NT1: Tokens, batch_size: int) -> float:
-    """Mean cross entropy over fixed windows, nats per token."""
+    """Return the mean cross entropy over fixed windows, nats per token."""
     starts = range(0, len(windows_NT1), batch_size)
     losses = [trainer.loss(windows_NT1[start : start + batch_size]) for start in starts]
     sizes = [len(windows_NT1[start : start + batch_size]) for start in starts]
@@ -114,13 +114,13 @@ def evaluate(trainer: Trainer, windows_NT1: Tokens, batch_size: int) -> float:
 
 
 def load_imbalance(expert_load_LE: NDArray[np.float32]) -> float:
-    """The busiest expert's load over the mean, in the layer where it is largest; 1 is perfect balance."""
+    """Return the busiest expert's load over the mean, in the most imbalanced layer; 1 is perfect balance."""
     return float((expert_load_LE.max(axis=1) * expert_load_LE.shape[1]).max())
 
 
 @dataclass(frozen=True)
 class _Rates:
-    """What a step of a trainer computes, and what its devices could at best."""
+    """FLOPs of a trainer's step, and the peak rate of its devices."""
 
     flops: Flops
     peak_flops_per_s: float
@@ -147,7 +147,7 @@ def _metrics(metrics: StepMetrics, rate: float) -> dict[str, Any]:
         "cross_entropy": metrics.cross_entropy,
         "auxiliary_loss": metrics.loss - metrics.cross_entropy,
         "learning_rate": rate,
-        "grad_norm": metrics.grad_norm if math.isfinite(metrics.grad_norm) else None,  # a step that fp16 left out
+        "grad_norm": metrics.grad_norm if math.isfinite(metrics.grad_norm) else None,  # float16 skipped the step
     }
 
 
@@ -180,13 +180,13 @@ def _save(log: RunLog, phase: Phase, trainer: Trainer, state: TrainerState, keep
 
 
 class _Stopwatch:
-    """Times the steps, and leaves out what is said not to be one."""
+    """Timer of the steps, stopped while other work runs."""
 
     def __init__(self, step: int):
         self._step, self._since = step, time.perf_counter()
 
     def seconds_per_step(self, step: int) -> float:
-        """The mean since the last call."""
+        """Return the mean since the last call."""
         now = time.perf_counter()
         seconds = (now - self._since) / (step - self._step)
         self._step, self._since = step, now

@@ -1,4 +1,4 @@
-"""Whether a run's phases fit into memory, asked before they begin."""
+"""Memory checks of a run's phases, before they begin."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mlx_moe.phases import trained_model
 from mlx_moe.precision import choose_precision
 from mlx_moe.training.backend import Backend
 
-MARGIN = 1.1  # of an estimate that is right within a tenth
+MARGIN = 1.1  # the estimate is accurate within a tenth
 
 
 def needed_bytes(run: RunConfig, phase: int, backend: Backend, device: str) -> int:
-    """The peak of a phase's step on a device (`auto`, `cpu`, `gpu`), estimated."""
+    """Return the estimated peak bytes of a phase's step on a device (`auto`, `cpu`, `gpu`)."""
     chosen = backend.device.choose_device(device)
     precision = choose_precision(run.engine.precision, chosen, has_bf16=True).name
     engine = run.engine.model_copy(update={"precision": precision})
@@ -25,9 +25,9 @@ def needed_bytes(run: RunConfig, phase: int, backend: Backend, device: str) -> i
 
 
 def check_address_space(run: RunConfig, phases: Iterable[int], backend: Backend, device: str) -> None:
-    """Raise InputError where a phase takes more than this process may have (`ulimit -v`).
+    """Raise InputError if a phase needs more memory than this process may map (`ulimit -v`).
 
-    MLX ends with a segmentation fault where memory is refused, so it must not come to that.
+    Checked in advance, because MLX crashes with a segmentation fault if memory is refused.
     """
     left = bytes_left()
     if left is None:

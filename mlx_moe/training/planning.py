@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: memory, time and batches, on this machine and on others."""
+"""Resource estimates of a run before it starts: memory, time and batch sizes, on this and other machines."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ EXAMPLES = ("M1 16GB", "M2 Max 32GB", "M4 Max 64GB", "RTX 4090 24GB", "H100 80GB
 class RunPlan:
     run: RunConfig
     works: list[Work]
-    sites: list[Site]  # the first is the one that is asked about: this machine, or the one named
-    fits: list[list[Fit]]  # of every site and phase
+    sites: list[Site]  # the first is the target: this machine, or a named one
+    fits: list[list[Fit]]  # for every machine and phase
 
     def to_json(self) -> dict[str, Any]:
         phases = {
@@ -58,9 +58,9 @@ class RunPlan:
 
 
 def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None) -> RunPlan:
-    """The plan of a run on this machine with a backend, or on a named one; and on some others for comparison.
+    """Return the plan of a run on this machine with a backend, or on a named one; others are added for comparison.
 
-    Raises InputError for a machine that is not known, and for a backend that is not installed here.
+    Raises InputError for an unknown machine, and for a backend that is not installed.
     """
     run = with_its_vocabulary(run)
     if machine is None:
@@ -88,7 +88,7 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
 
 
 def this_machine(run: RunConfig, backend: Backend) -> Site:
-    """This machine, its rate for matrix products measured in half a second."""
+    """Return this machine, with its rate of matrix products measured in half a second."""
     device = backend.device.choose_device("auto")
     name = backend.device.device_name(device)
     precision = choose_precision(run.engine.precision, device, has_bf16=True).name
@@ -105,15 +105,15 @@ def this_machine(run: RunConfig, backend: Backend) -> Site:
 
 
 def with_its_vocabulary(run: RunConfig) -> RunConfig:
-    """The run with the vocabulary that its text will give it, where that is known before the text is read."""
+    """Return the run with its tokenizer's vocabulary size, if that is known before the text is read."""
     size = vocabulary_size(run)
     return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": size or run.model.vocab_size})})
 
 
 def vocabulary_size(run: RunConfig) -> int | None:
-    """The model's vocabulary, where the config alone tells: of `bpe:2048`, of a folder, of GPT-2; else None.
+    """Return the vocabulary size, if the config determines it (`bpe:2048`, a folder, GPT-2); else None.
 
-    Raises InputError where the folder's tokenizer cannot be read.
+    Raises InputError if the folder's tokenizer cannot be read.
     """
     if not run.data.fit_vocabulary:
         return run.model.vocab_size
@@ -127,7 +127,7 @@ def vocabulary_size(run: RunConfig) -> int | None:
 
 
 def vocabulary_warnings(run: RunConfig) -> list[str]:
-    """One where the vocabulary is not known, so that what is counted is assumed."""
+    """Return a warning if the vocabulary size is unknown, and the counts rest on an assumption."""
     if vocabulary_size(run) is not None:
         return []
     return [
@@ -202,7 +202,7 @@ def show(plan: RunPlan, as_json: bool) -> None:
             for work, here in zip(plan.works, plan.fits[0], strict=True)
         ],
     )
-    console.title("Elsewhere: time, and the largest batch")
+    console.title("Other machines: time and largest batch")
     console.table(
         ["machine", "usable GB", *(work.name for work in plan.works)],
         [
@@ -227,16 +227,16 @@ def show(plan: RunPlan, as_json: bool) -> None:
 
 
 def warnings(plan: RunPlan) -> list[str]:
-    """One for every phase that will not fit the machine that is asked about, after what is assumed."""
+    """Return warnings: assumptions, and every phase that does not fit the target machine."""
     site = plan.sites[0]
     lines = vocabulary_warnings(plan.run)
     for work, here in zip(plan.works, plan.fits[0], strict=True):
         if not here.fits:
-            ways = "; or ".join(here.ways_out) or ("nothing but a smaller model or a larger machine")
+            ways = "; or ".join(here.ways_out) or ("only a smaller model or a larger machine")
             peak, usable = _gb(here.memory.peak), _gb(site.usable_bytes)
             moment = {"loss": "at the loss", "backward": "in the backward pass", "update": "in the update"}
             when = moment[here.memory.peak_moment]
-            lines.append(f"{work.name} needs {peak} GB {when} and {usable} are usable. What helps: {ways}")
+            lines.append(f"{work.name} needs {peak} GB {when} and {usable} are usable. To make it fit: {ways}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What a user asks for when a run is begun or resumed, resolved into a run, its folder and its backend."""
+"""Options of `mlxmoe train`, resolved to a run, its folder and its backend."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from mlx_moe.training.start import start_from
 
 @dataclass(frozen=True)
 class RunRequest:
-    """The options of `mlxmoe train`, under the same names; None stands for what is not given.
+    """The options of `mlxmoe train`, under the same names; None means not given.
 
-    `phases` are numbers as the command takes them, `3` or `2,3`; `source` is the model to start from; `overrides` are
+    `phases` are numbers as on the command line, `3` or `2,3`; `source` is the model to start from; `overrides` are
     `key.path=value`.
     """
 
@@ -46,7 +46,7 @@ class RunRequest:
     allow_lossy: bool = False
 
     def given_beside_resume(self) -> list[str]:
-        """Return the options that contradict `--resume`, which takes the run as it is."""
+        """Return the given options that contradict `--resume`, which keeps the run's settings."""
         options: dict[str, object] = {"--preset": self.preset, "--config": self.config, "-o": self.overrides or None}
         options |= {"--from": self.source, "--out": self.out, "--data": self.data, "--tokenizer": self.tokenizer}
         options |= {"--steps": self.steps, "--seed": self.seed, "--optimizer-transfer": self.optimizer_transfer}
@@ -55,19 +55,19 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Options:
-    """What belongs to this call and not to the run."""
+    """Options of this call that are not part of the run."""
 
     device: str = "auto"
     allow_lossy: bool = False
-    is_new: bool = False  # there must be no run in the folder yet
-    threads: int | None = None  # of products on the CPU; None: as many as the backend takes by itself
-    open_model: Callable[[Path], Checkpoint] = field(default=open_model)  # of what a run starts from
-    saves_start: bool = False  # the model that it starts from is saved as step 0 of its first phase
+    is_new: bool = False  # the folder must not contain a run yet
+    threads: int | None = None  # of matrix products on CPU; None: the backend's default
+    open_model: Callable[[Path], Checkpoint] = field(default=open_model)  # opens the model that a run starts from
+    saves_start: bool = False  # save the starting model as step 0 of the first phase
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A run to begin or to resume, up to its phase number `last_phase`."""
+    """A run to begin or to resume, up to phase number `last_phase`."""
 
     run: RunConfig
     folder: Path
@@ -77,7 +77,7 @@ class Resolved:
 
 
 def resolve(request: RunRequest) -> Resolved:
-    """Resolve a request. Raises InputError where its options contradict each other, or the folder is in use."""
+    """Resolve a request. Raises InputError if its options contradict each other, or the folder is in use."""
     named = None if request.phases is None else parse_phases(request.phases)
     return _new(request, named) if request.resume is None else _resumed(request, request.resume, named)
 
@@ -123,7 +123,7 @@ def _load(request: RunRequest, named: list[int] | None) -> RunConfig:
 
 
 def parse_phases(text: str) -> list[int]:
-    """Read numbers of phases: `3`, or some in a row such as `2,3`. Raises InputError."""
+    """Parse phase numbers: `3`, or consecutive ones such as `2,3`. Raises InputError."""
     phases = [int(number) for number in text.split(",") if re.fullmatch(r"[1-9][0-9]?", number)]
     if len(phases) != len(text.split(",")) or phases != list(range(phases[0], phases[-1] + 1)):
         raise InputError(f"--phases {text}: must be the number of a phase, from 1, or some in a row, such as 2,3")
@@ -138,7 +138,7 @@ def list_phases(run: RunConfig) -> str:
 
 
 def _last_phase(named: list[int] | None, run: RunConfig, alternative: str) -> int:
-    """Return the number of the last phase to train; a single number stands for all phases up to it."""
+    """Return the number of the last phase to train; a single number means all phases up to it."""
     if named is None:
         return run.last_phase
     words = ",".join(map(str, named))

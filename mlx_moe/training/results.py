@@ -1,4 +1,4 @@
-"""What a phase and a run came to: figures, samples of text, the table at the end."""
+"""Results of phases and runs: figures, text samples, the final table."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SAMPLE_TOKENS = 40
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """Losses are mean cross entropies in nats per token; the first and last of training are single batches.
+    """Losses are mean cross entropies in nats per token; the training losses are of single batches.
 
-    None stands for what the log no longer says.
+    None replaces values that the log has lost.
     """
 
     first_loss: float | None
@@ -41,7 +41,7 @@ class PhaseResult:
 
 
 def phase_result(metrics: list[dict[str, Any]], phase: int, step: int) -> PhaseResult:
-    """Sum up what a phase of so many steps came to, from the rows of `metrics.jsonl`."""
+    """Summarise a phase of `step` steps from the rows of `metrics.jsonl`."""
     rows = [row for row in metrics if row["phase"] == phase]
 
     def ends(name: str) -> tuple[float | None, float | None]:
@@ -66,7 +66,7 @@ def phase_result(metrics: list[dict[str, Any]], phase: int, step: int) -> PhaseR
 def report_phase(
     run: RunConfig, phase: Phase, step: int, trainer: Trainer, data: TokenData, folder: RunFolder, console: Console
 ) -> None:
-    """Say what a phase of so many steps came to, and write it to `history.jsonl` and `samples.md`."""
+    """Print a finished phase's results, and write them to `history.jsonl` and `samples.md`."""
     result = phase_result(folder.metrics(), phase.number, step)
     facts = [
         ("loss", _fall(result.first_loss, result.last_loss)),
@@ -89,13 +89,13 @@ def report_phase(
     console.facts(facts)
     for prompt, continuation in row["samples"].items():
         console.line(f"  {prompt}{continuation}".replace("\n", " "))
-    # The row comes last: a phase without one is reported again when the run is resumed.
+    # The row comes last: without it, a resumed run reports the phase again.
     folder.save_samples(_samples_as_markdown(run, [*folder.history(), row]))
     folder.log_event(row)
 
 
 def summarize(run: RunConfig, folder: RunFolder, console: Console) -> None:
-    """The table of all phases and boundaries so far, and where the best model is."""
+    """Print the table of all phases and boundaries so far, and the location of the best checkpoint."""
     history = folder.history()
     console.title("Summary")
     boundaries = [row for row in history if row["event"] == "boundary"]
@@ -134,8 +134,7 @@ def summarize(run: RunConfig, folder: RunFolder, console: Console) -> None:
     if (best := checkpoint.best(folder.path)) is not None:
         loss = checkpoint.best_validation_loss(folder.path)
         console.line(
-            f"lowest validation loss {loss:.4f}: {best.relative_to(folder.path)}; every command knows it as "
-            f"{folder.path}/best"
+            f"lowest validation loss {loss:.4f}: {best.relative_to(folder.path)}; also available as {folder.path}/best"
         )
 
 

@@ -1,4 +1,4 @@
-"""A run: its phases one after the other, each boundary proven lossless, resumed where it stands."""
+"""Training of a run: its phases in order, with a certified boundary between them, resumable at any point."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from mlx_moe.validation import by_path
 
 
 def train_run(request: RunRequest, console: Console | None = None) -> Path:
-    """Begin or resume the run that a user asks for, and return its folder. Raises what `train_phases` raises."""
+    """Begin or resume a requested run, and return its folder. Raises as `train_phases`."""
     found = resolve(request)
     console = console or Console(quiet=found.backend.connect().rank > 0)
     train_phases(found.run, found.folder, found.backend, found.last_phase, found.options, console)
@@ -52,10 +52,10 @@ def train_run(request: RunRequest, console: Console | None = None) -> Path:
 def train_phases(
     run: RunConfig, directory: Path, backend: Backend, last_phase: int, options: Options, console: Console
 ) -> None:
-    """Train the phases from the run's first to number `last_phase`, from the latest whole checkpoint if there is one.
+    """Train the phases up to number `last_phase`, from the latest undamaged checkpoint if there is one.
 
-    Raises InputError on what a user can put right, TrainingStopped on an interruption, a loss that is not finite,
-    memory that ran out, or a boundary that failed.
+    Raises InputError on what a user can fix, TrainingStopped on an interruption, a non-finite loss, exhausted memory,
+    or a failed boundary.
     """
     folder, doing = RunFolder(directory, backend.connect(), warn=console.warn), "before training began"
     try:
@@ -110,11 +110,11 @@ class Experiment:
     data: TokenData
 
     def where_it_stands(self) -> tuple[int, Trainer, int]:
-        """(phase, trainer, steps done in it): the latest whole checkpoint, or the model that the run starts from."""
+        """Return (phase, trainer, steps done) from the latest undamaged checkpoint, or from the run's initial model."""
         saved = self.folder.load_latest(self.console.warn)
         if saved is None:
-            if self.folder.lock is not None:  # else there is no folder yet, or it is another's by now
-                self.folder.rewind(0, 0)  # what an earlier try wrote before its first checkpoint
+            if self.folder.lock is not None:  # else the folder does not exist, or is another process's
+                self.folder.rewind(0, 0)  # rows that an earlier attempt wrote before its first checkpoint
             phase = start_phase(self.run)
             trainer = self._trainer(self.run.model, self._first_weights())
             return phase, self._adapted(trainer, phase) if phase >= self.run.first_phase else trainer, 0
@@ -128,24 +128,24 @@ class Experiment:
         return saved.state.phase, trainer, saved.state.step
 
     def _check_config(self, saved: ModelConfig, phase: int) -> None:
-        """Raise InputError where the config of the run has become that of another model than its checkpoints are of."""
+        """Raise InputError if the run's config describes another model than its checkpoints."""
         if phase > len(self.run.phases):
             raise InputError(
                 f"cannot resume {self.folder.path}: {CONFIG} has {len(self.run.phases)} phases, and there is a "
-                f"checkpoint of phase {phase}; put {CONFIG} back as it was, or begin another run"
+                f"checkpoint of phase {phase}; restore {CONFIG}, or begin another run"
             )
         asked = by_path(trained_model(self.run, phase).model_dump())
         for key, value in by_path(saved.model_dump()).items():
             if asked.get(key) != value:
                 raise InputError(
                     f"cannot resume {self.folder.path}: {CONFIG} says {key} {asked.get(key)} for phase {phase}, its "
-                    f"checkpoint {value}; put {CONFIG} back as it was, or begin another run"
+                    f"checkpoint {value}; restore {CONFIG}, or begin another run"
                 )
 
     def introduce(self, trainer: Trainer, last_phase: int, is_done: bool) -> None:
-        """Write down what the run is, and say it; where it was begun otherwise, what that changes.
+        """Write the run's metadata and print them; if it was begun differently, print the consequences.
 
-        Where all steps of it are done (`is_done`), it differs from nothing, but its last phase may.
+        If all steps are done (`is_done`), only the last phase may differ.
         """
         before = self.folder.identity()
         now = self._identity(trainer, last_phase, before)
@@ -187,34 +187,34 @@ class Experiment:
         )
 
     def warn_of_lost_rows(self, metrics: list[dict[str, Any]], phase: int, step: int) -> None:
-        """Say at the start which rows that lead up to the step that a run stands at are not in its logs."""
+        """Warn of rows up to the current step that are missing from the logs."""
         before = self.folder.identity()
         every: list[Any] = [self.run.training.log_every]
-        if before is not None:  # it may have been changed since
+        if before is not None:  # the interval may have been changed since
             every.append(by_path(before.config).get("training.log_every"))
         interval = max(steps for steps in every if isinstance(steps, int))
         logged = [row["step"] for row in metrics if row["phase"] == phase and row["step"] <= step]
         if step and (min(logged, default=step) > 0 or max(logged) <= step - interval):
-            self.console.warn(f"{METRICS} lacks rows of phase {phase} up to step {step}; what they said is lost")
+            self.console.warn(f"{METRICS} lacks rows of phase {phase} up to step {step}; their contents are lost")
         history = [(row["event"], row["phase"]) for row in self.folder.history()]
         for number in range(start_phase(self.run), phase):
             for event in (("phase", number), ("boundary", number + 1)):
                 if event not in history and event[1] >= self.run.first_phase:
-                    self.console.warn(f"{HISTORY} lacks the row of {event[0]} {event[1]}; what it said is lost")
+                    self.console.warn(f"{HISTORY} lacks the row of {event[0]} {event[1]}; its contents are lost")
 
     def warn_of_memory(self, trainer: Trainer, phases: Iterable[int]) -> None:
-        """Say at the start which phases will hardly fit; for several processes there is no estimate."""
+        """Warn of phases that will hardly fit; with several processes there is no estimate."""
         usable = self.backend.device.usable_bytes(trainer.device)
         for phase in phases if trainer.world.size == 1 else ():
             needed = needed_bytes(self.run, phase, self.backend, self.options.device)
             if needed > usable:
                 self.console.warn(
-                    f"phase {phase} will need about {needed / 1e9:.1f} GB, and {usable / 1e9:.1f} GB are usable; what "
-                    f"helps: mlxmoe plan --config {self.folder.path / CONFIG}"
+                    f"phase {phase} will need about {needed / 1e9:.1f} GB, and {usable / 1e9:.1f} GB are usable; "
+                    f"see: mlxmoe plan --config {self.folder.path / CONFIG}"
                 )
 
     def open_tracker(self, rows: list[dict[str, Any]]) -> Tracker | None:
-        """The run's tracker, which has got these rows already; the first process alone has one."""
+        """Open the run's tracker, on rank 0 only; it has these rows already."""
         if self.folder.world.rank:
             return None
         return open_tracker(self.run, self.folder.path, rows, self.console.warn)
@@ -246,21 +246,21 @@ class Experiment:
             )
 
     def save_start(self, trainer: Trainer) -> None:
-        """Save the model that the run starts from, so that nothing else is needed to resume it."""
+        """Save the model that the run starts from, so that resuming does not need the original."""
         phase = get_phase(self.run, self.run.first_phase)
         weights, _ = trainer.lazy_state()
         state = phase_state(self.run, phase, 0, self.backend.name)
         self.folder.save(trainer.config, state, weights, None, self.run.training.keep_checkpoints)
 
     def cross_boundary(self, phase: int, trainer: Trainer) -> Trainer:
-        """Transfer the model of a phase to the next one, and raise TrainingStopped if that changed it."""
+        """Transfer a phase's model to the next phase, and raise TrainingStopped if that changed it."""
         after = get_phase(self.run, phase + 1)
         assert after.transfer is not None
         plain = self._trainer(*merged(trainer.config, trainer.weights())) if trainer.config.lora else trainer
         by_centroids = getattr(after.config, "router_init", None) == "centroids"
         routers = self._centroids(plain, after) if by_centroids else None
         plan = after.transfer.plan(plain.config, after.config, self.run.seed, routers)
-        # What starts the run has no moments yet, and the adapters that have some end here.
+        # A starting model has no moments yet, and moments of adapters end with them.
         carry = self.run.optimizer.transfer == "carry" and phase >= self.run.first_phase and not self.run.lora.rank
         grown = plain.apply_transfer(plan, carry)
         limits, width, is_published = self.run.verification, trainer.config.context_length, self.run.start is not None
@@ -278,10 +278,11 @@ class Experiment:
         if not certificate.passed and not allow_lossy:
             raise TrainingStopped(
                 f"boundary {phase}-{phase + 1} changed the model (see {file}); phase {phase + 1} was not started; to "
-                f"start it nevertheless: {resume_command(self.folder.path, '--allow-lossy')}",
+                f"start it anyway: {resume_command(self.folder.path, '--allow-lossy')}",
                 exit_code=1,
             )
-        # Before the birth is saved: resuming without it drops this row and crosses again; after it, both are there.
+        # Log before saving step 0: resuming without that checkpoint drops this row and crosses again; with it, both
+        # exist.
         self.folder.log_event({"event": "boundary", "phase": phase + 1, **record})
         state = phase_state(self.run, after, 0, self.backend.name)
         grown = self._adapted(grown, phase + 1)
@@ -291,7 +292,7 @@ class Experiment:
         return grown
 
     def _centroids(self, trainer: Trainer, after: Phase) -> Routers:
-        """Return routers on evenly spaced windows of the training data, computed by the first process for all."""
+        """Return routers on evenly spaced windows of the training data, computed on rank 0 and broadcast."""
         assert isinstance(after.config, UpcyclePhaseConfig)
         config, phase, world, weights = trainer.config, after.config, trainer.world, trainer.weights()
         found = b""
@@ -305,7 +306,7 @@ class Experiment:
         return dict(zip(after.model.expert_layers, rows_LED, strict=True))
 
     def _adapted(self, trainer: Trainer, phase: int) -> Trainer:
-        """The same with fresh adapters, where the run trains by those."""
+        """Return the trainer with fresh adapters, if the run trains adapters."""
         model = trained_model(self.run, phase)
         if model.lora is None:
             return trainer
@@ -320,7 +321,7 @@ class Experiment:
         if began is not None and began.start_sha256 not in (None, weights_sha256(source.path)):
             raise InputError(
                 f"cannot resume {self.folder.path}: {source.path} holds other weights than the run began with; "
-                "put them back as they were, or begin another run"
+                "restore them, or begin another run"
             )
         return source.weights
 
@@ -329,16 +330,16 @@ class Experiment:
 
 
 def open_run(directory: Path, world: ProcessGroup = SingleProcess()) -> RunConfig:
-    """The config of a run to resume. Raises InputError where there is none."""
+    """Return the config of a run to resume. Raises InputError if there is none."""
     return RunFolder(directory, world).open()
 
 
 def begin(
     run: RunConfig, folder: RunFolder, backend: Backend, last_phase: int, options: Options, console: Console
 ) -> Experiment:
-    """Prepare the data and fit the vocabulary to it. Writes nothing, so that bad input leaves nothing behind."""
+    """Prepare the data and fit the vocabulary to it. Leaves the run's folder alone, so bad input leaves no trace."""
     check_installed(run.training.tracker)
-    get_phases(run, range(run.first_phase, last_phase + 1))  # refuses growth that is not exact before hours of training
+    get_phases(run, range(run.first_phase, last_phase + 1))  # reject inexact growth before hours of training
     _check_batch(run, folder.world)
     data = prepare(run.data, progress=console.line)
     folder.check_data(data)
@@ -358,7 +359,7 @@ def _check_batch(run: RunConfig, world: ProcessGroup) -> None:
 
 
 def _with_absolute_paths(run: RunConfig) -> RunConfig:
-    """So that a run can be resumed from another folder."""
+    """Return the run with absolute paths, so that it can be resumed from another folder."""
     named = {"source": run.data.source, "tokenizer": run.data.tokenizer}
     paths = {key: Path(name).expanduser() for key, name in named.items() if name not in (*BUILTIN, "char")}
     found = {key: str(path.resolve()) for key, path in paths.items() if path.exists()}
@@ -366,7 +367,7 @@ def _with_absolute_paths(run: RunConfig) -> RunConfig:
 
 
 def fit_vocabulary(run: RunConfig, vocab_size: int) -> RunConfig:
-    """The model takes the tokenizer's size, unless its own was given; that one must hold all tokens."""
+    """Set the model's vocabulary to the tokenizer's, unless it was given; then it must hold all tokens."""
     if run.data.fit_vocabulary:
         return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": vocab_size})})
     if run.model.vocab_size < vocab_size:

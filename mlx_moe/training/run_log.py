@@ -1,4 +1,4 @@
-"""What a training writes while it goes: to a run's folder, or to memory alone."""
+"""Destinations of what training logs and saves: a run's folder, or memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RunLog(Protocol):
     """Log of a training; `storage.run_folder.RunFolder` is one. All losses in nats per token."""
 
     def best_validation_loss(self, phase: str) -> float:
-        """Return the lowest among the checkpoints in a phase's folder; inf before the first."""
+        """Return the lowest validation loss among a phase's checkpoints; inf before the first."""
 
     def rewind_metrics(self, phase: int) -> None:
         """Drop the rows of a phase that starts over."""
@@ -24,7 +24,7 @@ class RunLog(Protocol):
         """Append a row of metrics."""
 
     def log_event(self, row: dict[str, Any]) -> None:
-        """Append a row of history: a phase or a boundary that ended, or a divergence."""
+        """Append a row of history: a finished phase, a boundary, or a divergence."""
 
     def save(
         self, config: ModelConfig, state: TrainerState, weights: Weights, optimizer_state: Weights | None, keep: int
@@ -32,22 +32,22 @@ class RunLog(Protocol):
         """Save a checkpoint."""
 
     def last_saved(self) -> str:
-        """Name the last checkpoint, for the line that says why training stopped."""
+        """Describe the last checkpoint, for the line that explains why training stopped."""
 
     @property
     def resume_advice(self) -> str:
-        """How to resume, for the line that says why training stopped."""
+        """Return how to resume, for the line that explains why training stopped."""
 
 
 @dataclass
 class MemoryLog:
-    """A log that writes nothing to the disk and saves no checkpoint."""
+    """A log in memory; it saves no checkpoints."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def best_validation_loss(self, phase: str) -> float:
-        return -math.inf  # no checkpoint is due for a new best
+        return -math.inf  # makes no new best, so that no checkpoint is due
 
     def rewind_metrics(self, phase: int) -> None:
         self.rows = [row for row in self.rows if row["phase"] < phase]

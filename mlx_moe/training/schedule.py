@@ -1,4 +1,4 @@
-"""Learning rates."""
+"""Learning-rate schedules."""
 
 import math
 
@@ -6,7 +6,7 @@ from mlx_moe.config import PhaseConfig
 
 
 def learning_rate(phase: PhaseConfig, step: int) -> float:
-    """The rate of step 0, 1, …: linear warm-up, then decay to `final_lr_fraction` at the phase's last step."""
+    """Return the learning rate of step 0, 1, …: linear warm-up, then decay to `final_lr_fraction` at the last step."""
     if step < phase.warmup_steps:
         return phase.learning_rate * (step + 1) / phase.warmup_steps
     progress = min(1.0, (step - phase.warmup_steps) / max(1, phase.steps - 1 - phase.warmup_steps))

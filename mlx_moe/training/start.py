@@ -1,4 +1,4 @@
-"""A run that starts from a model that is there already: what the model settles, and what may still be chosen."""
+"""Runs that start from an existing model: settings that it fixes, and those that remain free."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.tensor_files import open_tensors, sha256
 from mlx_moe.validation import by_path
 
-# How a model is trained, and not what it is. Its balance has no part in what it computes.
+# Settings of training, which the model does not fix. Load-balancing coefficients do not affect its output.
 FREE = ("dropout", "context_length", "attention_backend", "moe.load_balance_coefficient", "moe.z_loss_coefficient")
 
 
@@ -27,9 +27,9 @@ def start_from(
     overrides: Sequence[str] = (),
     steps: int | None = None,
 ) -> RunConfig:
-    """The config of a run of these phases from a model: its architecture and tokenizer, all else as in `load_run`.
+    """Return the config of a run of these phases from a model, with its architecture and tokenizer; else as `load_run`.
 
-    Raises InputError where the phases do not fit the model, or where something asked for contradicts it.
+    Raises InputError if the phases do not fit the model, or if a setting contradicts it.
     """
     if source.tokenizer_folder is None:
         raise InputError(f"{source.path} has no tokenizer, so no text fits it; put its tokenizer.json beside it")
@@ -45,7 +45,7 @@ def start_from(
     run = load_run(preset, file, overrides, steps=steps, settled=settled)
     if run.data.tokenizer != tokenizer:
         raise InputError(
-            f"tokenizer {run.data.tokenizer}: {source.path} knows only the tokens of its own; leave it out"
+            f"tokenizer {run.data.tokenizer}: {source.path} works only with its own tokenizer; leave it out"
         )
     check_model(run, source)
     check_start(run, str(source.path))
@@ -61,7 +61,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def check_model(run: RunConfig, source: Checkpoint) -> None:
-    """Raise InputError where a run would have its first model other than the source is."""
+    """Raise InputError if the run's initial model differs from the source."""
     theirs = by_path(source.config.model_dump())
     for key, value in by_path(run.model.model_dump()).items():
         if key not in FREE and theirs.get(key) != value:

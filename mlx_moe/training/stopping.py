@@ -1,4 +1,4 @@
-"""How a run ends before its time: signals, and what they wait for."""
+"""Early end of a run: signals, and the error that reports it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from mlx_moe.errors import Error
 from mlx_moe.processes import ProcessGroup
 
-# What they do by default. A shell starts its background jobs with SIGINT ignored, but who sends one means it; SIGHUP is
-# ignored where nohup asked for that.
+# Default handlers. A shell starts background jobs with SIGINT ignored, but a SIGINT that is sent is meant; nohup
+# ignores SIGHUP on purpose.
 SIGNALS: dict[signal.Signals, Callable[[int, FrameType | None], Any] | signal.Handlers] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
@@ -22,7 +22,7 @@ SIGNALS: dict[signal.Signals, Callable[[int, FrameType | None], Any] | signal.Ha
 
 
 class TrainingStopped(Error):
-    """The run ended before its time; the message says why and how to go on."""
+    """The run ended early; the message says why and how to resume."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -31,13 +31,13 @@ class TrainingStopped(Error):
 
 @dataclass
 class Interruption:
-    """The signal that asks the run to stop, if one came."""
+    """The signal that asks the run to stop, if any."""
 
-    received: int | None = None  # by this process
-    number: int | None = None  # as all of them have heard
+    received: int | None = None  # received by this process
+    number: int | None = None  # agreed on by all processes
 
     def came(self, world: ProcessGroup) -> bool:
-        """Whether one has come to any of the processes: all ask, at the same place, and all hear the same."""
+        """Return whether any process has received a signal; all processes call this at the same place and agree."""
         self.number = world.all_reduce_max(self.received or 0) or None
         return self.number is not None
 
@@ -51,7 +51,7 @@ class Interruption:
 
 @contextmanager
 def interruptions() -> Iterator[Interruption]:
-    """Note SIGINT, SIGTERM and SIGHUP, so that the work at hand can finish; a second one ends the program at once."""
+    """Record SIGINT, SIGTERM and SIGHUP, so that current work can finish; a second signal ends the program at once."""
     interruption, handled = Interruption(), _handled()
 
     def receive(number: int) -> None:
@@ -70,7 +70,7 @@ def stopping_at_once() -> Iterator[None]:
 
     def receive(number: int) -> None:
         interruption.number = number
-        raise KeyboardInterrupt  # which no library on the way takes for a failure of its own
+        raise KeyboardInterrupt  # libraries do not catch this one
 
     with _handling(receive):
         try:

@@ -1,4 +1,4 @@
-"""Experiment trackers, which draw the rows of `metrics.jsonl`: trackio (local) and Weights & Biases."""
+"""Experiment trackers that receive the rows of `metrics.jsonl`: trackio (local) and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mlx_moe.storage.atomic import replacing
 
 PROJECT = "mlxmoe"
 FILE = "tracker.json"
-LOGIN_TIMEOUT_S = 30  # for a question in the terminal that nobody answers
+LOGIN_TIMEOUT_S = 30  # for an unanswered login prompt
 
 
 class Service(Protocol):
-    """A run that a tracker has open; trackio's and wandb's own are such."""
+    """An open run of a tracker; trackio's and wandb's objects match it."""
 
     def log(self, row: dict[str, Any], *, step: int) -> None: ...
 
@@ -33,11 +33,11 @@ class Service(Protocol):
 
 @dataclass
 class Tracker:
-    """Sends each row once. What fails is warned of once and no longer used: a tracker never stops training."""
+    """Sender of each row, once. After a failure it warns once and stops: a tracker never stops training."""
 
     name: str
     service: Service
-    first_steps: dict[int, int]  # of each phase, where a tracker counts the steps of all phases in one
+    first_steps: dict[int, int]  # first step of each phase, in a tracker's count over all phases
     sent: tuple[int, int]  # phase and step of the last row
     warn: Callable[[str], None]
     failed: bool = False
@@ -47,7 +47,7 @@ class Tracker:
         if position > self.sent:
             self.sent = position
             step = self.first_steps[row["phase"]] + row["step"]
-            # Trackers keep the name `step` for the one they are given.
+            # trackers reserve the name `step`
             values = {"phase_step" if name == "step" else name: value for name, value in _scalars(row)}
             self._try(lambda: self.service.log(values, step=step))
 
@@ -65,7 +65,7 @@ class Tracker:
 
 
 def check_installed(name: str) -> None:
-    """Raise InputError where the tracker of a config is not installed."""
+    """Raise InputError if the config's tracker is not installed."""
     if name != "none" and find_spec(name) is None:
         raise InputError(f"training.tracker {name}: it is not installed; {how_to_install(name)}, or take none")
 
@@ -73,9 +73,10 @@ def check_installed(name: str) -> None:
 def open_tracker(
     run: RunConfig, directory: Path, rows: list[dict[str, Any]], warn: Callable[[str], None]
 ) -> Tracker | None:
-    """The tracker that the config names, on the run that it began before where `directory` was resumed.
+    """Open the config's tracker; a resumed run continues in it.
 
-    `rows`: what `metrics.jsonl` held at the start, which the tracker got then. None, with a warning, where it fails.
+    `rows` are those of `metrics.jsonl` at the start, which the tracker has already. Returns None, with a warning, if it
+    fails.
     """
     name = run.training.tracker
     if name == "none":
@@ -85,7 +86,7 @@ def open_tracker(
     except Exception as error:
         warn(_gave_up(name, error))
         return None
-    steps = [phase.steps + 1 for phase in run.phases.values()]  # + 1: a phase has a row at its step 0
+    steps = [phase.steps + 1 for phase in run.phases.values()]  # + 1 because each phase has a row at step 0
     first_steps = dict(enumerate(accumulate(steps, initial=0), start=1))
     return Tracker(name, service, first_steps, max(((row["phase"], row["step"]) for row in rows), default=(0, 0)), warn)
 
@@ -109,7 +110,7 @@ START: dict[str, Callable[[str, Path, dict[str, Any]], Service]] = {"trackio": _
 
 
 def _identity(directory: Path, name: str) -> str:
-    """The tracker's name for the run, the same when it is resumed."""
+    """Return the tracker's name for the run, which stays the same on resuming."""
     file = directory / FILE
     identities: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if name not in identities:
@@ -121,7 +122,7 @@ def _identity(directory: Path, name: str) -> str:
 
 
 def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The row as trackers draw it: `expert_load/0/3` is the first layer with experts, expert 3."""
+    """Flatten the row for trackers: `expert_load/0/3` is expert 3 of the first layer with experts."""
     for name, value in row.items():
         if isinstance(value, list):
             yield from _scalars({f"{name}/{i}": part for i, part in enumerate(value)})

@@ -1,1 +1,1 @@
-"""Upcycling and growth as plans: which row of which tensor goes where, times what. NumPy only."""
+"""Upcycling and growth as plans: the source, destination and scale of every row of every tensor. NumPy only."""

@@ -1,4 +1,4 @@
-"""Routers that start on clusters of what they read, so that experts begin with kinds of tokens of their own.
+"""Router initialisation from clusters of the router's inputs, so that experts start with distinct kinds of tokens.
 
 N tokens, D model, E experts (copies of the FFN).
 """
@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 Routers = Mapping[int, NDArray[np.float32]]  # layer -> rows (E, D)
 
 ITERATIONS = 20
-# Of the logits: with 1 the likeliest of two experts has e times the other's gate where they are that far apart, so that
-# gates tell, and none is near 0 or 1, where its gradient would vanish.
+# Standard deviation of the logits: with 1, two experts whose logits differ by that have gates in the ratio e, so gates
+# discriminate, and none is near 0 or 1, where its gradient would vanish.
 LOGIT_STD = 1.0
 
 
 def centroid_rows(x_ND: NDArray[Any], n_rows: int, seed: int) -> NDArray[np.float32]:
-    """The rows (E, D) of a router for states x: directions of E clusters, scaled to logits of standard deviation 1.
+    """Return router rows (E, D) for states x: directions of E clusters, scaled to logits of standard deviation 1.
 
-    What all states have in common says nothing about which is which, and would give every token to the same experts:
-    a trained model's mean state is long. So clusters are of directions at right angles to the mean (spherical k-means,
-    Dhillon & Modha 2001, begun by k-means++), and so are the rows, whose logits are 0 in the mean over x, expert by
-    expert.
+    The mean state does not discriminate, and would send every token to the same experts: in a trained model it is long.
+    So the clusters are of directions orthogonal to the mean (spherical k-means, Dhillon & Modha 2001, initialised by
+    k-means++), and so are the rows, whose logits have mean 0 over x for every expert. docs/mathematics.md has the
+    formulas.
     """
-    # Takes a second, which training without centroids should not.
+    # takes a second to import, which training without centroids should not pay
     from scipy.cluster.vq import kmeans2
 
     x_ND = x_ND.astype(np.float64)

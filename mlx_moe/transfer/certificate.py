@@ -1,13 +1,9 @@
-"""The proof that a transfer changed nothing: the same tokens through both models, and what came out different.
+"""Certificate that a transfer is lossless: both models' logits and losses on the same tokens.
 
-How different may logits be? Two float32 computations of one function differ by their rounding. That grows with the
-logits, and with how much of it the model's layers amplify, which no formula in ε says: SmolLM2-135M, whose logits reach
-42, differs from itself by 1.2e-4 on 64 tokens of text, by 6e-4 on 256 random ones. So it is measured. With e₀ and e₁
-the errors of the model before, its sums taken in two orders (`reordering.py`), the floor is max |e₀ − e₁|; across a
-boundary one sees max |e₀ − e₂|. e₂ has the same sources as e₁, a sum or a scale more per tensor, and weights that
-growth rounded once more: at most some three times the variance, so √((1 + 3) / 2) = √2 times the difference is to be
-expected. Maxima of few independent amounts vary: MARGIN allows √2 · 2.8 = 4. Measured: upcycling 0.4 to 0.8, growth 0.7
-to 1.6 floors (96 transfers of small models). A fault shows where it exceeds a few roundings.
+The limit of the logits' differences is at least MARGIN times the rounding floor, if that is measured: the difference
+between two float32 evaluations of the model before, with sums in different orders (`reordering.py`).
+docs/mathematics.md derives the margin, √2 expected times 2.8 for the variation of maxima, and reports measurements:
+upcycling 0.4 to 0.8, growth 0.7 to 1.6 floors.
 
 B batch, T time, V vocabulary.
 """
@@ -22,17 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Tokens (B, T) to the logits (T, V) of one sequence after the other.
+# Maps tokens (B, T) to the logits (T, V) of each sequence in turn.
 Logits = Callable[[NDArray[np.int32]], Iterable[NDArray[np.float32]]]
 MARGIN = 4.0  # times the rounding floor
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The model after a transfer, made to visit the experts that the model before it chose."""
+    """Result of the model after a transfer when it uses the experts that the model before it chose."""
 
     logits: NDArray[np.float32]  # (1, T, V)
-    router_difference: float  # the largest |after - before| of the router logits
+    router_difference: float  # largest |after - before| of the router logits
     flipped: int  # choices (token and layer) that the model after would have made differently
 
 
@@ -40,9 +36,9 @@ class Replay:
 class Certificate:
     """Differences between two models on the same tokens. Losses are mean cross entropies, nats per token.
 
-    Where two experts tie for a token up to rounding, rounding decides, and the logits jump with the choice. Sequences
-    in which that happened are judged with the same experts in both models, and so are the router logits: as long as
-    those agree within the limit, nothing but a tie can flip.
+    If two experts tie for a token up to rounding, rounding decides, and the logits jump with the choice. Sequences with
+    such flips are compared with the same experts in both models, and so are the router logits: as long as those agree
+    within the limit, only ties can flip.
     """
 
     logit_differences: tuple[float, ...]  # per sequence, the largest |after - before|
@@ -50,23 +46,23 @@ class Certificate:
     loss_before: float
     loss_after: float
     loss_jump: float  # after - before
-    argmax_agreement: float  # fraction of positions with the same likeliest token
-    routing_flips: int  # choices that differ, by ties
-    router_difference: float  # in the sequences with flips, the largest of the router logits
-    free_logit_difference: float  # max_logit_difference, had every model chosen for itself
+    argmax_agreement: float  # fraction of positions with the same most likely token
+    routing_flips: int  # number of choices that differ, by ties
+    router_difference: float  # largest of the router logits, in the sequences with flips
+    free_logit_difference: float  # max_logit_difference with each model's own choices
     limit_logit_difference: float
     limit_loss_jump: float
-    rounding_floor: float | None = None  # where it was measured; then it may have widened the limit of the logits
+    rounding_floor: float | None = None  # if measured; it may have raised the logits' limit
 
     @property
     def passed(self) -> bool:
-        """Within both limits; what is not finite never is."""
+        """True if both differences are within their limits; non-finite values never are."""
         largest = max(self.max_logit_difference, self.router_difference)
         finite = math.isfinite(self.max_logit_difference) and math.isfinite(self.router_difference)
         return finite and largest <= self.limit_logit_difference and abs(self.loss_jump) <= self.limit_loss_jump
 
     def to_json(self) -> dict[str, Any]:
-        """All figures and the verdict; null stands for what is not finite, which JSON cannot hold."""
+        """Return all figures and the verdict; null replaces non-finite values, which JSON cannot represent."""
         values = asdict(self) | {"logit_differences": [_finite(value) for value in self.logit_differences]}
         return {name: _finite(value) for name, value in values.items()} | {"passed": self.passed}
 
@@ -82,10 +78,10 @@ def probe(
 ) -> Certificate:
     """Compare two models on `batch_BT1`.
 
-    Takes one sequence after the other, and sums one position at a time in float64, to keep memory small. Where the
-    logits of a sequence differ by more than the limit, `replay` is asked with its tokens (1, T); where that still
-    leaves more, so is `rounding_floor`, with the sequence that differs most, and MARGIN times that is the limit if it
-    is more. The loss is always that of each model by itself.
+    To save memory, sequences are processed one by one, and positions summed one at a time in float64. If the logits of
+    a sequence differ by more than the limit, `replay` is called with its tokens (1, T); if the difference still exceeds
+    the limit, so is `rounding_floor`, with the sequence that differs most, and the limit is raised to MARGIN times
+    that. Losses are always of each model's own choices.
     """
     differences, free_differences, losses, agreements = [], [], [], []
     flips, router_difference = 0, 0.0
@@ -130,7 +126,7 @@ def probe(
 
 
 def max_difference(before_V: NDArray[Any], after_V: NDArray[Any]) -> float:
-    # Two infinities of one sign would differ by NaN, with a warning; they fail all the same.
+    # Infinities of the same sign would give NaN with a warning; the result is a failure either way.
     if not (np.isfinite(before_V).all() and np.isfinite(after_V).all()):
         return math.nan
     return float(np.abs(after_V - before_V).max())

@@ -1,4 +1,4 @@
-"""What makes the experts of an upcycling differ: noise, or some of their neurons drawn anew."""
+"""Random differences between upcycled experts: noise, or neurons drawn anew."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mlx_moe.parameters import normal
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """How each expert's tensor departs from the dense one.
+    """Changes of each expert's tensor from the dense one.
 
-    `noise` is the standard deviation of what is added to every number, relative to that of the tensor. `dropped_EN`
-    names the neurons of each expert that start anew, normal with the mean and the standard deviation of the numbers
-    that they replace (Drop-Upcycling, Nakamura et al. 2025); they lie along `neuron_axis`.
+    `noise` is the standard deviation of the added noise, relative to the tensor's. `dropped_EN` lists the neurons of
+    each expert that are redrawn, normal with the mean and standard deviation of the numbers replaced (Drop-Upcycling,
+    Nakamura et al. 2025); they lie along `neuron_axis`.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Draw:
     neuron_axis: int
 
     def expert(self, expert: int, source: NDArray[Any]) -> NDArray[Any]:
-        """The tensor of one expert, of the shape and dtype of its copy, the source."""
+        """Return one expert's tensor, with the shape and dtype of its copy, the source."""
         made = source.astype(np.float64)
         if self.noise:
             made += self.noise * made.std() * normal(f"{self.name} {expert} noise", self.seed, source.shape)

@@ -1,4 +1,4 @@
-"""Which experts a model has after a transfer."""
+"""The MoEConfig of a model after a transfer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mlx_moe.limits import MAX_PARAMETERS
 
 
 def experts_of(config: ModelConfig, phase: UpcyclePhaseConfig) -> MoEConfig:
-    """The experts that a dense model is upcycled to. Which layers get them goes by Hugging Face's
-    `decoder_sparse_step`: those for which `every` divides i + 1.
+    """Return the experts that a dense model is upcycled to.
 
-    Raises InputError where no layer would get any, or the neurons do not come in `granularity` equal parts.
+    Layers follow Hugging Face's `decoder_sparse_step`: those for which `every` divides i + 1. Raises InputError if no
+    layer would get any, or if `granularity` does not divide the neurons.
     """
     parts = phase.granularity
     if phase.every > config.n_layers:
@@ -41,7 +41,10 @@ def experts_of(config: ModelConfig, phase: UpcyclePhaseConfig) -> MoEConfig:
 
 
 def segments_of(config: ModelConfig, moe: MoEConfig) -> int:
-    """Into how many experts a dense model's FFN is cut. Raises InputError where `moe` is no upcycling of the model."""
+    """Return the number of experts that a dense FFN is cut into.
+
+    Raises InputError if `moe` is no upcycling of the model.
+    """
     width = moe.d_ff or config.d_ff
     parts = config.d_ff // width
     if config.d_ff % width or moe.n_experts % max(parts, 1) or moe.top_k % max(parts, 1):
@@ -55,7 +58,7 @@ def segments_of(config: ModelConfig, moe: MoEConfig) -> int:
 
 
 def grown_experts(config: ModelConfig, d_ff: int, sources: Sequence[int]) -> MoEConfig | None:
-    """The experts of a grown model: as much wider as `d_ff` is, and in the layers that copy one with experts."""
+    """Return the experts of a grown model: widened like `d_ff`, in the layers that copy one with experts."""
     moe = config.moe
     if moe is None:
         return None
@@ -68,7 +71,7 @@ def grown_experts(config: ModelConfig, d_ff: int, sources: Sequence[int]) -> MoE
 
 
 def check_experts_kept(config: ModelConfig, target: ModelConfig, sources: Sequence[int]) -> None:
-    """Raise InputError unless growth leads from the experts of a model to those of a larger one."""
+    """Raise InputError unless the target's experts are a growth of the model's."""
     if (config.moe is None) != (target.moe is None):
         raise InputError("growth keeps a dense model dense and experts experts; upcycle first, then grow")
     if config.moe is None or target.moe is None:

@@ -1,18 +1,8 @@
 """Growth: a wider and deeper model that computes the same function.
 
-Copy units, and let whoever reads the copies share them out (Net2Net, Chen et al. 2016). The residual stream, of width
-D, takes more (LEMON, Wang et al. 2024): D' = k·D + r holds k whole copies and r pads. A pad carries the mean of the
-stream where the norm subtracts it, else 0, and so is 0 once normalised. The norm then sees a variance of η² times the
-old, with η = √(k·D / D'), which γ' = η·γ and ε' = η²·ε undo.
-
-Gradients. A unit with n copies, read with coefficients cᵢ that sum to 1, has ∂L/∂h'ᵢ = cᵢ·∂L/∂h. So what reads it
-keeps its gradient (δ·h'ᵢ with h'ᵢ = h), what writes copy i gets cᵢ of it, and γ', which sees x̂ / η, gets cᵢ / η. In
-short, where a weight is multiplied by s and the share cᵢ comes back through it, the gradient is multiplied by cᵢ / s;
-over the copies s·(cᵢ / s) sums to 1, as the chain rule asks. FFN neurons, the final norm, and values where every query
-head has its own, have one reader, and cᵢ is its coefficient. Queries and keys mix their head's coordinates, the
-residual stream has many readers: there it is 1/n, exact for even shares and the mean of uneven ones. Pads start with no
-moments. Under RMSNorm they leave all other gradients exact; the mean that LayerNorm subtracts lets them shift those of
-whoever writes the stream, by the same for every coordinate.
+Units are copied, and the weights that read them are divided among the copies (Net2Net, Chen et al. 2016). A residual
+stream of width D' = k·D + r holds k copies and r pads, which are 0 once normalised; η = √(k·D / D') corrects the norms
+(LEMON, Wang et al. 2024). docs/mathematics.md derives this, and what becomes of the gradients and so of the moments.
 """
 
 from __future__ import annotations
@@ -41,12 +31,12 @@ UNITS_WRITE = {*HEADS_WRITE, Axis.FFN_WRITE}
 READ = {Axis.RESIDUAL_READ, Axis.Q_HEADS_READ, Axis.FFN_READ}
 
 GROWN = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
-# What may differ because it names the model or only steers its training.
+# Fields that may differ, because they only name the model or steer its training.
 FREE = ("architecture", "attention_backend", "dropout", "init_std")
 
 
 def usual_size(config: ModelConfig) -> tuple[int, int]:
-    """(d_model, n_layers) where none is asked for: 13/8 as wide and 11/7 as deep; post-norm only wider, by 2."""
+    """Return the default (d_model, n_layers): 13/8 as wide and 11/7 as deep; post-norm only wider, by 2."""
     if config.norm_position == "post":
         return 2 * config.d_model, config.n_layers
     return round(config.d_model * 13 / 8), min(round(config.n_layers * 11 / 7), MAX_LAYERS)
@@ -61,9 +51,9 @@ def grow_config(
     n_kv_heads: int | None = None,
     d_ff: int | None = None,
 ) -> ModelConfig:
-    """The larger architecture. What is left out grows with the width: heads in whole key-value groups, and `d_ff`.
+    """Return the larger architecture. Omitted sizes grow with the width: heads in whole key-value groups, and `d_ff`.
 
-    Raises InputError where no exact growth leads there.
+    Raises InputError if no exact growth leads there.
     """
     per_group = config.n_heads // config.n_kv_heads
     if n_kv_heads is None:
@@ -94,13 +84,13 @@ def grow_config(
 
 
 def plan_growth(config: ModelConfig, target: ModelConfig, split: Split = "uneven", seed: int = 0) -> Plan:
-    """The plan from a model to the larger one that `grow_config` describes.
+    """Return the plan from a model to the larger one described by `grow_config`.
 
-    The copies of a unit share their reading side: evenly, or unevenly, each with a coefficient of its own. Even copies
-    have the same gradients and stay equal for ever. New blocks are copies too, spread evenly over the depth, each
-    right after the block it copies, and write zeros to the residual stream; their further units are drawn.
+    The copies of a unit divide its reading side: evenly, or unevenly, each with a coefficient of its own. Even copies
+    have equal gradients and stay equal for ever. New blocks are copies too, spread evenly over the depth, each after
+    the block it copies, and write zeros to the residual stream; their further units are drawn.
 
-    Raises InputError where growth is not exact.
+    Raises InputError if growth is not exact.
     """
     _check_size(config, {name: getattr(target, name) for name in GROWN})
     _check_kept(config, target)
@@ -109,12 +99,12 @@ def plan_growth(config: ModelConfig, target: ModelConfig, split: Split = "uneven
 
 
 def residual_scale(d_model: int, d_model_target: int) -> float:
-    """η: the standard deviation over the grown residual axis, relative to that before."""
+    """Return η: the standard deviation over the grown residual axis, relative to the original."""
     return math.sqrt(d_model_target // d_model * d_model / d_model_target)
 
 
 def layer_sources(n_layers: int, n_layers_target: int) -> list[int]:
-    """For every target layer, the source layer it copies; the first one of each source is the block itself."""
+    """Return the source layer of every target layer; the first target of each source is the block itself."""
     return [layer_source(layer, n_layers, n_layers_target) for layer in range(n_layers_target)]
 
 
@@ -144,7 +134,7 @@ class _Growth:
         return TensorPlan(parameter.name, parameter.shape, source, pads=tuple(pads), maps=changed, is_new=is_new)
 
     def source_of(self, name: str) -> tuple[str, bool]:
-        """The tensor that a target's tensor copies, and whether its block is new."""
+        """Return the tensor that a target tensor copies, and whether its block is new."""
         match = re.match(r"layers\.(\d+)\.", name)
         if match is None:
             return name, False
@@ -154,10 +144,10 @@ class _Growth:
         return f"layers.{source}.{name[match.end() :]}", is_new
 
     def index(self, kind: Axis, size: int, size_target: int, is_new: bool) -> NDArray[np.int64]:
-        """The source coordinate of every target coordinate of an axis; from `size` on, a pad's.
+        """Return the source coordinate of every target coordinate of an axis; from `size` on, a pad's.
 
-        What a new block writes starts at zero, so that copies of its neurons and heads would get the same gradients,
-        however they are shared out: only the first one is a copy there, unless they are to be even.
+        The outputs of a new block start at zero, so copies of its neurons and heads would get equal gradients under any
+        split: only the first is a copy there, unless the split is even.
         """
         # Head groups are contiguous, so cycling through the rows duplicates whole groups.
         index = np.arange(size_target) % size
@@ -175,10 +165,10 @@ class _Growth:
             return Pad(axis, count, "constant", float(parameter.start == "ones"))
         if kind is Axis.RESIDUAL_WRITE:
             return Pad(axis, count, "constant" if self.target.normalization == "rmsnorm" else "mean")
-        # A normalised pad is 0 only up to rounding, and a router whose experts tie would follow the rounding.
+        # A normalised pad is 0 only up to rounding, and a router with tied experts would follow the rounding.
         if parameter.axes == (Axis.EXPERT, Axis.RESIDUAL_READ) or parameter.start == "zeros":
             return Pad(axis, count, "constant")
-        # Where nothing writes a pad and nothing reads it, no gradient ever flows: reading must start.
+        # If nothing wrote and nothing read a pad, no gradient would ever flow, so draw the reading weights.
         name = f"{parameter.name} {'pad' if kind is Axis.RESIDUAL_READ else 'units'}"
         return Pad(axis, count, "normal", self.target.init_std, name, self.seed)
 
@@ -201,20 +191,20 @@ class _Growth:
         )
 
     def is_normalised(self, name: str) -> bool:
-        """Whether a norm of heads, which has the ε of all norms, follows: the grown ε' = η²·ε asks for η times x."""
+        """Return whether a norm of heads follows; the grown ε' = η²·ε, which it shares, requires inputs scaled by η."""
         return self.target.qk_norm and (".q_proj." in name or ".k_proj." in name)
 
     def shares_out(self, parameter: Parameter, kind: Axis) -> bool:
-        """Whether the tensor holds the coefficients of the copies that it reads.
+        """Return whether the tensor holds the coefficients of the copies that it reads.
 
-        A tied head is a writer first and repeats, so the norm before it shares the copies out.
+        A tied head repeats as a writer, so the norm before it holds them.
         """
         return kind in READ or (self.target.weight_tying and parameter.name.startswith("norm."))
 
     def shares(self, parameter: Parameter, kind: Axis, index: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What part of the unit's gradient comes back through each copy: the coefficients of whoever reads it.
+        """Return the share of a unit's gradient that comes back through each copy: its reader's coefficients.
 
-        Where several do, each with coefficients of its own, it is the mean, 1/n, and right on average.
+        With several readers it is their mean, 1/n, which is right on average.
         """
         if self.shares_out(parameter, kind):
             return self.coefficients(parameter.name, index)
@@ -230,11 +220,11 @@ class _Growth:
         return 1 / np.bincount(index)[index]
 
     def coefficients(self, name: str, index: NDArray[np.int64]) -> NDArray[np.float64]:
-        """One for every target coordinate; those of the copies of one source coordinate sum to 1.
+        """Return a coefficient per target coordinate; those of the copies of one source coordinate sum to 1.
 
-        Uneven ones for n copies are evenly spaced from 1/2n to 3/2n, in an order drawn anew for every tensor and
-        source coordinate: with one order throughout, the gradients of what writes the copies would be proportional, and
-        Adam, blind to scale, could not tell them apart.
+        Uneven coefficients of n copies are evenly spaced from 1/2n to 3/2n, in an order drawn for every tensor and
+        source coordinate: with one order throughout, the gradients of tensors that write the copies would be
+        proportional, and Adam, blind to scale, could not tell them apart.
         """
         copies = np.bincount(index)[index]
         if self.split == "even":
@@ -288,6 +278,6 @@ def _check_kept(config: ModelConfig, target: ModelConfig) -> None:
 
 
 def _function(config: ModelConfig) -> dict[str, Any]:
-    """Every field that growth must keep, for the model to compute the same function."""
+    """Return every field that must not change if the model is to compute the same function."""
     fields = set(ModelConfig.model_fields) - {*GROWN, *FREE, "norm_eps", "moe"}
     return {name: getattr(config, name) for name in ModelConfig.model_fields if name in fields}

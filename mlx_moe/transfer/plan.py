@@ -1,7 +1,7 @@
-"""A transfer, written down: which row of which tensor goes where, times what.
+"""Plans of transfers: the source, destination and scale of every row of every tensor.
 
-A backend executes a plan natively in a few lines. Whatever involves a sum or a random draw is computed here, in
-float64 and rounded once, so that all executions give the same float32 numbers, bit for bit.
+A backend executes a plan natively in a few lines. Sums and random draws are computed here, in float64 and rounded once,
+so that all executions give the same float32 numbers, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlx_moe.parameters import Weights, normal
 from mlx_moe.storage.tensor_files import Blocks, StoredWeights
 from mlx_moe.transfer.draws import Draw
 
-BLOCK = 1 << 19  # elements; what is taken, padded and scaled on the way takes a few times that
+BLOCK = 1 << 19  # elements; intermediate results take a few times that
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class AxisMap:
     """`target[i] = scale[i] * source[index[i]]` along one axis; a scale of None is all ones.
 
     An index at or beyond the source's size points into the pad rows. Executions round the scale once, to the dtype of
-    the array. `gradient` is the scale for the mean of the loss's gradient, and that for the mean of its square.
+    the array. `gradient` holds the scales of the mean gradient and of the mean squared gradient.
     """
 
     axis: int
@@ -58,9 +58,9 @@ class Pad:
     values: NDArray[np.float32] | None = None
 
     def rows(self, source: NDArray[Any], shape: Sequence[int] | None = None) -> NDArray[Any]:
-        """`count` along `axis`, else of `shape`, the source's or what earlier pads made of it; in the source's dtype.
+        """Return `count` rows along `axis` in the source's dtype; other axes are those of `shape`, else the source's.
 
-        Not to be written to.
+        Earlier pads may have made `shape` larger than the source. The result is read-only.
         """
         before = source.shape if shape is None else shape
         shape = (*before[: self.axis], self.count, *before[self.axis + 1 :])
@@ -78,12 +78,12 @@ class Pad:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one target tensor comes about.
+    """Recipe of one target tensor.
 
-    Take the source; if `new_axis`, cut it along `cut_axis` into `n_parts` equal parts, and view these as a first axis;
-    append the rows of the pads, then apply the maps; of both one for an axis at most, in the order of the axes.
-    A tensor without a source is `fresh()`: nothing but pad. `is_new`: it copies weights, but its gradient is its own.
-    With a `draw`, the weights of each expert are then changed by it.
+    Take the source; if `new_axis`, cut it along `cut_axis` into `n_parts` equal parts, and stack these as a first axis;
+    append the pads' rows, then apply the maps; at most one pad and one map per axis, in the order of the axes. A tensor
+    without a source is `fresh()`: only pad. `is_new`: it copies weights, but starts without moments. A `draw` then
+    changes the weights of each expert.
     """
 
     target: str
@@ -98,7 +98,7 @@ class TensorPlan:
     draw: Draw | None = None
 
     def moments(self, power: int) -> TensorPlan:
-        """How the mean of the gradient (power 1) or of its square (2) comes about; 0 in pads and in what is new."""
+        """Return the recipe of the first (power 1) or second (2) moment; 0 in pads and new tensors."""
         if self.source is None or self.is_new or (self.draw and self.draw.dropped_EN.size):
             return fresh_tensor(self.target, self.shape, "constant")
         pads = tuple(Pad(pad.axis, pad.count, "constant") for pad in self.pads)
@@ -106,42 +106,42 @@ class TensorPlan:
         return replace(self, pads=pads, maps=tuple(maps), draw=None)
 
     def fresh(self) -> NDArray[np.float32]:
-        """The tensor that has no source, of shape `shape`."""
+        """Return a tensor without a source, of shape `shape`."""
         (array,) = blocks(self, None, sys.maxsize)
         return np.array(array)
 
     def drawn(self, source: NDArray[Any]) -> NDArray[Any]:
-        """The experts of a tensor with a `draw`, (E, ...)."""
+        """Return the experts of a tensor with a `draw`, (E, ...)."""
         return np.stack(list(blocks(self, source)))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One TensorPlan for every tensor of the target, in the order of its table."""
+    """A TensorPlan for every target tensor, in the order of the parameter table."""
 
     source_config: ModelConfig
     target_config: ModelConfig
     tensors: tuple[TensorPlan, ...]
-    kind: str = ""  # of transfer, by its name in the registry
+    kind: str = ""  # name of the transfer in the registry
 
     @property
     def is_lossy(self) -> bool:
-        """Whether it is meant to change the model."""
+        """True if the transfer changes the model by design."""
         return any(tensor.draw is not None for tensor in self.tensors)
 
     def moments(self, power: int) -> Plan:
-        """The plan for Adam's first moments (power 1; Muon's momentum too) or second moments (power 2)."""
+        """Return the plan for Adam's first moments (power 1; also Muon's momentum) or second moments (power 2)."""
         return replace(self, tensors=tuple(tensor.moments(power) for tensor in self.tensors))
 
 
 def made(plan: Plan, weights: Weights) -> StoredWeights:
-    """The target's weights, each made when it is asked for."""
+    """Return the target's weights, computed lazily."""
     tensors = {tensor.target: tensor for tensor in plan.tensors}
     return StoredWeights(tensors, lambda name: _whole(tensors[name], weights))
 
 
 def made_in_blocks(plan: Plan, weights: Weights) -> Blocks:
-    """The target's weights for a file, each in pieces that a large tensor needs little memory for."""
+    """Return the target's weights in blocks for a file, so that large tensors need little memory."""
     tensors = {tensor.target: tensor for tensor in plan.tensors}
 
     def of(name: str) -> Iterator[NDArray[Any]]:
@@ -152,7 +152,7 @@ def made_in_blocks(plan: Plan, weights: Weights) -> Blocks:
 
 
 def apply(plan: Plan, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The target's arrays, in the dtype of the source's, sharing no memory with them: the NumPy execution."""
+    """Execute the plan in NumPy; return new arrays in the dtype of the source's."""
     dtype = next(iter(arrays.values())).dtype
     return {tensor.target: _whole(tensor, arrays).astype(dtype, copy=False) for tensor in plan.tensors}
 
@@ -167,9 +167,9 @@ def _whole(plan: TensorPlan, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]
 
 
 def carry_moments(plan: Plan, state: Mapping[str, NDArray[Any]], kept: Collection[str]) -> dict[str, NDArray[Any]]:
-    """An optimizer's state after a transfer: `m.{name}` and `v.{name}` through the plan, the rest as it was.
+    """Return an optimizer's state after a transfer: `m.{name}` and `v.{name}` by the plan, other entries unchanged.
 
-    `kept` names what the target's optimizer remembers: Muon, for one, has no second moments.
+    `kept` lists the entries of the target's optimizer: Muon, for one, has no second moments.
     """
     carried = {name: array for name, array in state.items() if not name.startswith(("m.", "v."))}
     for power, moment in ((1, "m."), (2, "v.")):
@@ -184,14 +184,14 @@ def carry_moments(plan: Plan, state: Mapping[str, NDArray[Any]], kept: Collectio
 def fresh_tensor(
     name: str, shape: tuple[int, ...], kind: Literal["constant", "normal"], value: float = 0.0, seed: int = 0
 ) -> TensorPlan:
-    """A tensor that starts anew: constant, or normal with a standard deviation of `value`."""
+    """Return the plan of a tensor without a source: constant, or normal with a standard deviation of `value`."""
     return TensorPlan(name, shape, source=None, pads=(Pad(0, shape[0], kind, value, name, seed),))
 
 
 def blocks(plan: TensorPlan, source: NDArray[Any] | None, size: int = BLOCK) -> Iterator[NDArray[Any]]:
-    """The target's values in the order in which they lie, in pieces of about `size`; views where the source has them.
+    """Yield the target's values in memory order, in pieces of about `size` elements; views where the source has them.
 
-    All rows of the pads are computed first, so that no sum depends on the pieces.
+    All pads are computed first, so that no sum depends on the pieces.
     """
     if plan.draw is not None and source is not None:
         copies = blocks(replace(plan, draw=None), source, math.prod(plan.shape[1:]))
@@ -214,7 +214,7 @@ def blocks(plan: TensorPlan, source: NDArray[Any] | None, size: int = BLOCK) -> 
 
 
 def _boxes(shape: Sequence[int], size: int) -> Iterator[tuple[slice, ...]]:
-    """Parts of an array of about `size` elements, each one stretch of its memory; in order, they are all of it."""
+    """Yield slices of an array of about `size` elements, each contiguous in memory; in order, they cover it."""
     first, *rest = shape
     inner = math.prod(rest)
     if inner > size:
@@ -250,7 +250,7 @@ def _take(array: NDArray[Any], wanted: NDArray[np.int64], axis: int) -> NDArray[
         return array[(slice(None),) * axis + (slice(first, first + len(wanted)),)]
     if array.flags.c_contiguous:
         return np.take(array, wanted, axis)
-    return array[(slice(None),) * axis + (wanted,)]  # np.take would copy the whole first
+    return array[(slice(None),) * axis + (wanted,)]  # np.take would first copy the whole array
 
 
 def _take_padded(array: NDArray[Any], rows: NDArray[Any], wanted: NDArray[np.int64], axis: int) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Registry of transfers: what a phase may do to the model of the phase before it.
+"""Registry of the transfers that a phase may begin with.
 
 A new transfer is a config in `config.AnyPhaseConfig`, a function that builds its plan, and an entry here.
 """
@@ -22,18 +22,18 @@ from mlx_moe.transfer.upcycling import plan_phase
 class Transfer:
     """A kind of transfer.
 
-    `target` derives the model from the one before by the settings of a phase, and `plan` builds the plan to it. Both
-    raise InputError where the transfer is not possible. `plan` also takes a seed and, if the phase asks for them,
-    routers on centroids.
+    `target` derives the new model's config from the old one and a phase's settings, and `plan` builds the plan to it.
+    Both raise InputError if the transfer is impossible. `plan` also takes a seed and, if the phase uses them, centroids
+    for the routers.
     """
 
-    noun: str  # of what happens at the boundary
-    participle: str  # of what became of the model
-    adjective: str  # of the model afterwards, in titles; empty, or with a blank behind it
+    noun: str  # names the transfer itself
+    participle: str  # describes the resulting model in a sentence
+    adjective: str  # describes it in titles; empty, or ending in a space
     target: Callable[[ModelConfig, Any], ModelConfig]
     plan: Callable[[ModelConfig, Any, int, Routers | None], Plan]
-    applies_to: Callable[[ModelConfig], bool] = lambda config: True  # else the phase trains the model as it is
-    gives_experts: bool = False  # to a dense model
+    applies_to: Callable[[ModelConfig], bool] = lambda config: True  # if false, the phase trains the model unchanged
+    gives_experts: bool = False  # turns a dense model into experts
 
 
 def _upcycled(config: ModelConfig, phase: UpcyclePhaseConfig) -> ModelConfig:
@@ -64,6 +64,6 @@ TRANSFERS = {
 
 
 def transfer_of(phase: PhaseConfig) -> Transfer | None:
-    """Return the transfer that a phase begins with; None for a phase that trains the model as it is."""
+    """Return the transfer that a phase begins with; None if it trains the model unchanged."""
     kind: str | None = getattr(phase, "transfer", None)
     return None if kind is None else TRANSFERS[kind]

@@ -1,4 +1,4 @@
-"""The same model with its units in another order: equal in exact arithmetic, and every sum rounds anew."""
+"""Permutation of a model's units: equal in exact arithmetic, but every sum rounds differently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx_moe.transfer.plan import AxisMap, Plan, TensorPlan
 
 
 def plan_reordering(config: ModelConfig, seed: int = 0) -> Plan:
-    """The residual stream's coordinates and each layer's FFN neurons in an order that is drawn; heads stay."""
+    """Return a plan that permutes the residual stream's coordinates and each layer's FFN neurons; heads stay."""
     return Plan(config, config, tuple(_tensor(parameter, seed) for parameter in table(config)))
 
 

@@ -1,21 +1,9 @@
 """Upcycling: a dense model becomes a mixture of experts that computes the same function.
 
-Copies. The gates sum to 1 and the experts are equal, so their weighted sum is the dense FFN under any router
-(Komatsuzaki et al. 2022, Sparse Upcycling). Experts that are told apart, by noise or by neurons that start anew
-(Drop-Upcycling, Nakamura et al. 2025: half of them), are not, and the model pays for it at first.
-
-Granular experts. Each of E copies is cut into G experts of 1/G of its neurons, and a token visits G times as many, for
-as many operations (He et al. 2024, Upcycling LLMs into Mixture of Experts: virtual groups). The G parts of a copy lie
-side by side and have one router row in common. So they tie, and top-k, which takes ties in rising order, takes all of
-them or none, also where copies tie; each has 1/G of its copy's gate, so that what they write must be G times as large.
-The bias of what they write is the dense one's: G times 1/G of it.
-
-A shared expert, a copy that every token visits (DeepSeekMoE, Dai et al. 2024), is added to the others. Then either side
-writes one half.
-
-Gradients. Those of E copies sum to the dense one, and squares follow the noise of the batch: m' = m / E and
-v' = v / (K·E). docs/mathematics.md derives these, and the factors of granular and shared experts;
-docs/guides/optimizer-transfer.md measures them.
+Every expert is a copy of the dense FFN, or a part of one (granular experts), so the gated sum equals the dense output
+under any router (Komatsuzaki et al. 2022; He et al. 2024); a shared expert takes half of the output (DeepSeekMoE, Dai
+et al. 2024). Noise and Drop-Upcycling (Nakamura et al. 2025) are lossy options. docs/mathematics.md derives the scales
+of weights and moments; docs/guides/optimizer-transfer.md measures the moments.
 """
 
 from __future__ import annotations
@@ -39,7 +27,7 @@ ZERO_ROUTER_WARNING = (
     "which is just as exact at the boundary"
 )
 
-LOSSY_METHOD = "noise and drop change the model on purpose; the figures above say by how much"
+LOSSY_METHOD = "noise and drop change the model on purpose; see the figures above"
 
 
 def plan_upcycling(
@@ -52,13 +40,12 @@ def plan_upcycling(
     drop: float = 0.0,
     routers: Routers | None = None,
 ) -> Plan:
-    """The plan from a dense model to experts that are all copies of its FFN; or, where `moe.d_ff` is 1/G of its
-    neurons, the parts of n_experts / G copies.
+    """Return the plan from a dense model to experts that copy its FFN, or parts of it.
 
-    With `noise` (a standard deviation, relative to that of each tensor) or with `drop` (the share of the neurons that
-    each expert draws anew, the same ones in all its projections) they differ, and the plan is lossy; a shared expert
-    stays a copy. The router is normal with standard deviation `router_std`, or zero (see ZERO_ROUTER_WARNING), or has
-    the rows of `routers`, one for each copy.
+    If `moe.d_ff` is 1/G of the model's, the experts are the parts of n_experts / G copies. With `noise` (a standard
+    deviation, relative to each tensor's) or `drop` (the share of neurons that each expert redraws, the same ones in all
+    its projections) experts differ, and the plan is lossy; a shared expert stays a copy. The router is normal with
+    standard deviation `router_std`, or zero (see ZERO_ROUTER_WARNING), or has the rows of `routers`, one for each copy.
 
     Raises InputError if the model has experts already, or `moe` is no upcycling of it.
     """
@@ -83,7 +70,7 @@ def plan_upcycling(
 
 
 def plan_phase(config: ModelConfig, phase: UpcyclePhaseConfig, seed: int, routers: Routers | None = None) -> Plan:
-    """The plan from a dense model to the experts that a phase asks for; `routers` are the centroids, if it does."""
+    """Return the plan from a dense model to a phase's experts; `routers` are the centroids, if the phase uses them."""
     moe = experts_of(config, phase)
     return plan_upcycling(config, moe, phase.router_init, phase.router_std, seed, phase.noise, phase.drop, routers)
 
@@ -92,7 +79,7 @@ def plan_phase(config: ModelConfig, phase: UpcyclePhaseConfig, seed: int, router
 class _Upcycling:
     moe: MoEConfig
     n_parts: int
-    dense: set[str]  # the source's tensors
+    dense: set[str]  # names of the source's tensors
     router_std: float
     seed: int
     routers: Routers
@@ -105,7 +92,7 @@ class _Upcycling:
         return self.shared(parameter) if ".shared_expert." in parameter.name else self.experts(parameter)
 
     def router(self, parameter: Parameter) -> TensorPlan:
-        """A row for every copy, the same for its parts."""
+        """Plan a router: a row per copy, repeated for its parts."""
         n_experts, d_model = parameter.shape
         n_copies = n_experts // self.n_parts
         kind: Literal["constant", "normal"] = "normal" if self.router_std else "constant"
@@ -119,7 +106,7 @@ class _Upcycling:
         return replace(rows, shape=parameter.shape, maps=(repeated,))
 
     def experts(self, parameter: Parameter) -> TensorPlan:
-        """Every part of every copy."""
+        """Plan the experts: every part of every copy."""
         n_experts, top_k = self.moe.n_experts, self.moe.top_k
         neurons = _neurons(parameter)
         parts = self.n_parts if neurons else 1
@@ -146,7 +133,7 @@ class _Upcycling:
         )
 
     def shared(self, parameter: Parameter) -> TensorPlan:
-        """A copy, with its share of what both write."""
+        """Plan a shared expert: a copy, with its share of the output."""
         rows, share = np.ones(parameter.shape[0]), self.share
         scale, gradient = (share * rows, rows) if self.writes(parameter) else (None, share * rows)
         copy = AxisMap(0, np.arange(len(rows)), scale, (gradient, gradient**2))
@@ -155,12 +142,12 @@ class _Upcycling:
 
     @property
     def share(self) -> float:
-        """Of what the dense FFN wrote, that of the routed experts, and of a shared one."""
+        """The fraction of the dense output that routed experts write, and equally a shared one."""
         return 0.5 if self.moe.shared_d_ff else 1.0
 
     @staticmethod
     def writes(parameter: Parameter) -> bool:
-        """Whether the tensor writes the residual stream."""
+        """Return whether the tensor writes to the residual stream."""
         return Axis.RESIDUAL_WRITE in parameter.axes
 
 
@@ -173,5 +160,5 @@ def _draw(parameter: Parameter, d_ff: int, noise: float, drop: float, seed: int)
 
 
 def _neurons(parameter: Parameter) -> list[int]:
-    """The axis of an expert's tensor that runs over its neurons; none in the bias of what they write."""
+    """Return the axis of an expert's tensor that runs over its neurons; none for the output bias."""
     return [axis for axis, kind in enumerate(parameter.axes[1:]) if kind in (Axis.FFN_WRITE, Axis.FFN_READ)]

@@ -409,12 +409,12 @@ def test_columns_that_are_no_text(tmp_path):
 def test_a_column_that_comes_twice(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert "has 2 columns that are called 'text'; rename all but one" in refusal(tmp_path / "a.parquet")
+    assert "has 2 columns named 'text'; rename all but one" in refusal(tmp_path / "a.parquet")
 
 
 def test_a_column_called_as_a_part_of_another(tmp_path):
     path = write(tmp_path / "a.parquet", {"a": [{"b": 1}], "a.b": ["text"]})
-    assert "has 2 columns that are called 'a.b'; rename all but one" in refusal(path, text_field="a.b")
+    assert "has 2 columns named 'a.b'; rename all but one" in refusal(path, text_field="a.b")
 
 
 def test_names_of_files_stay_in_one_line(tmp_path):

@@ -161,14 +161,14 @@ CANNOT = {
     "dense layers": (
         small_model("llama", moe=MoEConfig(layers=[1])),
         "auto",
-        "nearest is mixtral, .* dense layers beside",
+        "closest is mixtral, .* dense layers beside",
     ),
     "a shared expert": (
         small_model("llama", moe=MoEConfig(shared_d_ff=9)),
         "mixtral",
         "take --format granitemoehybrid",
     ),
-    "nearest": (small_model("hybrid", d_ff=192), "auto", "nearest is gpt2, which cannot hold"),
+    "nearest": (small_model("hybrid", d_ff=192), "auto", "closest is gpt2, which cannot hold"),
     "unknown": (small_model("llama"), "gguf", "auto, mlx, llama, qwen2, qwen3, mixtral, .*gpt2"),
 }
 

@@ -1,1 +1,1 @@
-"""Small models, short runs and published formats that several folders of tests share."""
+"""Small models, short runs and published formats shared by several test packages."""

@@ -1,4 +1,4 @@
-"""Tiny random models of families that both libraries know, as the installed transformers saves them."""
+"""Tiny random models of families that both libraries support, as saved by the installed transformers."""
 
 import torch
 import transformers
@@ -38,7 +38,7 @@ MODELS = {
 
 
 def save(name, folder):
-    """Save a model with rough weights, so that no norm is trivial and no bias 0."""
+    """Save a model with rough weights: no trivial norm, no zero bias."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Small models of every kind, with weights that are far from their starting values."""
+"""Small models of every kind, with weights far from their initial values."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -41,7 +41,7 @@ def experts(draw):
 
 @st.composite
 def mixtures(draw, config):
-    """Experts for `config`, some of them no upcycling of it."""
+    """Draw experts for `config`, some of which are no upcycling of it."""
     layers = sorted(draw(st.sets(st.integers(0, config.n_layers - 1), min_size=1)))
     widths = {"d_ff": draw(st.none() | st.integers(1, 9)), "shared_d_ff": draw(st.integers(0, 5))}
     return draw(experts()).model_copy(update={"layers": tuple(layers), **widths})
@@ -49,7 +49,7 @@ def mixtures(draw, config):
 
 @st.composite
 def upcyclings(draw, config):
-    """Phases that `config` can be upcycled in: in some layers, into parts of copies, beside a shared expert."""
+    """Draw phases that upcycle `config`: in some layers, into parts of copies, beside a shared expert."""
     n_experts = draw(st.integers(1, 4))
     return UpcyclePhaseConfig(
         n_experts=n_experts,
@@ -68,7 +68,7 @@ def small(**overrides):
 
 
 def weights(config, dtype=np.float64, seed=0):
-    """Nothing is 0 or 1, norms included, and the residual stream has a mean."""
+    """Return weights without zeros or ones, even in norms; the residual stream has a mean."""
     generator = np.random.default_rng(seed)
     arrays = {}
     for parameter in table(config):
@@ -85,7 +85,7 @@ def tokens(config, seed=0):
 
 
 def logits(config, arrays, tokens_T):
-    """Logits (T, V), in the dtype of the arrays."""
+    """Return logits (T, V), in the dtype of the arrays."""
     dtype = arrays["norm.weight"].dtype.type
     return NumpyModel(config, arrays, dtype)(tokens_T[None]).logits_BTV[0]
 

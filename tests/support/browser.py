@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over a pipe in the DevTools protocol: JSON messages that end in a zero byte."""
+"""A headless Chromium, controlled through a pipe by the DevTools protocol: zero-terminated JSON messages."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ def find():
 
 
 class Browser:
-    """One page, and what happened on it: `requests` (addresses), `errors` (of the console, and uncaught)."""
+    """A page with its events: `requests` (addresses), `errors` (of the console, and uncaught)."""
 
     def __init__(self, profile):
         to_read, self._out = os.pipe()
@@ -44,7 +44,7 @@ class Browser:
         os.close(self._out)
 
     def send(self, method, **parameters):
-        """Call a method of the protocol; what it returns."""
+        """Call a method of the protocol; return its result."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": parameters}
         if self._session:
@@ -65,7 +65,7 @@ class Browser:
             self._receive()
 
     def evaluate(self, expression):
-        """The value of an expression, after two frames, so that what was asked for is drawn."""
+        """Return the value of an expression, after two frames, so that drawing has finished."""
         frames = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
         answer = self.send(
             "Runtime.evaluate", expression=f"{frames}.then(() => ({expression}))", awaitPromise=True, returnByValue=True
@@ -81,7 +81,7 @@ class Browser:
             self.send("Input.dispatchKeyEvent", type=kind, key=key)
 
     def screenshot(self, file):
-        """The whole page, however long."""
+        """Save an image of the whole page."""
         size = self.send("Page.getLayoutMetrics")["cssContentSize"]
         shot = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip={**size, "scale": 1})
         file.write_bytes(base64.b64decode(shot["data"]))

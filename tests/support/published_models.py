@@ -1,4 +1,4 @@
-"""Tiny random models of every family, as the installed transformers saves them."""
+"""Tiny random models of every family, as saved by the installed transformers."""
 
 import json
 from copy import deepcopy
@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from mlx_moe.training.backend import choose_backend
 
-LIMIT = 1e-5  # of float32 logits, which spread by about 1
+LIMIT = 1e-5  # for float32 logits, which spread by about 1
 SIZE = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -90,12 +90,12 @@ BUILD = {
 
 
 def save(name, folder, dtype=torch.float32, **options):
-    """Save a model with rough weights, its config beside it; the model, with the weights that were saved."""
+    """Save a model with rough weights and its config; return the model with the saved weights."""
     logging.disable_progress_bar()
     torch.manual_seed(0)
     model = BUILD[name]()
     with torch.no_grad():
-        for parameter in model.parameters():  # so that no norm is trivial and no bias 0
+        for parameter in model.parameters():  # no trivial norm, no zero bias
             parameter.add_(torch.randn_like(parameter), alpha=0.1).copy_(parameter.to(dtype))
     deepcopy(model).to(dtype).save_pretrained(folder, **options)
     return model.eval()
@@ -122,7 +122,7 @@ def edit_config(folder, **changes):
 
 
 def save_tokenizer(folder):
-    """96 words, with what comes beside a published tokenizer."""
+    """Save a tokenizer of 96 words, with the usual files beside it."""
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(93))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,4 +1,4 @@
-"""Runs of three phases that take a second, and what two of them have in common."""
+"""Runs of three phases that take a second, and comparisons of two runs."""
 
 import contextlib
 
@@ -33,7 +33,7 @@ def start(run, directory, backend="torch", console=None, n_phases=3):
 
 
 class AfterStep(Console):
-    """Does something when one step of a phase is done."""
+    """Console that calls a function after one step of a phase."""
 
     def __init__(self, moment, act):
         super().__init__(quiet=True)
@@ -49,12 +49,12 @@ class AfterStep(Console):
 
 
 def checkpoint_folder(run, phase, step):
-    """Return the place of a checkpoint of a run with the usual three phases."""
+    """Return the path of a checkpoint of a run with the usual three phases."""
     return checkpoint.folder(run, PHASES[phase], step)
 
 
 def assert_same_run(one, other):
-    """Compare rows, samples, and weights at the end of each phase, to the last bit; only times may differ."""
+    """Assert that rows, samples, and weights at the end of each phase are equal to the last bit; times may differ."""
     for name in ("metrics.jsonl", "history.jsonl"):
         assert _untimed(jsonl.read(one / name)) == _untimed(jsonl.read(other / name))
     assert (one / "samples.md").read_text() == (other / "samples.md").read_text()

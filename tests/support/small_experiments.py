@@ -1,4 +1,4 @@
-"""Runs of a second."""
+"""Runs that take about a second."""
 
 SIZE = [
     *("-o", "model.d_model=32", "-o", "model.n_layers=2", "-o", "model.n_heads=2", "-o", "model.context_length=32"),

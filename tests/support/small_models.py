@@ -37,11 +37,11 @@ __all__ = [
 
 BACKENDS = ("mlx", "torch")
 MIXED = MoEConfig(n_experts=6, top_k=4, d_ff=32, shared_d_ff=48, layers=(1,))  # narrow, beside a shared one, in a layer
-LIMIT_LOGITS = 1e-5  # of logits with a standard deviation near 0.4; rounding alone stays under 1e-6
+LIMIT_LOGITS = 1e-5  # of logits with a standard deviation near 0.4; rounding alone stays below 1e-6
 
 
 def every_model(**fields):
-    """Every architecture preset, dense and with experts, as parameters of a test."""
+    """Return test parameters for every architecture preset, dense and with experts."""
     return [
         pytest.param(small_model(name, moe=moe, **fields), id=f"{name}-{'experts' if moe else 'dense'}")
         for name in preset_names("architectures")
@@ -50,7 +50,7 @@ def every_model(**fields):
 
 
 def build(backend, config, weights=None, optimizer=None, engine=None):
-    """A trainer on the CPU; the same rough weights for the same config, unless given."""
+    """Return a trainer on CPU; by default with rough weights that depend on the config alone."""
     weights = rough_weights(config, seed=0) if weights is None else weights
     factory = choose_backend(backend).trainer
     return factory(config, weights, optimizer or OptimizerConfig(), "cpu", engine or EngineConfig())

@@ -53,7 +53,7 @@ def test_nothing_is_said_where_nothing_has_changed(cut, whole, mlxmoe):
 
 def test_without_the_record_of_its_data(cut, mlxmoe):
     (cut / "data.json").unlink()
-    assert "data.json is missing, so nothing says whether these are the tokens of before" in resumed(mlxmoe, cut)
+    assert "data.json is missing, so it cannot be checked that the tokens are unchanged" in resumed(mlxmoe, cut)
 
 
 @pytest.mark.parametrize("is_finished", [False, True])
@@ -106,7 +106,7 @@ def test_a_new_run_is_compared_with_no_earlier_one(whole, mlxmoe, tmp_path):
 
 def test_without_its_history(cut, mlxmoe):
     (cut / "history.jsonl").unlink()
-    assert "history.jsonl lacks the row of boundary 2; what it said is lost" in resumed(mlxmoe, cut)
+    assert "history.jsonl lacks the row of boundary 2; its contents are lost" in resumed(mlxmoe, cut)
 
 
 @pytest.mark.parametrize("name", ["loss_jump", "max_logit_difference", "loss_before"])
