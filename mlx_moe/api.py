@@ -161,7 +161,7 @@ class Data(TokenSplits):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training came to.
+    """Result of a training.
 
     `metrics` has a row per logged step, with the keys of `metrics.jsonl`: loss, learning_rate, tokens_per_s and so on;
     losses in nats per token. `folder` is None where nothing was written. `interrupted`: it ended before its time, on

@@ -1,4 +1,4 @@
-"""One HTML page about a run, that opens in a browser without a network. Its template and code are in `page/`."""
+"""HTML page about a run, readable in a browser without a network. Its template and code are in `page/`."""
 
 from __future__ import annotations
 

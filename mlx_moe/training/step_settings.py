@@ -1,4 +1,4 @@
-"""What both backends' training steps share: settings, seeds of dropout, and the metrics of a step.
+"""Settings, dropout seeds and metrics that the training steps of both backends share.
 
 B batch, T time, L layers with experts, E experts.
 """

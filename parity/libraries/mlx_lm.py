@@ -121,7 +121,7 @@ class LibraryModel:
             return logits_BTV, {name: (np.array(x), np.array(y)) for name, (x, y) in found.items()}
 
     def again(self, name: str, x: Array) -> Array:
-        """What a module that was traced makes of another first input, all else as it was, with the same experts."""
+        """Return the output of a traced module for another first input, with all else and the experts as they were."""
         args, kwargs, experts = self._calls[name]
         module = dict(self._model.named_modules())[name]
         with mx.stream(mx.cpu), _choosing(experts):
@@ -142,7 +142,8 @@ class LibraryModel:
 
 
 def fields(folder: Path) -> dict[str, Any]:
-    """What mlx-lm's config of this model takes, with the defaults; `inspect.Parameter.empty` for what it must have."""
+    """Return the keys that mlx-lm's config of this model takes, with defaults; `inspect.Parameter.empty` if
+    required."""
     with opened_for_library(folder) as found:
         _, arguments = _get_classes(found.config)
     return {name: field.default for name, field in inspect.signature(arguments).parameters.items()}
@@ -211,5 +212,5 @@ def _watched(classes: Iterable[type], begin: Callable[[], int], note: Callable[.
 
 
 def _is_callable(kind: type) -> bool:
-    """Whether its instances are: a class itself always is."""
+    """Return whether instances of a class are callable; a class itself always is."""
     return any("__call__" in vars(base) for base in kind.__mro__)

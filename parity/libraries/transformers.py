@@ -67,7 +67,8 @@ class LibraryModel:
         self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[NDArray[np.int64]]]] = {}
 
     def config_value(self, name: str) -> Any:
-        """What transformers' config calls by this name, which its file may call otherwise; None if nothing."""
+        """Return a value of transformers' config by its name there, which may differ from the file's; None if
+        absent."""
         return getattr(self._model.config.get_text_config(), name, None)
 
     def logits(self, tokens_BT: Tokens) -> Array:
@@ -79,7 +80,8 @@ class LibraryModel:
             return self.logits(tokens_BT), choices.made
 
     def logits_with(self, config: Mapping[str, Any], tokens_BT: Tokens) -> Array:
-        """Of the same weights under another config; raises whatever transformers does where they do not fit it."""
+        """Return the logits of the same weights under another config; raise what transformers does if they do not
+        fit."""
         with _quiet(), self._precision(), no_init_weights(), without_network():
             changed = AutoConfig.for_model(**{"model_type": self._model.config.model_type, **config})
             model = AutoModelForCausalLM.from_config(changed, trust_remote_code=False).eval()
@@ -134,7 +136,7 @@ class LibraryModel:
 
     @torch.no_grad()
     def again(self, name: str, x: Array) -> Array:
-        """What a module that was traced makes of another first input, all else as it was, with the same experts."""
+        """Return the output of a traced module for another first input, with all else and the experts as they were."""
         args, kwargs, experts = self._calls[name]
         first = _first([*args, *kwargs.values()])
         replacement = torch.from_numpy(x.astype(np.float64 if self._exact and x.dtype.kind == "f" else x.dtype))
@@ -153,7 +155,7 @@ class LibraryModel:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        """Of everything that runs here."""
+        """Compute everything inside in this model's precision."""
         if not self._exact:
             yield
             return

@@ -24,9 +24,9 @@ from torch_ref.transformer import Transformer as TorchTransformer
 def route(backend, logits_NE, k):
     if backend == "mlx":
         experts_NK = mlx_moe_layers.choose_experts(mx.array(logits_NE), k)
-        return np.array(experts_NK), np.array(mlx_moe_layers.gate(mx.array(logits_NE), experts_NK))
+        return np.array(experts_NK), np.array(mlx_moe_layers.gate_weights(mx.array(logits_NE), experts_NK))
     experts_NK = torch_moe_layers.choose_experts(torch.tensor(logits_NE), k)
-    return experts_NK.numpy(), torch_moe_layers.gate(torch.tensor(logits_NE), experts_NK).numpy()
+    return experts_NK.numpy(), torch_moe_layers.gate_weights(torch.tensor(logits_NE), experts_NK).numpy()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -224,13 +224,13 @@ def test_auxiliary_loss_is_the_formula(n_experts, k):
     balance = n_experts * (share_E * probabilities_NE.mean(axis=0)).sum()
     z = (np.log(np.exp(exact_NE).sum(axis=-1)) ** 2).mean()
     for layers, routing in routings(logits_NE, k):
-        share = np.array(layers.load(routing).tolist())
+        share = np.array(layers.expert_load(routing).tolist())
         assert np.abs(share - share_E).max() < 1e-6
         assert share.sum() == pytest.approx(1, abs=1e-6)
         for alpha, beta in ((1, 0), (0, 1), (0.01, 0.001)):
             config = MoEConfig(n_experts=n_experts, top_k=k, load_balance_coefficient=alpha, z_loss_coefficient=beta)
             expected = alpha * balance + beta * z
-            assert float(layers.auxiliary_loss(routing, layers.load(routing), config)) == pytest.approx(
+            assert float(layers.auxiliary_loss(routing, layers.expert_load(routing), config)) == pytest.approx(
                 expected, rel=1e-5
             )
 
@@ -239,9 +239,9 @@ def test_balance_is_1_when_even_and_more_when_not():
     config = MoEConfig(n_experts=4, top_k=1, load_balance_coefficient=1, z_loss_coefficient=0)
     even = np.eye(4, dtype=np.float32)[np.arange(40) % 4] * 5
     for layers, routing in routings(even, 1):
-        assert float(layers.auxiliary_loss(routing, layers.load(routing), config)) == pytest.approx(1, rel=1e-6)
+        assert float(layers.auxiliary_loss(routing, layers.expert_load(routing), config)) == pytest.approx(1, rel=1e-6)
     for layers, routing in routings(np.tile(even[:1], (40, 1)), 1):
-        assert float(layers.auxiliary_loss(routing, layers.load(routing), config)) > 3.8
+        assert float(layers.auxiliary_loss(routing, layers.expert_load(routing), config)) > 3.8
 
 
 def router_gradients(backend, config, weights, batch):
