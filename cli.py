@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import typer
 
 from mlx_moe.address_space import check_room_to_start
-from mlx_moe.commands.ending import stop
+from mlx_moe.commands.errors import stop
 from mlx_moe.commands.experiments import compare, data, eval_, fit, sweep
 from mlx_moe.commands.models import generate, grow, import_, upcycle
 from mlx_moe.commands.reports import experts, plot, report

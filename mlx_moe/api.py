@@ -200,7 +200,7 @@ def load(name: str | Path, backend: str = "auto", device: str = "auto") -> tuple
     where there is no such model, or where it is damaged or not supported.
     """
     from mlx_moe.hub.models import open_model
-    from mlx_moe.hub.names import find_model
+    from mlx_moe.hub.resolve import find_model
     from mlx_moe.inference.decoding import load_tokenizer
 
     chosen = choose_backend(backend)

@@ -45,13 +45,13 @@ from mlx_moe.validation import tag
 
 
 def _folder_name(name: str) -> str:
-    way_out = "take a plain word"
+    remedy = "take a plain word"
     if name != name.strip() or not name:
-        raise ValueError(f"is empty, or begins or ends with a blank; {way_out}")
+        raise ValueError(f"is empty, or begins or ends with a blank; {remedy}")
     if name[0] in "-." or set("/\\\n\t") & set(name):
-        raise ValueError(f"names a folder, so it must not begin with - or ., nor hold a slash or a line end; {way_out}")
+        raise ValueError(f"names a folder, so it must not begin with - or ., nor hold a slash or a line end; {remedy}")
     if printable(name) != name:
-        raise ValueError(f"holds control characters; {way_out}")
+        raise ValueError(f"holds control characters; {remedy}")
     if len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"has {len(name.encode())} bytes; must be at most {MAX_NAME_BYTES}")
     return name
@@ -115,7 +115,7 @@ class TrainPhaseConfig(PhaseConfig):
 class UpcyclePhaseConfig(PhaseConfig, ExpertsConfig):
     """A phase that turns a dense model's FFNs into experts, then trains.
 
-    `transfer.experts.experts_of` derives the model.
+    `transfer.moe_layout.experts_of` derives the model.
     """
 
     transfer: Literal["upcycle"] = "upcycle"

@@ -166,16 +166,16 @@ def optimizer_table(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str
 def check_optimizer_state(config: ModelConfig, optimizer: OptimizerConfig, state: Arrays) -> None:
     """Raise InputError unless `state` holds exactly what this optimizer keeps for this model."""
     expected = optimizer_table(config, optimizer)
-    way_out = "take the optimizer and the model that wrote it"
+    remedy = "take the optimizer and the model that wrote it"
     for name, shape in expected.items():
         if name not in state:
-            raise InputError(f"optimizer state: no {name}, which optimizer.name {optimizer.name} needs; {way_out}")
+            raise InputError(f"optimizer state: no {name}, which optimizer.name {optimizer.name} needs; {remedy}")
         if state[name].shape != shape:
-            raise InputError(f"optimizer state: {name} has shape {state[name].shape}, not {shape}; {way_out}")
+            raise InputError(f"optimizer state: {name} has shape {state[name].shape}, not {shape}; {remedy}")
     if extra := sorted(state.keys() - expected.keys()):
         raise InputError(
             f"optimizer state: {extra[0]} ({len(extra)} such) is nothing that optimizer.name {optimizer.name} keeps; "
-            f"{way_out}"
+            f"{remedy}"
         )
 
 

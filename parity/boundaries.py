@@ -13,8 +13,8 @@ import numpy as np
 from mlx_moe.config import ModelConfig
 from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Tokens, Trainer
-from mlx_moe.transfer.experts import segments_of
 from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth
+from mlx_moe.transfer.moe_layout import segments_of
 from mlx_moe.transfer.plan import Plan, TensorPlan, apply
 from parity.gradients import Gradients, loss_and_gradients
 from parity.numpy_model import Array, ModuleCall, NumpyModel

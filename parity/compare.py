@@ -19,8 +19,8 @@ from mlx_moe.presets import preset_names
 from mlx_moe.storage import checkpoint
 from mlx_moe.training.backend import Trainer, choose_backend
 from mlx_moe.training.certify import certify
-from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.growth import plan_growth
+from mlx_moe.transfer.moe_layout import experts_of
 from mlx_moe.transfer.plan import Plan, apply
 from mlx_moe.transfer.upcycling import plan_upcycling
 from parity.boundaries import execution_claim, forced_claim, growth_claims, upcycling_claims

@@ -20,7 +20,7 @@ from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import PrecisionName
 from mlx_moe.training.backend import BackendName, Tokens, choose_backend
 from mlx_moe.transfer.plan import Plan, apply
-from mlx_moe.transfer.reordering import plan_reordering
+from mlx_moe.transfer.reordering import plan_permutation
 from parity.decoding import settled_positions
 from parity.gradients import Gradients, adamw_step, loss_and_gradients
 from parity.judgement import judge_tensor
@@ -117,7 +117,7 @@ class StepReference:
             for name, gradient in gradients.items()
         }
         exact = _adamw(model, gradients, self._squares)
-        in_float32 = [self._float32(plan_reordering(config, order), exact) for order in range(ORDERS)]
+        in_float32 = [self._float32(plan_permutation(config, order), exact) for order in range(ORDERS)]
         sizes = {key: float(np.abs(array).max()) for key, array in exact.items() if key[0] == GRADIENT}
         kept = {name for (_, name), size in sizes.items() if size > NEGLIGIBLE * max(sizes.values())}
         self.expected = {

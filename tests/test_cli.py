@@ -190,7 +190,7 @@ def test_an_interrupted_command_says_so(mlxmoe, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_moe.training.planning.show_parameters", interrupted)
+    monkeypatch.setattr("mlx_moe.training.run_plan.show_parameters", interrupted)
     result = mlxmoe("params")
     assert (result.code, result.err.strip()) == (130, "interrupted")
 

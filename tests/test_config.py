@@ -9,7 +9,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.phases import phase_model
 from mlx_moe.presets import load_architecture, load_run, preset_names
 from mlx_moe.storage.reading import read_mapping
-from mlx_moe.transfer.experts import experts_of
+from mlx_moe.transfer.moe_layout import experts_of
 from mlx_moe.validation import validate
 
 # position encoding, normalization, activation, FFN type, norm position

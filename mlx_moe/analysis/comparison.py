@@ -17,7 +17,7 @@ import numpy as np
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.flops import flops_per_token
 from mlx_moe.accounting.parameters import non_embedding_parameters
-from mlx_moe.analysis.record import Record, Row, read_record
+from mlx_moe.analysis.run_reader import Record, Row, read_record
 from mlx_moe.errors import InputError
 from mlx_moe.storage.run_folder import CONFIG, resume_command
 from mlx_moe.training.console import Console, millions

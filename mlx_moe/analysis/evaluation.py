@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.accounting import count_parameters
-from mlx_moe.analysis.record import read_config
+from mlx_moe.analysis.run_reader import read_config
 from mlx_moe.config import DataConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import held_out
@@ -33,7 +33,7 @@ from mlx_moe.storage.run_folder import CONFIG, resume_command
 from mlx_moe.terminal import echo
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.console import Console
-from mlx_moe.training.results import PROMPTS
+from mlx_moe.training.phase_summary import PROMPTS
 from mlx_moe.training.run import open_run
 from mlx_moe.validation import validate
 

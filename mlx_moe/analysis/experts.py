@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.analysis.expert_table import show
-from mlx_moe.analysis.record import EXPERTS, read_config
+from mlx_moe.analysis.run_reader import EXPERTS, read_config
 from mlx_moe.config import GrowPhaseConfig, ModelConfig, RunConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import TokenData, fixed_windows, prepare

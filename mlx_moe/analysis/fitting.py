@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import cast, get_args
 
-from mlx_moe.analysis.results import read_points
 from mlx_moe.analysis.scaling import FORMULAS, Fit, LawName, Point, fit
+from mlx_moe.analysis.sweep_results import read_points
 from mlx_moe.errors import InputError
 from mlx_moe.storage.atomic import output_file, signature, writing
 from mlx_moe.terminal import echo

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from mlx_moe.analysis.fitting import FITS
-from mlx_moe.analysis.one_run import SWEEP
-from mlx_moe.analysis.record import PhaseRecord, Record, read_record
+from mlx_moe.analysis.run_reader import PhaseRecord, Record, read_record
 from mlx_moe.analysis.scaling_plot import read_fits, scaling
 from mlx_moe.analysis.sweep_plot import choices
+from mlx_moe.analysis.sweep_worker import SWEEP
 from mlx_moe.errors import InputError
 from mlx_moe.storage.atomic import signature, writing
 from mlx_moe.storage.run_folder import resume_command

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_moe.analysis.comparison import nats_to_bits_per_byte
 from mlx_moe.analysis.expert_table import SUMMARY_COLUMNS, SUMMARY_LEGEND, phase_folder, summary
-from mlx_moe.analysis.record import PhaseRecord, Record, Row, read_record
+from mlx_moe.analysis.run_reader import PhaseRecord, Record, Row, read_record
 from mlx_moe.html.render import render_page
 from mlx_moe.phases import get_phase, lineage
 from mlx_moe.storage.atomic import output_file, writing

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from mlx_moe.analysis.comparison import CurvePoint, curve
-from mlx_moe.analysis.one_run import SWEEP, read_sweep
-from mlx_moe.analysis.record import read_record
+from mlx_moe.analysis.run_reader import read_record
 from mlx_moe.analysis.scaling_plot import shade
+from mlx_moe.analysis.sweep_worker import SWEEP, read_sweep
 from mlx_moe.analysis.sweeps import name_fault
 from mlx_moe.errors import InputError
 from mlx_moe.storage import jsonl

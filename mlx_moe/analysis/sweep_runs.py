@@ -24,10 +24,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_moe.analysis import one_run
-from mlx_moe.analysis.one_run import HELD_ELSEWHERE, SWEEP, is_held, read_sweep
-from mlx_moe.analysis.record import read_config
-from mlx_moe.analysis.results import ELSEWHERE, FAILED, FAILURE, FINISHED, INTERRUPTED, gather, row_of, show, write
+from mlx_moe.analysis import sweep_worker
+from mlx_moe.analysis.run_reader import read_config
+from mlx_moe.analysis.sweep_results import (
+    ELSEWHERE,
+    FAILED,
+    FAILURE,
+    FINISHED,
+    INTERRUPTED,
+    gather,
+    row_of,
+    show,
+    write,
+)
+from mlx_moe.analysis.sweep_worker import HELD_ELSEWHERE, SWEEP, is_held, read_sweep
 from mlx_moe.analysis.sweeps import PlannedRun
 from mlx_moe.data.sources import open_source
 from mlx_moe.errors import InputError, one_line, quoted
@@ -39,8 +49,8 @@ from mlx_moe.storage.atomic import (
     clean_leftovers,
     culprit,
     make_folder,
+    quarantine,
     replacing,
-    set_aside,
 )
 from mlx_moe.storage.identity import read_identity
 from mlx_moe.storage.run_folder import CONFIG, check_new
@@ -146,7 +156,7 @@ class _Sweep:
                 self.console.warn(f"{run.name} was left where it is: another process trains in it")
                 continue
             try:
-                aside = set_aside(folder, "failed")
+                aside = quarantine(folder, "failed")
             finally:
                 os.close(descriptor)
             self.console.line(f"{run.name} is now {aside.name}")
@@ -202,7 +212,7 @@ class _Sweep:
         if (n_threads := self._threads(run)) is not None:
             environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(n_threads)) | environment
         # -P: modules in the working folder must not shadow Python's.
-        command = [sys.executable, "-P", "-m", one_run.__name__, str(self.out), run.name]
+        command = [sys.executable, "-P", "-m", sweep_worker.__name__, str(self.out), run.name]
         command += [self.options.backend, self.options.device, str(pipe), str(self.lock)]
         with self._log(run) as stream:
             try:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_moe.commands.ending import stop
+from mlx_moe.commands.errors import stop
 from mlx_moe.commands.options import BackendOption, ConfigFile, DeviceOption, Json, Level, Overrides, Preset, Seed
 from mlx_moe.errors import InputError
 from mlx_moe.limits import MAX_NEW_TOKENS
@@ -42,7 +42,7 @@ def eval_(
     from mlx_moe.analysis.evaluation import EvaluationOptions, check, evaluate
     from mlx_moe.training.backend import choose_backend
     from mlx_moe.training.console import Console
-    from mlx_moe.training.results import PROMPTS
+    from mlx_moe.training.phase_summary import PROMPTS
 
     if prompt is not None and not all(prompt):
         raise InputError("--prompt is empty; give it at least one character")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_moe.commands.ending import stop
+from mlx_moe.commands.errors import stop
 from mlx_moe.commands.options import (
     AllowLossy,
     BackendOption,

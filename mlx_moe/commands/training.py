@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_moe.commands.ending import stop
+from mlx_moe.commands.errors import stop
 from mlx_moe.commands.options import AllowLossy, BackendOption, ConfigFile, DeviceOption, Json, Overrides, Preset
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def params(
     preset: Preset = "three-phase", config: ConfigFile = None, override: Overrides = None, as_json: Json = False
 ) -> None:
     """Count the parameters of every phase: total, active per token, inactive, idle experts."""
-    from mlx_moe.training.planning import show_parameters
+    from mlx_moe.training.run_plan import show_parameters
 
     show_parameters(_load_run(preset, config, override or []), as_json)
 
@@ -93,14 +93,14 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Estimate every phase's memory, time and largest batch, and report where it does not fit."""
-    from mlx_moe.training.planning import make_plan, show
+    from mlx_moe.training.run_plan import make_plan, show
 
     show(make_plan(_load_run(preset, config, override or []), backend, machine), as_json)
 
 
 def doctor() -> None:
     """Show the device, the library versions, and what is missing."""
-    from mlx_moe.training.doctor import diagnose
+    from mlx_moe.commands.doctor import diagnose
 
     raise typer.Exit(diagnose())
 

@@ -9,7 +9,7 @@ from mlx_moe.accounting import count_parameters
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import imported_state, read_model, with_finite_weights
-from mlx_moe.hub.names import find_model
+from mlx_moe.hub.resolve import find_model
 from mlx_moe.hub.sizes import check_room
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import creating

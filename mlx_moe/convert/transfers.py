@@ -22,11 +22,11 @@ from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.training.backend import Backend, Tokens
 from mlx_moe.training.centroids import centroid_routers, centroid_tokens
-from mlx_moe.training.certify import ChangedModel, certify_streamed, in_another_order
+from mlx_moe.training.certify import ChangedModel, certify_streamed, permuted
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.certificate import Certificate
-from mlx_moe.transfer.experts import experts_of
-from mlx_moe.transfer.plan import Plan, made_in_blocks
+from mlx_moe.transfer.moe_layout import experts_of
+from mlx_moe.transfer.plan import Plan, apply_streaming
 from mlx_moe.transfer.registry import TRANSFERS
 from mlx_moe.transfer.upcycling import LOSSY_METHOD, plan_phase
 
@@ -128,7 +128,7 @@ def transfer_checkpoint(
         began = time.perf_counter()
         models = (
             backend.streamed(source.config, source.weights, device),
-            backend.streamed(source.config, in_another_order(source.config, source.weights), device),
+            backend.streamed(source.config, permuted(source.config, source.weights), device),
             backend.streamed(plan.target_config, written, device),
         )
         certificate = certify_streamed(limits, *models, probes_BT1)
@@ -139,7 +139,7 @@ def transfer_checkpoint(
     lineage = (*lineage_so_far(source.state), became(TRANSFERS[plan.kind], plan.target_config))
     number = min(source.state.phase + 1, MAX_PHASES)
     state = TrainerState(number, 0, backend.name, lineage=lineage, transfer=plan.kind)
-    blocks = made_in_blocks(plan, source.weights)
+    blocks = apply_streaming(plan, source.weights)
     checkpoint.fill(folder, plan.target_config, state, blocks, source.tokenizer_folder, check)
     ((certificate, seconds_certified),) = found
     n_bytes = 4 * sum(math.prod(tensor.shape) for tensor in plan.tensors)

@@ -29,9 +29,9 @@ from mlx_moe.storage.atomic import (
     clean_leftovers,
     make_folder,
     new_folder,
+    quarantine,
     remove_folder,
     replacing,
-    set_aside,
 )
 from mlx_moe.storage.reading import read_json
 from mlx_moe.storage.records import Provenance, read_record
@@ -271,7 +271,7 @@ def _note_verified(entry: Path, contents: dict[str, Contents]) -> None:
 def _remove(entry: Path) -> None:
     """Delete a damaged entry; rename it if it contains foreign files."""
     if entry.is_symlink() or not entry.is_dir() or not remove_folder(entry, _is_ours):
-        set_aside(entry, "damaged")
+        quarantine(entry, "damaged")
 
 
 def _is_ours(inside: Path) -> bool:

@@ -18,10 +18,10 @@ from mlx_moe.config import ModelConfig
 from mlx_moe.data.tokenizers import HUB_NAME, Tokenizer
 from mlx_moe.errors import InputError
 from mlx_moe.hub import formats
-from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.foreign import refuse_code
 from mlx_moe.hub.layout import find, layout, unpack
 from mlx_moe.hub.models import ORIGIN, with_finite_weights
+from mlx_moe.hub.read_config import read_config
 from mlx_moe.hub.sizes import check_room
 from mlx_moe.parameters import shapes
 from mlx_moe.storage.atomic import creating
@@ -53,7 +53,7 @@ def fill(
     """
     name = formats.choose_format(source.config, requested)
     check_room(folder, source.config)
-    source = with_finite_weights(_held_as(source, name))
+    source = with_finite_weights(_normalized_for_format(source, name))
     holders = {holder.name: holder for holder in layout(name, source.config)}
     special_tokens = _write_tokenizer(source, folder)
     _write_json(formats.to_json(source.config, name, special_tokens), folder / "config.json")
@@ -68,9 +68,9 @@ def fill(
     return name
 
 
-def _held_as(source: Checkpoint, name: str) -> Checkpoint:
+def _normalized_for_format(source: Checkpoint, name: str) -> Checkpoint:
     """Return the model with the config and tensors of a format; tensors that only the format has are zeros."""
-    config = formats.held_as(source.config, name)
+    config = formats.normalize_for_format(source.config, name)
     zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes(config).items() if name not in source.weights}
     names = [*source.weights, *zeros]
     weights = StoredWeights(names, lambda name: zeros[name] if name in zeros else source.weights[name])

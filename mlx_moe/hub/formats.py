@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
-from mlx_moe.hub.config_in import CLASSES, GRANITES, SWITCHED_WINDOWS
+from mlx_moe.hub.read_config import CLASSES, GRANITES, SWITCHED_WINDOWS
 from mlx_moe.hub.rope_keys import write_rope
 
 FORMATS = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt2")
@@ -16,12 +16,12 @@ FORMATS = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "gra
 def choose_format(config: ModelConfig, requested: str) -> str:
     """Return the requested format, or for `auto` and `mlx` one that can hold the model; mlx-lm opens all of them.
 
-    Raises InputError with the obstacles, and with the format that can hold it or comes closest.
+    Raises InputError with the unsupported, and with the format that can hold it or comes closest.
     """
     if requested not in ("auto", "mlx", *FORMATS):
         raise InputError(f"--format {requested}: must be one of auto, mlx, {', '.join(FORMATS)}")
     requested = "auto" if requested == "mlx" else requested
-    lacking = {name: obstacles(config, name) for name in FORMATS}
+    lacking = {name: unsupported(config, name) for name in FORMATS}
     fitting = [name for name in FORMATS if not lacking[name]]
     if requested == "auto" and fitting:
         return fitting[0]
@@ -30,24 +30,24 @@ def choose_format(config: ModelConfig, requested: str) -> str:
     of_its_kind = [name for name in FORMATS if (name in LLAMAS and LLAMAS[name].experts) == (config.moe is not None)]
     nearest = min(of_its_kind, key=lambda name: len(lacking[name]))
     if fitting:
-        way_out = f"take --format {fitting[0]}"
+        remedy = f"take --format {fitting[0]}"
     elif nearest == requested:
-        way_out = "no other format comes closer"
+        remedy = "no other format comes closer"
     else:
-        way_out = f"closest is {nearest}, which cannot hold {', '.join(lacking[nearest])}"
+        remedy = f"closest is {nearest}, which cannot hold {', '.join(lacking[nearest])}"
     if not fitting:
-        way_out += "; models trained with --preset llama or smollm can be exported"
+        remedy += "; models trained with --preset llama or smollm can be exported"
     missing = "the model" if requested == "auto" else ", ".join(lacking[requested])
-    raise InputError(f"--format {requested} cannot hold {missing}; {way_out}")
+    raise InputError(f"--format {requested} cannot hold {missing}; {remedy}")
 
 
-def obstacles(config: ModelConfig, name: str) -> list[str]:
+def unsupported(config: ModelConfig, name: str) -> list[str]:
     """Return the features of a model that a format cannot hold."""
     checks = _gpt2_checks(config) if name == "gpt2" else _llama_checks(config, name)
     return [reason for holds, reason in checks if not holds]
 
 
-def held_as(config: ModelConfig, name: str) -> ModelConfig:
+def normalize_for_format(config: ModelConfig, name: str) -> ModelConfig:
     """Return the config with a format's conventions.
 
     Granite's attention has all biases or none, so o_proj's become zeros. If every layer has experts, the only FFN width

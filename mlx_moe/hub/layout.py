@@ -57,7 +57,7 @@ GPT2_BLOCK = {
 
 
 @dataclass(frozen=True)
-class Holder:
+class TensorMapping:
     """A tensor of a family, and the tensors of ours that it concatenates along an axis."""
 
     name: str
@@ -86,7 +86,7 @@ class Holder:
         return whole.T if self.transposed else whole
 
 
-def layout(family: str, config: ModelConfig) -> list[Holder]:
+def layout(family: str, config: ModelConfig) -> list[TensorMapping]:
     """Return a family's tensors for a model that it can hold, in the order of the forward pass."""
     names = [parameter.name for parameter in table(config)]
     if family == "gpt2":
@@ -94,41 +94,43 @@ def layout(family: str, config: ModelConfig) -> list[Holder]:
     return [holder for name in names for holder in _llama(config, name, family)]
 
 
-def _llama(config: ModelConfig, name: str, family: str) -> Iterator[Holder]:
+def _llama(config: ModelConfig, name: str, family: str) -> Iterator[TensorMapping]:
     """Yield Llama's tensors: the names equal ours, except routers and experts."""
     prefix = "" if name == "lm_head.weight" else PREFIXES[family]
     block, _, place = name.rpartition("mlp.")
     if config.moe is None or not place.startswith(("router.", "experts.", "shared_expert.")):
-        yield Holder(prefix + name, (name,))
+        yield TensorMapping(prefix + name, (name,))
         return
     module = place.removesuffix(".weight")
     theirs = f"{prefix}{block}{EXPERTS[family].get(module)}.weight"
     if "{}" in theirs:
         for expert in range(config.moe.n_experts):
-            yield Holder(theirs.format(expert), (name,), expert)
+            yield TensorMapping(theirs.format(expert), (name,), expert)
     elif "input_linear" in theirs:
-        yield Holder(theirs, (name, name.replace("gate_proj", "up_proj")), axis=int(module.startswith("experts.")))
+        yield TensorMapping(
+            theirs, (name, name.replace("gate_proj", "up_proj")), axis=int(module.startswith("experts."))
+        )
     elif module in EXPERTS[family]:
-        yield Holder(theirs, (name,))
+        yield TensorMapping(theirs, (name,))
 
 
-def _gpt2(config: ModelConfig, names: list[str]) -> Iterator[Holder]:
+def _gpt2(config: ModelConfig, names: list[str]) -> Iterator[TensorMapping]:
     """Yield GPT-2's tensors: linear maps are stored as (in, out), with queries, keys and values in one."""
     for name in names:
         module, _, kind = name.rpartition(".")
         if not name.startswith("layers."):
-            yield Holder(f"{GPT2_TOP.get(module, module)}.{kind}", (name,))
+            yield TensorMapping(f"{GPT2_TOP.get(module, module)}.{kind}", (name,))
     for layer in range(config.n_layers):
         for theirs, ours in GPT2_BLOCK.items():
             for kind in ("weight", "bias"):
                 parts = tuple(f"layers.{layer}.{module}.{kind}" for module in ours)
                 is_matrix = kind == "weight" and not theirs.startswith("ln_")
-                yield Holder(f"h.{layer}.{theirs}.{kind}", parts, transposed=is_matrix)
+                yield TensorMapping(f"h.{layer}.{theirs}.{kind}", parts, transposed=is_matrix)
 
 
 def find(
     folder: Path, tensors: dict[str, StoredTensor], family: str, config: ModelConfig
-) -> list[tuple[Holder, StoredTensor]]:
+) -> list[tuple[TensorMapping, StoredTensor]]:
     """Return each tensor of the model with its location, by the family's names with and without their prefix.
 
     Raises InputError for a missing or surplus tensor, a wrong shape, or an unknown dtype.
@@ -166,10 +168,10 @@ def _check_dtype(folder: Path, name: str, stored: StoredTensor) -> None:
         raise InputError(f"{folder}: {name} holds {stored.dtype}; save it as one of {', '.join(DTYPES)}")
 
 
-def unpack(found: list[tuple[Holder, StoredTensor]], config: ModelConfig) -> StoredWeights:
+def unpack(found: list[tuple[TensorMapping, StoredTensor]], config: ModelConfig) -> StoredWeights:
     """Return our tensors by name; views of the file where one holds the same array."""
     expected = shapes(config)
-    holders: dict[str, list[tuple[Holder, StoredTensor]]] = {name: [] for name in expected}
+    holders: dict[str, list[tuple[TensorMapping, StoredTensor]]] = {name: [] for name in expected}
     for holder, stored in found:
         for part in holder.parts:
             holders[part].append((holder, stored))

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError, brief_name
-from mlx_moe.hub.config_in import read_config
 from mlx_moe.hub.foreign import ADAPTER, read_settings
 from mlx_moe.hub.layout import find, unpack
-from mlx_moe.hub.names import model_name
+from mlx_moe.hub.read_config import read_config
+from mlx_moe.hub.resolve import model_name
 from mlx_moe.parameters import Weights
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState

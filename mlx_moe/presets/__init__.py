@@ -32,7 +32,7 @@ def load_run(
     overrides: Sequence[str] = (),
     *,
     steps: int | None = None,
-    settled: Mapping[str, Any] | None = None,
+    fixed_by_model: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Return the merged config of a run: preset < file < overrides (`key.path=value`, the value read as YAML).
 
@@ -42,8 +42,8 @@ def load_run(
     from the preset below. Otherwise it changes existing phases. `phases.NAME=null` drops a phase,
     `phases.NAME.transfer=grow` appends one. `steps` applies to every phase whose steps no override sets.
 
-    `preset` names a run, or an architecture, which is used in the `three-phase` run. `settled` holds what a starting
-    model determines, including its whole `model` section, and replaces the preset's values.
+    `preset` names a run, or an architecture, which is used in the `three-phase` run. `fixed_by_model` holds what a
+    starting model determines, including its whole `model` section, and replaces the preset's values.
 
     Raises InputError with the key, the value, the limit and the closest valid key.
     """
@@ -51,9 +51,9 @@ def load_run(
         layers = [_read_preset("runs", "three-phase"), {"model": {"architecture": preset}}]
     else:
         layers = [_read_preset("runs", preset)]
-    if settled is not None:
+    if fixed_by_model is not None:
         layers[0].pop("model", None)
-        layers.insert(1, dict(settled))
+        layers.insert(1, dict(fixed_by_model))
     files = [] if file is None else [read_mapping(absolute(file))]
     parsed = [_parse_override(text) for text in overrides]
     if any(map(_names_a_path, [*files, *parsed])):
@@ -69,8 +69,8 @@ def load_run(
     if isinstance(merged.get("phases"), dict):
         merged["phases"] = _known_phases(merged["phases"], layers, files, parsed)
         _set_steps(merged["phases"], parsed, steps)
-    if settled is not None:
-        merged["start"] = settled["start"]
+    if fixed_by_model is not None:
+        merged["start"] = fixed_by_model["start"]
     model = merged.setdefault("model", {})
     if isinstance(model, dict):
         if "vocab_size" in model and isinstance(merged.setdefault("data", {}), dict):

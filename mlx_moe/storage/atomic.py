@@ -74,7 +74,7 @@ def new_folder(path: Path, aside: str | None = None) -> Iterator[Path]:
         for entry in [*partial.rglob("*"), partial]:
             flush(entry)
         if aside is not None and os.path.lexists(path):
-            set_aside(path, aside)
+            quarantine(path, aside)
         try:
             with _free_of_others(path):
                 partial.rename(path)
@@ -220,7 +220,7 @@ def remove_folder(folder: Path, is_ours: Callable[[Path], bool]) -> bool:
         os.close(descriptor)
 
 
-def set_aside(path: Path, reason: str) -> Path:
+def quarantine(path: Path, reason: str) -> Path:
     """Rename a file or folder to `NAME.REASON`, or `NAME.REASON-2` and so on; return the new path."""
     number = 1
     while True:

@@ -34,8 +34,8 @@ from mlx_moe.storage.atomic import (
     flush,
     make_folder,
     new_folder,
+    quarantine,
     remove_folder,
-    set_aside,
 )
 from mlx_moe.storage.reading import read_mapping
 from mlx_moe.storage.regular_files import open_regular
@@ -265,7 +265,7 @@ def load_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             damaged.append((path, damage))
             continue
         for later, damage in damaged:
-            aside = set_aside(later, "damaged")
+            aside = quarantine(later, "damaged")
             warn(f"checkpoint {later} {damage}; it is now {aside.name}, and {path.relative_to(run)} takes its place")
         return _load_verified(path, Hold(path))
     if damaged:

@@ -89,7 +89,7 @@ def read_run(path: Path, values: dict[str, Any]) -> RunConfig:
     return run.model_copy(update={"data": run.data.model_copy(update={"tokenizer": str(own.resolve())})})
 
 
-def _by_the_first(method: Callable[Concatenate[RunFolder, P], None]) -> Callable[Concatenate[RunFolder, P], None]:
+def rank_zero_only(method: Callable[Concatenate[RunFolder, P], None]) -> Callable[Concatenate[RunFolder, P], None]:
     """Run a method on rank 0 only; do nothing on the other ranks."""
 
     @wraps(method)
@@ -124,11 +124,11 @@ class RunFolder:
         """Return the config of a run to resume. Raises InputError if there is none."""
         if self._is_ours and not (self.path / CONFIG).is_file():
             raise InputError(f"cannot resume {self.path}: there is no {CONFIG} in it; name a run's folder")
-        return read_run(self.path, self._told(lambda: read_mapping(self.path / CONFIG)))
+        return read_run(self.path, self._broadcast(lambda: read_mapping(self.path / CONFIG)))
 
     def identity(self) -> RunIdentity | None:
         """Return the facts of the run's start; None if it has not begun, or predates this file."""
-        saved = self._told(self._identity)
+        saved = self._broadcast(self._identity)
         return None if saved is None else validate(RunIdentity, saved)
 
     def _identity(self) -> dict[str, Any] | None:
@@ -140,12 +140,12 @@ class RunFolder:
     @property
     def is_begun(self) -> bool:
         """Return whether the folder contains a run."""
-        return bool(self._told(lambda: (self.path / CONFIG).is_file()))
+        return bool(self._broadcast(lambda: (self.path / CONFIG).is_file()))
 
     def check_data(self, data: TokenData) -> None:
         """Raise InputError if the tokens differ from those that the run began with: its weights would not fit them."""
         hashes = [data.provenance[split]["sha256"] for split in ("train", "validation")]
-        if hashes != self._told(lambda: hashes):
+        if hashes != self._broadcast(lambda: hashes):
             raise InputError(
                 f"process {self.world.rank} has other tokens than process 0; give all of them the same text, tokenizer "
                 "and version of mlxmoe"
@@ -178,7 +178,7 @@ class RunFolder:
         if self.is_begun:
             raise self._taken()
 
-    @_by_the_first
+    @rank_zero_only
     def introduce(
         self, run: RunConfig, identity: RunIdentity, data: TokenData, environment: dict[str, Any], is_new: bool = False
     ) -> None:
@@ -218,37 +218,37 @@ class RunFolder:
             self.lock = None
 
     def metrics(self) -> list[dict[str, Any]]:
-        return self._told(lambda: jsonl.read(self.path / METRICS, MetricsRow, self.warn))
+        return self._broadcast(lambda: jsonl.read(self.path / METRICS, MetricsRow, self.warn))
 
     def history(self) -> list[dict[str, Any]]:
-        return self._told(lambda: jsonl.read(self.path / HISTORY, HistoryRow, self.warn))
+        return self._broadcast(lambda: jsonl.read(self.path / HISTORY, HistoryRow, self.warn))
 
-    @_by_the_first
+    @rank_zero_only
     def log_step(self, row: dict[str, Any]) -> None:
         with self._writing():
             jsonl.append(self.path / METRICS, row)
         if self.tracker is not None:
             self.tracker.log(row)
 
-    @_by_the_first
+    @rank_zero_only
     def log_event(self, row: dict[str, Any]) -> None:
         with self._writing():
             jsonl.append(self.path / HISTORY, row)
 
-    @_by_the_first
+    @rank_zero_only
     def rewind(self, phase: int, step: int) -> None:
         """Drop the rows after a step, so that none occurs twice."""
         with self._writing():
             jsonl.rewind(self.path / METRICS, phase, step, MetricsRow)
             jsonl.rewind(self.path / HISTORY, phase, step, HistoryRow)
 
-    @_by_the_first
+    @rank_zero_only
     def drop_result(self, phase: int) -> None:
         """Drop the result of a finished phase that is to be trained further."""
         with self._writing():
             jsonl.keep(self.path / HISTORY, lambda row: (row["event"], row["phase"]) != ("phase", phase), HistoryRow)
 
-    @_by_the_first
+    @rank_zero_only
     def rewind_metrics(self, phase: int) -> None:
         """Drop the metrics of a phase that starts over."""
         with self._writing():
@@ -262,12 +262,12 @@ class RunFolder:
                 self._write_json(f"boundaries/{name}.json", record)
         return file
 
-    @_by_the_first
+    @rank_zero_only
     def save_samples(self, text: str) -> None:
         with self._writing(), replacing(self.path / SAMPLES) as partial:
             partial.write_text(text, encoding="utf-8")
 
-    @_by_the_first
+    @rank_zero_only
     def save(
         self, config: ModelConfig, state: TrainerState, weights: Weights, optimizer_state: Weights | None, keep: int
     ) -> None:
@@ -280,25 +280,25 @@ class RunFolder:
             try:
                 checkpoint.save(path, config, state, weights, optimizer_state)
             except InputError as error:
-                raise InputError(f"{error}; {self._way_out()}") from None
+                raise InputError(f"{error}; {self._remedy()}") from None
             checkpoint.keep_last(path.parent, keep)
 
     def best_validation_loss(self, phase: str) -> float:
         """Return the lowest validation loss in a phase's folder, nats per token; inf before the first."""
         folder = checkpoint.folder(self.path, phase, 0).parent
-        loss: float = self._told(lambda: checkpoint.best_validation_loss(folder))
+        loss: float = self._broadcast(lambda: checkpoint.best_validation_loss(folder))
         return loss
 
     def load_latest(self, warn: Callable[[str], None]) -> Position | None:
         """Return the state of the run's last undamaged checkpoint; None if there is none."""
         with self._writing():
             saved = checkpoint.load_latest(self.path, warn) if self._is_ours else None
-        if not self._told(lambda: saved is not None):
+        if not self._broadcast(lambda: saved is not None):
             return None
-        config = validate(ModelConfig, self._told(lambda: saved.config.model_dump(mode="json") if saved else {}))
-        state = validate(TrainerState, self._told(lambda: asdict(saved.state) if saved else {}))
+        config = validate(ModelConfig, self._broadcast(lambda: saved.config.model_dump(mode="json") if saved else {}))
+        state = validate(TrainerState, self._broadcast(lambda: asdict(saved.state) if saved else {}))
         weights, optimizer_state = (saved.weights, saved.optimizer_state) if saved else (None, None)
-        has_moments = self._told(lambda: optimizer_state is not None)
+        has_moments = self._broadcast(lambda: optimizer_state is not None)
         return Position(config, state, self._arrays(weights), self._arrays(optimizer_state) if has_moments else None)
 
     def last_saved(self) -> str:
@@ -322,7 +322,7 @@ class RunFolder:
     def _is_ours(self) -> bool:
         return self.world.rank == 0
 
-    def _told(self, read: Callable[[], Any]) -> Any:
+    def _broadcast(self, read: Callable[[], Any]) -> Any:
         """Read on rank 0 and broadcast the result."""
         if self.world.size == 1:
             return read()
@@ -331,7 +331,7 @@ class RunFolder:
     def _arrays(self, arrays: Weights | None) -> Arrays:
         if self.world.size == 1:
             return dict(arrays or {})
-        shapes = self._told(lambda: {name: array.shape for name, array in (arrays or {}).items()})
+        shapes = self._broadcast(lambda: {name: array.shape for name, array in (arrays or {}).items()})
         told = {name: self.world.broadcast(arrays[name].tobytes() if arrays else b"") for name in shapes}
         return {name: np.frombuffer(told[name], np.float32).reshape(shape) for name, shape in shapes.items()}
 
@@ -345,12 +345,12 @@ class RunFolder:
             yield
         except OSError as error:
             about = culprit(error, self.path)
-            raise InputError(f"cannot write {about}: {error.strerror or error}; {self._way_out()}") from None
+            raise InputError(f"cannot write {about}: {error.strerror or error}; {self._remedy()}") from None
 
     def _taken(self) -> InputError:
         return InputError(f"{self.path} has become a run in the meantime; name another folder")
 
-    def _way_out(self) -> str:
+    def _remedy(self) -> str:
         if not (self.path / CONFIG).is_file():
             return "nothing was begun; name another folder with --out"
         return f"{self.last_saved()}; once that is fixed, resume with: {self.resume_command}"

@@ -6,7 +6,7 @@ from mlx_moe.config import UpcyclePhaseConfig
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import StreamedModel, Tokens
 from mlx_moe.transfer.centroids import Routers, centroid_rows
-from mlx_moe.transfer.experts import experts_of
+from mlx_moe.transfer.moe_layout import experts_of
 
 CENTROID_TOKENS = 4096
 TOKENS_PER_CENTROID = 16  # minimum

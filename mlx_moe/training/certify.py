@@ -14,7 +14,7 @@ from mlx_moe.training.backend import Logits, StreamedModel, Tokens, Trainer
 from mlx_moe.transfer.certificate import Certificate, Replay, max_difference, probe
 from mlx_moe.transfer.growth import layer_sources
 from mlx_moe.transfer.plan import made
-from mlx_moe.transfer.reordering import plan_reordering
+from mlx_moe.transfer.reordering import plan_permutation
 
 PROBE_TOKENS = 256  # logits of all 8,192 tokens of a published model's context would take 1.6 GB
 
@@ -30,7 +30,7 @@ def certify(
     replay = partial(replay_routing, before, after) if before.config.moe and after.config.moe else None
 
     def floor(tokens_BT: Tokens) -> float:
-        return rounding_floor(before, before.apply_transfer(plan_reordering(before.config)), tokens_BT)
+        return rounding_floor(before, before.apply_transfer(plan_permutation(before.config)), tokens_BT)
 
     models = partial(each_logits, before), partial(each_logits, after)
     return probe(
@@ -58,8 +58,8 @@ def rounding_floor(model: Trainer | StreamedModel, reordered: Trainer | Streamed
     return max_difference(one.logits_BTV, other.logits_BTV)
 
 
-def in_another_order(config: ModelConfig, weights: Weights) -> Weights:
-    return made(plan_reordering(config), weights)
+def permuted(config: ModelConfig, weights: Weights) -> Weights:
+    return made(plan_permutation(config), weights)
 
 
 def replay_routing(before: Trainer | StreamedModel, after: Trainer | StreamedModel, tokens_BT: Tokens) -> Replay:

@@ -11,14 +11,14 @@ from pathlib import Path
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
-from mlx_moe.hub.names import find_model
+from mlx_moe.hub.resolve import find_model
 from mlx_moe.presets import as_overrides, load_run
 from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.run_folder import check_new
 from mlx_moe.training.backend import Backend, choose_backend
+from mlx_moe.training.from_checkpoint import start_from
 from mlx_moe.training.resume import resume_run
-from mlx_moe.training.start import start_from
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.centroids import centroid_routers, centroid_tokens
 from mlx_moe.training.certify import PROBE_TOKENS, certify
 from mlx_moe.training.console import Console, millions
-from mlx_moe.training.introduction import facts
+from mlx_moe.training.from_checkpoint import check_model, weights_sha256
 from mlx_moe.training.loop import Session, train_phase
 from mlx_moe.training.memory import check_address_space, needed_bytes
+from mlx_moe.training.phase_summary import report_phase, summarize
 from mlx_moe.training.request import Options, RunRequest, resolve
-from mlx_moe.training.results import report_phase, summarize
-from mlx_moe.training.start import check_model, weights_sha256
+from mlx_moe.training.run_header import facts
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
 from mlx_moe.training.trackers import Tracker, check_installed, open_tracker
 from mlx_moe.transfer.centroids import Routers
@@ -69,7 +69,7 @@ def train_phases(
             if options.is_new:
                 folder.check_new()
             rows = folder.metrics()
-            phase, trainer, step = experiment.where_it_stands()
+            phase, trainer, step = experiment.resume_or_init()
             is_done = phase == last_phase and phase >= 1 and step >= phase_config(run, phase).steps
             experiment.warn_of_lost_rows(rows, phase, step)
             experiment.introduce(trainer, last_phase, is_done)
@@ -109,7 +109,7 @@ class Experiment:
     console: Console
     data: TokenData
 
-    def where_it_stands(self) -> tuple[int, Trainer, int]:
+    def resume_or_init(self) -> tuple[int, Trainer, int]:
         """Return (phase, trainer, steps done) from the latest undamaged checkpoint, or from the run's initial model."""
         saved = self.folder.load_latest(self.console.warn)
         if saved is None:

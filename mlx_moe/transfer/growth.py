@@ -19,7 +19,7 @@ from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
 from mlx_moe.limits import MAX_LAYERS
 from mlx_moe.parameters import Axis, Parameter, normal, table
-from mlx_moe.transfer.experts import check_experts_kept, grown_experts
+from mlx_moe.transfer.moe_layout import check_experts_kept, grown_experts
 from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, fresh_tensor
 from mlx_moe.validation import validate
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mlx_moe.config import ModelConfig
 from mlx_moe.parameters import Weights, normal
 from mlx_moe.storage.tensor_files import Blocks, StoredWeights
-from mlx_moe.transfer.draws import Draw
+from mlx_moe.transfer.expert_noise import ExpertNoise
 
 BLOCK = 1 << 19  # elements; intermediate results take a few times that
 
@@ -95,7 +95,7 @@ class TensorPlan:
     pads: tuple[Pad, ...] = ()
     maps: tuple[AxisMap, ...] = ()
     is_new: bool = False
-    draw: Draw | None = None
+    draw: ExpertNoise | None = None
 
     def moments(self, power: int) -> TensorPlan:
         """Return the recipe of the first (power 1) or second (2) moment; 0 in pads and new tensors."""
@@ -140,7 +140,7 @@ def made(plan: Plan, weights: Weights) -> StoredWeights:
     return StoredWeights(tensors, lambda name: _whole(tensors[name], weights))
 
 
-def made_in_blocks(plan: Plan, weights: Weights) -> Blocks:
+def apply_streaming(plan: Plan, weights: Weights) -> Blocks:
     """Return the target's weights in blocks for a file, so that large tensors need little memory."""
     tensors = {tensor.target: tensor for tensor in plan.tensors}
 

@@ -12,8 +12,8 @@ from typing import Any
 from mlx_moe.config import GrowPhaseConfig, ModelConfig, PhaseConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
 from mlx_moe.transfer.centroids import Routers
-from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.growth import grow_config, plan_growth, usual_size
+from mlx_moe.transfer.moe_layout import experts_of
 from mlx_moe.transfer.plan import Plan
 from mlx_moe.transfer.upcycling import plan_phase
 

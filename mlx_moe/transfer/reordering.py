@@ -10,7 +10,7 @@ from mlx_moe.transfer.growth import RESIDUAL
 from mlx_moe.transfer.plan import AxisMap, Plan, TensorPlan
 
 
-def plan_reordering(config: ModelConfig, seed: int = 0) -> Plan:
+def plan_permutation(config: ModelConfig, seed: int = 0) -> Plan:
     """Return a plan that permutes the residual stream's coordinates and each layer's FFN neurons; heads stay."""
     return Plan(config, config, tuple(_tensor(parameter, seed) for parameter in table(config)))
 

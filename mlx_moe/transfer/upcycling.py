@@ -17,8 +17,8 @@ from mlx_moe.config import ModelConfig, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import Axis, Parameter, normal, table
 from mlx_moe.transfer.centroids import Routers
-from mlx_moe.transfer.draws import Draw
-from mlx_moe.transfer.experts import experts_of, segments_of
+from mlx_moe.transfer.expert_noise import ExpertNoise
+from mlx_moe.transfer.moe_layout import experts_of, segments_of
 from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, fresh_tensor
 
 ZERO_ROUTER_WARNING = (
@@ -151,12 +151,12 @@ class _Upcycling:
         return Axis.RESIDUAL_WRITE in parameter.axes
 
 
-def _draw(parameter: Parameter, d_ff: int, noise: float, drop: float, seed: int) -> Draw:
+def _draw(parameter: Parameter, d_ff: int, noise: float, drop: float, seed: int) -> ExpertNoise:
     block = parameter.name.partition(".experts.")[0]
     n_experts, n_dropped = parameter.shape[0], round(drop * d_ff)
     dropped_EN = np.argsort(normal(f"{block} dropped", seed, (n_experts, d_ff)))[:, :n_dropped]
     neurons = _neurons(parameter)
-    return Draw(parameter.name, seed, noise, dropped_EN if neurons else dropped_EN[:, :0], *(neurons or [0]))
+    return ExpertNoise(parameter.name, seed, noise, dropped_EN if neurons else dropped_EN[:, :0], *(neurons or [0]))
 
 
 def _neurons(parameter: Parameter) -> list[int]:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from mlx_moe.accounting.flops import flops_per_token, mfu
 from mlx_moe.config import ModelConfig, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.presets import load_architecture, preset_names
-from mlx_moe.transfer.experts import experts_of
+from mlx_moe.transfer.moe_layout import experts_of
 from torch_ref.transformer import Transformer
 
 

@@ -3,11 +3,11 @@ import json
 
 import pytest
 
+from mlx_moe.accounting.estimate import Work, fit, seconds, site_of
 from mlx_moe.accounting.machines import choose
-from mlx_moe.accounting.plan import Work, fit, seconds, site_of
 from mlx_moe.config import EngineConfig, OptimizerConfig
 from mlx_moe.presets import load_architecture, load_run
-from mlx_moe.training.planning import make_plan
+from mlx_moe.training.run_plan import make_plan
 
 PHASES = ["1-dense", "2-moe", "3-large-moe"]
 
@@ -46,8 +46,8 @@ def test_every_way_out_leads_out(machine):
     work = Work("large", load_architecture("gpt2"), OptimizerConfig(), EngineConfig(), batch_size=64, steps=10)
     found = fit(work, site_of(*choose(machine), work.engine))
     assert not found.fits
-    assert found.ways_out
-    for way in found.ways_out:
+    assert found.remedies
+    for way in found.remedies:
         overrides = [word for word in way.split() if word != "-o"]
         run = load_run("gpt2", overrides=["training.batch_size=64", *overrides])
         changed = Work("large", run.model, run.optimizer, run.engine, run.training.batch_size, 10)

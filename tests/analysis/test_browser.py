@@ -6,8 +6,8 @@ import shutil
 import pytest
 from support.browser import Browser, find
 
-from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import write_report
+from mlx_moe.analysis.run_reader import read_record
 from mlx_moe.storage import jsonl
 from mlx_moe.storage.run_folder import METRICS
 

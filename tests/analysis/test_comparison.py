@@ -6,7 +6,7 @@ from support.small_experiments import train
 from mlx_moe.accounting.flops import flops_per_token
 from mlx_moe.analysis.comparison import BUDGETS, ComparedRun, CurvePoint, compare, curve, spent_to_reach
 from mlx_moe.analysis.comparison import _speedup as speedup
-from mlx_moe.analysis.record import read_record
+from mlx_moe.analysis.run_reader import read_record
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from mlx_moe.analysis.evaluation import _stretches as stretches
 from mlx_moe.analysis.evaluation import pinned
 from mlx_moe.config import DataConfig
 from mlx_moe.storage import checkpoint
-from mlx_moe.training.results import PROMPTS
+from mlx_moe.training.phase_summary import PROMPTS
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from mlx_moe.analysis.plots import expert_load, loss
-from mlx_moe.analysis.record import read_record
+from mlx_moe.analysis.run_reader import read_record
 from mlx_moe.analysis.scaling import Point, fit
 from mlx_moe.analysis.scaling_plot import read_fits, scaling
 from mlx_moe.analysis.sweep_plot import choices

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from mlx_moe.analysis.results import effects, read_points, row_of, write
+from mlx_moe.analysis.sweep_results import effects, read_points, row_of, write
 from mlx_moe.analysis.sweeps import PlannedRun
 from mlx_moe.config import RunConfig
 from mlx_moe.errors import InputError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support.short_runs import start
 
-from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import MOST_COLUMNS, MOST_ROWS, render
+from mlx_moe.analysis.run_reader import read_record
 from mlx_moe.storage import jsonl
 from mlx_moe.training.run import open_run
 

@@ -18,7 +18,7 @@ PRELOADED = [
     *("cli", "mlx_moe.model.trainer", "torch_ref.trainer", "mlx_moe.hub.models", "mlx_moe.hub.export", "matplotlib"),
     *("mlx_moe.analysis.plots", "mlx_moe.analysis.report", "mlx_moe.analysis.experts", "mlx_moe.analysis.evaluation"),
     *("mlx_moe.training.run", "mlx_moe.analysis.sweep_runs", "mlx_moe.analysis.fitting", "parity.run"),
-    *("mlx_moe.data.describe", "mlx_moe.training.planning", "mlx_moe.inference.decoding", "pytest", "torch._dynamo"),
+    *("mlx_moe.data.describe", "mlx_moe.training.run_plan", "mlx_moe.inference.decoding", "pytest", "torch._dynamo"),
 ]
 if sys.platform != "darwin":
     CONTEXT.set_forkserver_preload(PRELOADED)

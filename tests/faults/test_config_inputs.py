@@ -17,15 +17,15 @@ from pydantic import BaseModel
 
 import cli
 from mlx_moe.accounting import count_parameters
+from mlx_moe.accounting.estimate import Work, fit, site_of
 from mlx_moe.accounting.machines import choose
-from mlx_moe.accounting.plan import Work, fit, site_of
 from mlx_moe.config import RunConfig, save
 from mlx_moe.errors import InputError
 from mlx_moe.phases import phase_model, trained_model
 from mlx_moe.presets import as_overrides, load_architecture, load_run
 from mlx_moe.storage.atomic import absolute
 from mlx_moe.storage.reading import parse_json, parse_yaml, read_mapping
-from mlx_moe.training.planning import make_plan, with_its_vocabulary
+from mlx_moe.training.run_plan import make_plan, with_its_vocabulary
 from mlx_moe.validation import validate
 
 SECONDS = 2  # of this process

@@ -21,8 +21,8 @@ from support.short_runs import short_run, start
 from mlx_moe.analysis.comparison import compare, show
 from mlx_moe.analysis.experts import analyse
 from mlx_moe.analysis.plots import FIGURES, STYLE
-from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import render
+from mlx_moe.analysis.run_reader import read_record
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import choose_backend
 

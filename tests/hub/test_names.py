@@ -7,7 +7,7 @@ import pytest
 from support.published_models import save, save_tokenizer
 
 from mlx_moe.errors import InputError
-from mlx_moe.hub.names import find_model, model_name
+from mlx_moe.hub.resolve import find_model, model_name
 from mlx_moe.storage import checkpoint
 
 

@@ -17,8 +17,8 @@ from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training.console import Console
+from mlx_moe.training.from_checkpoint import start_from
 from mlx_moe.training.run import open_run
-from mlx_moe.training.start import start_from
 from mlx_moe.training.stopping import TrainingStopped
 
 SHORT = [

@@ -21,9 +21,9 @@ from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import TrainerState
 from mlx_moe.training import boundary
 from mlx_moe.training.backend import Backend, choose_backend
-from mlx_moe.training.certify import certify_streamed, in_another_order, rounding_floor
+from mlx_moe.training.certify import certify_streamed, permuted, rounding_floor
 from mlx_moe.transfer.growth import grow_config, plan_growth
-from mlx_moe.transfer.plan import apply, made_in_blocks
+from mlx_moe.transfer.plan import apply, apply_streaming
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
 
 EXPERTS = MoEConfig(n_experts=4, top_k=2)
@@ -113,7 +113,7 @@ def test_large_logits_are_judged_by_what_rounding_does(config, backend):
     plan = plan_growth(config, grow_config(config, d_model=72, n_layers=3))
     grown = apply(plan, weights)
     before = backend.streamed(config, weights, "cpu")
-    reordered = backend.streamed(config, in_another_order(config, weights), "cpu")
+    reordered = backend.streamed(config, permuted(config, weights), "cpu")
 
     def certificate(after):
         after = backend.streamed(plan.target_config, after, "cpu")
@@ -130,7 +130,7 @@ def test_large_logits_are_judged_by_what_rounding_does(config, backend):
 def test_the_floor_of_rounding_is_small_but_not_zero(backend):
     for config in (DENSE, MIXTURE):
         weights = rough_weights(config, 0)
-        models = [backend.streamed(config, each, "cpu") for each in (weights, in_another_order(config, weights))]
+        models = [backend.streamed(config, each, "cpu") for each in (weights, permuted(config, weights))]
         assert 1e-8 < rounding_floor(*models, random_probes(config, 2)[:, :-1]) < 1e-5
 
 
@@ -144,7 +144,7 @@ def test_no_tensor_is_in_memory_as_a_whole_more_than_once(tmp_path):
     largest = 4 * max(np.prod(parameter.shape) for parameter in table(plan.target_config))
     tracemalloc.start()
     try:
-        checkpoint.create(tmp_path / "out", plan.target_config, source.state, made_in_blocks(plan, source.weights))
+        checkpoint.create(tmp_path / "out", plan.target_config, source.state, apply_streaming(plan, source.weights))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

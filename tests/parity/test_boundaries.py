@@ -7,8 +7,8 @@ import pytest
 from support.small_models import EXPERTS, boundary_tokens, larger_model, probe_model
 
 from mlx_moe.config import UpcyclePhaseConfig
-from mlx_moe.transfer.experts import experts_of
 from mlx_moe.transfer.growth import plan_growth
+from mlx_moe.transfer.moe_layout import experts_of
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_upcycling
 from parity.boundaries import execution_claim, forced_claim, growth_claims, random_experts, upcycling_claims

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_moe.errors import InputError
 from mlx_moe.storage import atomic, locks
-from mlx_moe.storage.atomic import clean_leftovers, creating, new_folder, replacing, set_aside, signature, writing
+from mlx_moe.storage.atomic import clean_leftovers, creating, new_folder, quarantine, replacing, signature, writing
 
 
 def refusal(context):
@@ -151,7 +151,7 @@ def test_what_came_in_the_meantime_stays(tmp_path):
 def test_what_is_set_aside_replaces_nothing(tmp_path):
     for content in ("one", "two", "three"):
         (tmp_path / "a").write_text(content)
-        set_aside(tmp_path / "a", "damaged")
+        quarantine(tmp_path / "a", "damaged")
     assert [(tmp_path / f"a.damaged{n}").read_text() for n in ("", "-2", "-3")] == ["one", "two", "three"]
 
 

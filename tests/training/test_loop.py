@@ -24,7 +24,7 @@ from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Backend, choose_backend
 from mlx_moe.training.console import Console
 from mlx_moe.training.loop import Session, evaluate, load_imbalance, train_phase
-from mlx_moe.training.results import phase_result
+from mlx_moe.training.phase_summary import phase_result
 from mlx_moe.training.stopping import TrainingStopped, interruptions
 
 CONTEXT, BATCH = 16, 8

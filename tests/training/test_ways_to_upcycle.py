@@ -7,8 +7,8 @@ import pytest
 from support.short_runs import AfterStep, assert_same_run, checkpoint_folder, short_run, start
 
 from mlx_moe.analysis.plots import expert_load
-from mlx_moe.analysis.record import read_record
 from mlx_moe.analysis.report import _data
+from mlx_moe.analysis.run_reader import read_record
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training.run import open_run
 

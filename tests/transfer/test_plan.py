@@ -4,7 +4,7 @@ from support.architectures import small, weights
 
 from mlx_moe.config import MoEConfig
 from mlx_moe.transfer.growth import grow_config, plan_growth
-from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, apply, blocks, fresh_tensor, made, made_in_blocks
+from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, apply, apply_streaming, blocks, fresh_tensor, made
 from mlx_moe.transfer.upcycling import plan_upcycling
 
 EXPERTS = small(moe={"n_experts": 3}, normalization="layernorm", bias=True)
@@ -74,7 +74,7 @@ def test_in_pieces_it_is_the_same_bit_for_bit(name, size):
 def test_one_by_one_it_is_the_same():
     plan = PLANS["all of it"]
     arrays = weights(plan.source_config, np.float32)
-    whole, one_by_one, in_blocks = apply(plan, arrays), made(plan, arrays), made_in_blocks(plan, arrays)
+    whole, one_by_one, in_blocks = apply(plan, arrays), made(plan, arrays), apply_streaming(plan, arrays)
     assert list(one_by_one) == list(whole)
     for name, array in whole.items():
         np.testing.assert_array_equal(one_by_one[name], array)

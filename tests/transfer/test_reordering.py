@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from support.architectures import architectures, logit_difference, small, weights
 
 from mlx_moe.transfer.plan import apply
-from mlx_moe.transfer.reordering import plan_reordering
+from mlx_moe.transfer.reordering import plan_permutation
 
 
 @settings(deadline=None, max_examples=50, derandomize=True, database=None)
@@ -12,12 +12,12 @@ from mlx_moe.transfer.reordering import plan_reordering
 def test_another_order_is_the_same_model(config, moe):
     config = config.model_copy(update={"moe": small(moe=moe).moe})
     arrays = weights(config)
-    assert logit_difference(config, arrays, config, apply(plan_reordering(config), arrays)) < 1e-9
+    assert logit_difference(config, arrays, config, apply(plan_permutation(config), arrays)) < 1e-9
 
 
 def test_every_layer_has_an_order_of_its_own_and_the_stream_has_one():
     config = small(d_model=32, d_ff=48)
-    plan = {tensor.target: tensor for tensor in plan_reordering(config).tensors}
+    plan = {tensor.target: tensor for tensor in plan_permutation(config).tensors}
     stream, neurons = plan["layers.0.mlp.down_proj.weight"].maps
     for axis_map, size in ((stream, 32), (neurons, 48)):
         assert sorted(axis_map.index) == list(range(size))

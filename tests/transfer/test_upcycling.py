@@ -10,7 +10,7 @@ from mlx_moe.convert.probes import random_probes
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import table
 from mlx_moe.training.backend import choose_backend
-from mlx_moe.transfer.experts import experts_of
+from mlx_moe.transfer.moe_layout import experts_of
 from mlx_moe.transfer.plan import apply
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
 

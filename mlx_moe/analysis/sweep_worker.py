@@ -1,4 +1,4 @@
-"""Process of one run of a sweep: python -m mlx_moe.analysis.one_run FOLDER NAME BACKEND DEVICE [FDS].
+"""Process of one run of a sweep: python -m mlx_moe.analysis.sweep_worker FOLDER NAME BACKEND DEVICE [FDS].
 
 FDS are two descriptors inherited from the sweep: the end of a pipe, which closes when the sweep asks the run to stop or
 dies, and the lock that shows the next sweep that this process is still alive.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_moe.accounting import count_parameters, machines
-from mlx_moe.accounting.plan import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
+from mlx_moe.accounting.estimate import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
 from mlx_moe.config import RunConfig
 from mlx_moe.data.tokenizers import Tokenizer, bpe_vocabulary
 from mlx_moe.errors import InputError, quoted
@@ -232,7 +232,7 @@ def warnings(plan: RunPlan) -> list[str]:
     lines = vocabulary_warnings(plan.run)
     for work, here in zip(plan.works, plan.fits[0], strict=True):
         if not here.fits:
-            ways = "; or ".join(here.ways_out) or ("only a smaller model or a larger machine")
+            ways = "; or ".join(here.remedies) or ("only a smaller model or a larger machine")
             peak, usable = _gb(here.memory.peak), _gb(site.usable_bytes)
             moment = {"loss": "at the loss", "backward": "in the backward pass", "update": "in the update"}
             when = moment[here.memory.peak_moment]

@@ -12,7 +12,7 @@ from mlx_moe.parameters import normal
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
+class ExpertNoise:
     """Changes of each expert's tensor from the dense one.
 
     `noise` is the standard deviation of the added noise, relative to the tensor's. `dropped_EN` lists the neurons of

@@ -36,13 +36,13 @@ def start_from(
     tokenizer = str(source.tokenizer_folder.resolve())
     origin = source.state.lineage or (source.config.display_name,)
     lineage = lineage_so_far(replace(source.state, lineage=origin))
-    settled = {
+    fixed_by_model = {
         "name": lineage[0].rpartition("/")[2],
         "start": {"model": str(source.path.resolve()), "phases": phases, "lineage": lineage},
         "model": source.config.model_dump(mode="json"),
         "data": {"tokenizer": tokenizer},
     }
-    run = load_run(preset, file, overrides, steps=steps, settled=settled)
+    run = load_run(preset, file, overrides, steps=steps, fixed_by_model=fixed_by_model)
     if run.data.tokenizer != tokenizer:
         raise InputError(
             f"tokenizer {run.data.tokenizer}: {source.path} works only with its own tokenizer; leave it out"

@@ -46,7 +46,7 @@ INERT: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
 }
-WAYS_OUT = {
+REMEDIES = {
     **dict.fromkeys(("quantization_config", "quantization"), NO_QUANTIZED),
     **dict.fromkeys(("auto_map", "model_file"), NO_CODE),
 }
@@ -102,7 +102,7 @@ class Keys:
             )  # fmt: skip
         return int(value)
 
-    def whole_or_null(self, key: str, default: Any, largest: int | None = None) -> int | None:
+    def integer_or_null(self, key: str, default: Any, largest: int | None = None) -> int | None:
         """Return an integer as `whole` does, or None if the key is null, or absent without another default."""
         if self._left.get(key, default) is None:
             self._left.pop(key, None)
@@ -141,7 +141,7 @@ class Keys:
             if key in INERT:
                 inert = INERT[key]
                 if value not in inert:
-                    self.refuse(key, value, WAYS_OUT.get(key) or f"supported: {', '.join(map(str, inert))}")
+                    self.refuse(key, value, REMEDIES.get(key) or f"supported: {', '.join(map(str, inert))}")
             elif key not in IRRELEVANT:
                 hint = nearest(key, sorted(IRRELEVANT | INERT.keys()), cutoff=0.8)
                 self.refuse(

@@ -65,14 +65,14 @@ class Site:
 class Fit:
     """Estimate of a phase on a machine.
 
-    `largest_batch` 0: not even one sequence fits; `ways_out`: overrides that make it fit.
+    `largest_batch` 0: not even one sequence fits; `remedies`: overrides that make it fit.
     """
 
     memory: StepMemory
     fits: bool
     largest_batch: int
     seconds: float
-    ways_out: list[str]
+    remedies: list[str]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"memory": self.memory.to_json()}

@@ -8,8 +8,8 @@ from typing import Any
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
+from mlx_moe.hub.config_reader import REQUIRED, Keys
 from mlx_moe.hub.foreign import CONFIG, read_settings
-from mlx_moe.hub.keys import REQUIRED, Keys
 from mlx_moe.hub.layout import FAMILIES, OWN_TENSOR_EACH
 from mlx_moe.hub.rope_keys import read_rope
 from mlx_moe.hub.sizes import check_described
@@ -65,8 +65,8 @@ def read_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[str,
 def _llama(keys: Keys, family: str, most_layers: int) -> dict[str, Any]:
     """Convert Llama and its relatives. Omitted keys have transformers' defaults for the family."""
     d_model, n_heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
-    n_kv_heads = keys.whole_or_null("num_key_value_heads", None if family in ("llama", *GRANITES) else REQUIRED)
-    head_dim = keys.whole_or_null("head_dim", 128 if family == "qwen3" else None)
+    n_kv_heads = keys.integer_or_null("num_key_value_heads", None if family in ("llama", *GRANITES) else REQUIRED)
+    head_dim = keys.integer_or_null("head_dim", 128 if family == "qwen3" else None)
     fields = {
         "vocab_size": keys.whole("vocab_size"),
         "context_length": keys.whole("max_position_embeddings", largest=LONGEST_CONTEXT),
@@ -124,7 +124,7 @@ def _qwen3_experts(keys: Keys, n_layers: int) -> dict[str, Any]:
         )
     n_experts = keys.whole("num_experts" if "num_experts" in keys else "num_local_experts")
     keys.one_of("num_local_experts", [n_experts], n_experts)
-    d_ff, d_ff_dense = keys.whole("moe_intermediate_size"), keys.whole_or_null("intermediate_size", None)
+    d_ff, d_ff_dense = keys.whole("moe_intermediate_size"), keys.integer_or_null("intermediate_size", None)
     moe = {"n_experts": n_experts, "top_k": keys.whole("num_experts_per_tok")}
     if len(layers) == n_layers:
         return {"d_ff": d_ff, "moe": moe}
@@ -133,13 +133,13 @@ def _qwen3_experts(keys: Keys, n_layers: int) -> dict[str, Any]:
 
 def _refuse_windows(keys: Keys, family: str, context_length: int, n_layers: int) -> None:
     """Refuse an attention window shorter than the context; a window that covers it changes nothing."""
-    window = keys.whole_or_null("sliding_window", 4096 if family == "mistral" else None, LONGEST_CONTEXT)
+    window = keys.integer_or_null("sliding_window", 4096 if family == "mistral" else None, LONGEST_CONTEXT)
     layer_types = keys.list_of(str, "layer_types", None)
     slides = window is not None
     if family in SWITCHED_WINDOWS:
         slides = keys.one_of("use_sliding_window", [True, False], False) and slides
     if family in ("qwen2", "qwen3"):
-        first_to_slide = keys.whole_or_null("max_window_layers", 28, LONGEST_CONTEXT)
+        first_to_slide = keys.integer_or_null("max_window_layers", 28, LONGEST_CONTEXT)
         if layer_types is None and first_to_slide is not None and first_to_slide >= n_layers:
             slides = False
     if layer_types is not None:
@@ -184,7 +184,7 @@ def _refuse_multipliers(keys: Keys, head_dim: int) -> None:
 def _gpt2(keys: Keys, most_layers: int) -> dict[str, Any]:
     d_model, context_length = keys.whole("n_embd"), keys.whole("n_positions")
     keys.one_of("n_ctx", [context_length], context_length)
-    d_ff = keys.whole_or_null("n_inner", None)
+    d_ff = keys.integer_or_null("n_inner", None)
     return {
         "vocab_size": keys.whole("vocab_size"),
         "context_length": context_length,

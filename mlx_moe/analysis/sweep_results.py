@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import t
 
 from mlx_moe.analysis.comparison import summarize
-from mlx_moe.analysis.record import read_record
+from mlx_moe.analysis.run_reader import read_record
 from mlx_moe.analysis.scaling import Point
 from mlx_moe.analysis.sweeps import PlannedRun
 from mlx_moe.errors import InputError
