@@ -72,9 +72,9 @@ def gelu_tanh(x: mx.array) -> mx.array:
 @compute_in_float32_on_cpu
 def silu(x: mx.array) -> mx.array:
     """Return x·σ(x)."""
-    if x.size <= FEW_NUMBERS:
-        return x * mx.sigmoid(x)
-    return elementwise.silu(x) if float32_on_cpu(x) else nn.silu(x)
+    if not float32_on_cpu(x):
+        return nn.silu(x)
+    return x * mx.sigmoid(x) if x.size <= FEW_NUMBERS else elementwise.silu(x)
 
 
 def softmax(x: mx.array) -> mx.array:
