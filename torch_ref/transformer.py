@@ -138,7 +138,7 @@ class Decoder:
     def length(self) -> int:
         return self._cache[0].length
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
         tokens = torch.from_numpy(tokens_BT).to(self._device, torch.int64)
         logits_BTV, _ = self._model(tokens, self._cache)

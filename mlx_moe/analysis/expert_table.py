@@ -53,5 +53,5 @@ def summary(one: dict[str, Any]) -> list[str]:
 
 def phase_folder(one: dict[str, Any]) -> str:
     """Return the name of the phase's folder, such as `2-moe`, from the path of a checkpoint in its run."""
-    _, _, below = one["checkpoint"].partition("phases/")
+    _, _, below = one.get("checkpoint", "").partition("phases/")
     return below.partition("/")[0] or f"phase {one['phase']}"

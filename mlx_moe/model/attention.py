@@ -46,7 +46,7 @@ class KVCache:
         if buffer_BGCd is not None and length <= buffer_BGCd.shape[2]:
             return buffer_BGCd
         batch, heads, _, width = new_BGTd.shape
-        capacity = min(-(-length // CACHE_BLOCK) * CACHE_BLOCK, self._max_length)
+        capacity = max(length, min(-(-length // CACHE_BLOCK) * CACHE_BLOCK, self._max_length))
         larger_BGCd = mx.zeros((batch, heads, capacity, width), new_BGTd.dtype)
         if buffer_BGCd is not None:
             larger_BGCd[:, :, : self.length] = buffer_BGCd[:, :, : self.length]

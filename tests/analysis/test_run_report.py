@@ -13,7 +13,7 @@ from mlx_moe.analysis.run_reader import read_record
 from mlx_moe.storage import jsonl
 from mlx_moe.training.run import open_run
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "report.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "guides" / "report.md"
 EVIL = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>&amp;\u2028"
 
 

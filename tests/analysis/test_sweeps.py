@@ -95,7 +95,7 @@ def test_components_has_each_of_the_nine_options():
         ({"axes": {}}, "axes"),
         ({"preset": "dmo"}, "run d_model=32,first,seed=0: no preset named 'dmo'; did you mean 'demo'?"),
         ({"axes": {"model.d_modle": [1]}}, "run d_modle=1: unknown key 'model.d_modle'; did you mean 'd_model'?"),
-        ({"axes": {"a": {"b": {"n_phases": 4}}}}, "run b: n_phases 4; must be 1, 2 or 3"),
+        ({"axes": {"a": {"b": {"n_phases": 4}}}}, "run b: n_phases 4; must be from 1 to 3"),
         ({"axes": {"a": {"b": {"equal": {"tokens": "c"}}}}}, "run b: equal {'tokens': 'c'} must be tokens or flops"),
         (
             {"axes": {"a": {"b": {"phases.dense.steps": 9}, "c": {"n_phases": 2, "equal": {"tokens": "b"}}}}},
@@ -154,8 +154,8 @@ BASE = {"phases.dense.steps": 9}
         ({"arm": {"a": {"equal": {"flops": 7}}}, "seed": [7]}, "run a,seed=7: equal {'flops': 7} must be"),
         ({"arm": {"a": {"equal": {"time": "b"}}, "b": {}}}, "run a: equal {'time': 'b'} must be"),
         ({"arm": {"a": {"equal": {"tokens": "a"}}}}, "run a: equal {'tokens': 'a'} must be"),
-        ({"arm": {"a": {"n_phases": "x"}}}, "run a: n_phases 'x'; must be 1, 2 or 3"),
-        ({"arm": {"a": {"n_phases": True}}}, "run a: n_phases True; must be 1, 2 or 3"),
+        ({"arm": {"a": {"n_phases": "x"}}}, "run a: n_phases 'x'; must be from 1 to 3"),
+        ({"arm": {"a": {"n_phases": True}}}, "run a: n_phases True; must be from 1 to 3"),
         ({"arm": {"a": {"n_phases": [1]}}}, "run a: n_phases [1]; must be"),
     ],
 )

@@ -181,9 +181,9 @@ def test_the_deepest_model_is_counted_at_once(quick):
         ("optimizer.eps=1e-320", "must be greater than or equal to 1e-30"),
         ("phases.dense.learning_rate=1e300", "must be at most 1e+30"),
         ("model.moe={n_experts: 4, layers: [true]}", "model.moe.layers.0 = True: must be a number"),
-        ("start={model: x, phases: []}", "start.phases = []: must be of 1, 2 and 3"),
-        ("start={model: x, phases: [1, 3]}", "start.phases = [1, 3]: must be of 1, 2 and 3"),
-        ("start={model: x, phases: [4]}", "start.phases = [4]: must be of 1, 2 and 3"),
+        ("start={model: x, phases: []}", "start.phases = []: must be one or more numbers"),
+        ("start={model: x, phases: [1, 3]}", "start.phases = [1, 3]: must be one or more numbers"),
+        ("start={model: x, phases: [4]}", "start.phases: there is no phase 4"),
         ("model.moe.n_experts=1000000000", "model.moe.n_experts = 1000000000: must be at most 16384"),
     ],
 )

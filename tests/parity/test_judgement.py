@@ -117,7 +117,7 @@ def test_the_first_wrong_module_is_named(fault, place, runner):
     assert verdict.first_place() == place
     assert "torch" in verdict.first_fault()
     assert place == "routing" or re.search(
-        r"worst at \[\d+.*The reference there: shape [\d×]+, mean", verdict.first_fault()
+        r"worst at \[\d+.*Reference there: shape [\d×]+, mean", verdict.first_fault()
     )
 
 
