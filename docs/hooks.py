@@ -167,8 +167,10 @@ def _settings() -> Iterator[str]:
     """Write a table for every section of a run's config: key, type, default, and the comment beside it."""
     from mlx_moe.config import RunConfig
 
-    yield from ("# Settings", "", "Every key that `-o key=value` and `--config FILE` take, with its default. A preset")
-    yield from ("may say otherwise: `mlxmoe params --preset NAME` shows the model that it makes.", "")
+    yield from ("# Settings", "")
+    yield "Every key that `-o key=value` and `--config FILE` take, with its default. A preset may set another value:"
+    yield "`mlxmoe params --preset NAME` shows the model that it makes. The phases shown are those of a run without a"
+    yield from ("preset; another run names its own, each with the keys of its transfer.", "")
     yield from _section("", RunConfig)
 
 
@@ -180,6 +182,10 @@ def _section(prefix: str, model: Any) -> Iterator[str]:
     comments = _comments(model)
     for name, field in model.model_fields.items():
         if f"{prefix}{name}" in SET_BY_COMMANDS:
+            continue
+        if name == "phases":
+            phases = field.get_default(call_default_factory=True)
+            inner.extend((f"phases.{phase}.", type(settings)) for phase, settings in phases.items())
             continue
         nested = next((kind for kind in _kinds(field.annotation) if hasattr(kind, "model_fields")), None)
         if nested is not None:

@@ -103,7 +103,7 @@ class Keys:
         return int(value)
 
     def integer_or_null(self, key: str, default: Any, largest: int | None = None) -> int | None:
-        """Return an integer as `whole` does, or None if the key is null, or absent without another default."""
+        """Return an integer from 1 to `largest`, or None if the key is null, or absent without another default."""
         if self._left.get(key, default) is None:
             self._left.pop(key, None)
             return None

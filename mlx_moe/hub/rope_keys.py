@@ -28,7 +28,7 @@ def read_rope(keys: Keys, default_theta: float) -> dict[str, Any]:
     thetas: dict[str, float] = {}
     if not keys.is_null("rope_theta"):
         thetas["rope_theta"] = keys.number("rope_theta")
-    scalings: dict[str, tuple[str, dict[str, float]]] = {}
+    scalings: dict[str, dict[str, Any]] = {}
     for name in ("rope_parameters", "rope_scaling"):
         section = keys.section(name)
         if section is None:
@@ -38,15 +38,16 @@ def read_rope(keys: Keys, default_theta: float) -> dict[str, Any]:
         kinds = [section.one_of(key, SCALINGS) for key in ("rope_type", "type") if key in section] or ["default"]
         if kinds[-1] != kinds[0]:
             section.refuse("type", kinds[-1], f"rope_type is {kinds[0]}; make them equal")
-        scalings[name] = kinds[0], {ours: section.number(theirs) for theirs, ours in SCALINGS[kinds[0]].items()}
+        scalings[name] = {"rope_type": kinds[0]} | {key: section.number(key) for key in SCALINGS[kinds[0]]}
         section.refuse_the_rest()
-    for said in (thetas, scalings):
-        for name, value in said.items():
-            first = next(iter(said))
-            if value != said[first]:
-                keys.refuse(name, value, f"{first} is {said[first]}; make them equal")
-    _, scaling = next(iter(scalings.values()), ("default", {}))
-    return {"rope_theta": next(iter(thetas.values()), default_theta), "rope_scaling": scaling or None}
+    for values in (thetas, scalings):
+        for name, value in values.items():
+            first = next(iter(values))
+            if value != values[first]:
+                keys.refuse(name, value, f"{first} is {values[first]}; make them equal")
+    scaling = next(iter(scalings.values()), {"rope_type": "default"})
+    ours = {name: scaling[key] for key, name in SCALINGS[scaling["rope_type"]].items()}
+    return {"rope_theta": next(iter(thetas.values()), default_theta), "rope_scaling": ours or None}
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -54,8 +55,8 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     scaling = None
     if config.rope_scaling:
         ours = config.rope_scaling.model_dump()
-        told = {theirs: ours[name] for theirs, name in SCALINGS[config.rope_scaling.rope_type].items()}
-        scaling = {"rope_type": config.rope_scaling.rope_type, **told}
+        parameters = {key: ours[name] for key, name in SCALINGS[config.rope_scaling.rope_type].items()}
+        scaling = {"rope_type": config.rope_scaling.rope_type, **parameters}
     return {
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,

@@ -36,7 +36,7 @@ from random import Random
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests" / "hub")]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests")]
 
 from commands import COMMANDS, DENSE, EXPERTS, ON_CPU, SMALL, TRAIN  # noqa: E402
 from materials import build  # noqa: E402
@@ -408,7 +408,7 @@ def materials_for_fuzzing(folder: Path) -> Path:
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pa.table({"text": texts}), materials / "text.parquet")
-    import published_models
+    from support import published_models
 
     for name in MODELS:
         options = {"max_shard_size": "20KB"} if name == "llama3" else {}
@@ -421,7 +421,7 @@ def materials_for_fuzzing(folder: Path) -> Path:
 
 def save_tokenizer(kind: str, folder: Path, char: Path, texts: list[str]) -> None:
     """Write a tokenizer of some kind, and what comes beside one."""
-    import published_models
+    from support import published_models
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     folder.mkdir(parents=True)

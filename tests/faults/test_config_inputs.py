@@ -322,7 +322,7 @@ def test_json_that_is_refused(text, quick):
         *[({1: 2}, "1: keys should be strings"), ({None: 2}, "this is None"), ({True: 2}, "this is True")],
         ({"model": {1: 2}}, "model.1"),
         ({"phases": {"moe": {None: 2}}}, "phases.moe.None"),
-        ({"phases": {"moe": {"n_expert": 2}}}, "did you mean 'n_experts'"),
+        ({"phases": {"moe": {"transfer": "upcycle", "n_expert": 2}}}, "did you mean 'n_experts'"),
         ({"model": {"moe": {"n_expert": 2}}}, "did you mean 'n_experts'"),
         ({"model": {"rope_scaling": {"factr": 2}}}, "did you mean 'factor'"),
         ({"start": {"model": "x", "phases": [1], "lineag": []}}, "did you mean 'lineage'"),

@@ -130,7 +130,7 @@ REFUSED = {
     "two scalings": (
         "llama3",
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        r"rope_scaling = .*linear.*rope_parameters says .*llama3",
+        r"rope_scaling = .*linear.*rope_parameters is .*llama3",
     ),
     "a factor that quickens": (
         "llama",

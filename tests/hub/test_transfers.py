@@ -3,6 +3,7 @@
 import json
 import resource
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from support.published_models import our_logits, random_tokens, save
 from support.small_models import rough_weights, small_model
 
 from mlx_moe.config import MoEConfig, UpcyclePhaseConfig, VerificationConfig
+from mlx_moe.convert import transfers
 from mlx_moe.convert.probes import random_probes
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
@@ -19,9 +21,8 @@ from mlx_moe.parameters import initialize, shapes, table
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import TrainerState
-from mlx_moe.training import boundary
 from mlx_moe.training.backend import Backend, choose_backend
-from mlx_moe.training.certify import certify_streamed, permuted, rounding_floor
+from mlx_moe.training.certify import ChangedModel, certify_streamed, permuted, rounding_floor
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import apply, apply_streaming
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
@@ -48,7 +49,7 @@ def backend(request):
 def transfer(source, plan, out, backend, allow_lossy=False):
     probes, limits = random_probes(source.config, 3), VerificationConfig()
     with creating(out) as partial:
-        return boundary.transfer_checkpoint(source, plan, partial, backend, "cpu", limits, allow_lossy, probes)
+        return transfers.transfer_checkpoint(source, plan, partial, backend, "cpu", limits, allow_lossy, probes)
 
 
 def saved(config, path):
@@ -157,8 +158,9 @@ def test_what_changes_the_model_is_not_kept(tmp_path, backend):
     plan = PLANS["experts"](DENSE)
     wrong = [tensor for tensor in plan.tensors if tensor.target != "norm.weight"]
     other = [tensor for tensor in plan.tensors if tensor.target == "layers.0.input_layernorm.weight"]
-    plan = type(plan)(DENSE, plan.target_config, (*wrong, type(other[0])("norm.weight", (48,), other[0].source)))
-    with pytest.raises(boundary.ChangedModel) as changed:
+    norm = replace(other[0], target="norm.weight")
+    plan = replace(plan, tensors=(*wrong, norm))
+    with pytest.raises(ChangedModel) as changed:
         transfer(source, plan, tmp_path / "out", backend)
     assert not changed.value.certificate.passed
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -174,7 +176,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, when, error):
 
     source = saved(DENSE, tmp_path / "source")
     if when == "certifying":
-        monkeypatch.setattr(boundary, "certify_streamed", interrupted)
+        monkeypatch.setattr(transfers, "certify_streamed", interrupted)
     else:
         monkeypatch.setattr("mlx_moe.transfer.plan._take", interrupted)
     with pytest.raises(error):

@@ -12,7 +12,7 @@ import pytest
 from support.short_runs import SIZE, short_run, start
 
 from mlx_moe.storage import checkpoint, jsonl
-from mlx_moe.training import phases
+from mlx_moe.training import run as training_run
 from mlx_moe.training.run import open_run
 from mlx_moe.training.stopping import TrainingStopped
 
@@ -154,7 +154,7 @@ def test_memory_that_runs_out_while_training_keeps_what_was_saved(tmp_path, monk
 
     monkeypatch.setenv("MLXMOE_CACHE", str(tmp_path / "cache"))
     start(short_run(), tmp_path / "run", n_phases=1)
-    monkeypatch.setattr(phases, "certify", refused)
+    monkeypatch.setattr(training_run, "certify", refused)
     with pytest.raises(TrainingStopped) as caught:
         start(open_run(tmp_path / "run"), tmp_path / "run", n_phases=2)
     assert caught.value.exit_code == 1

@@ -6,7 +6,8 @@ import pytest
 from support.short_runs import AfterStep, assert_same_run, short_run, start
 
 from mlx_moe.storage import checkpoint, jsonl
-from mlx_moe.training import loop, phases, results
+from mlx_moe.training import loop, phase_summary
+from mlx_moe.training import run as training_run
 from mlx_moe.training.console import Console
 from mlx_moe.training.run import open_run
 from mlx_moe.training.stopping import TrainingStopped, interruptions, stopping_at_once
@@ -28,10 +29,10 @@ PLACES = {
     "an evaluation": (loop, "evaluate", 2, "after step 6 of phase 1 and saved"),
     "writing a row": (jsonl, "append", 2, "after step 2 of phase 1 and saved"),
     "saving": (checkpoint, "save", 1, "after step 5 of phase 1 and saved"),
-    "the check of a boundary": (phases, "certify", 0, "before step 1 of phase 2"),
+    "the check of a boundary": (training_run, "certify", 0, "before step 1 of phase 2"),
     "the birth of a phase": (checkpoint, "save", 6, "before step 1 of phase 2"),
-    "sampling": (results, "generate_text", 1, "after phase 1, which is saved"),
-    "the last sampling": (results, "generate_text", 4, "after phase 2, which is saved"),
+    "sampling": (phase_summary, "generate_text", 1, "after phase 1, which is saved"),
+    "the last sampling": (phase_summary, "generate_text", 4, "after phase 2, which is saved"),
 }
 
 
