@@ -1,12 +1,15 @@
-"""The rules of this project that a machine can check: who imports whom, how long files are, what is read back."""
+"""The structure of the project: who imports whom, how both backends mirror each other, the way to the step."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+from support.short_runs import SIZE
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("mlx_moe", "torch_ref", "parity")
@@ -99,6 +102,7 @@ UNLIKE = {
         "each has a handle of its own for a device": "torch_device running_on on_its_device",
         "MLX's allocator has a limit": "keep_freed_buffers",
         "PyTorch's products are waited for by reading them": "_wait",
+        "PyTorch's tokens are pinned": "to_device",
     },
     "distributed.py": {
         "only PyTorch shards": "shard shard_optimizer local_optimizer full_tensor distribute_like ProcessGroup.sum",
@@ -143,7 +147,6 @@ UNLIKE = {
     },
     "trainer.py": {
         "MLX compiles, in a context": "Trainer._build Trainer._freeze Trainer._loss_of _float",
-        "PyTorch's tokens are pinned": "Trainer._tensor",
     },
     "transformer.py": {
         "MLX's dropout takes keys": "Block.__call__ Block.attend Block.feed_forward _with_keys",
@@ -189,6 +192,28 @@ def test_the_backends_mirror_each_other(file):
     ]
     public = [{name for name in side if not name.startswith("_")} for side in names]
     assert public[0] - {"MultiOptimizer", "RuledParameter"} == public[1]  # MLX brings the first
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_the_way_to_the_step_is_as_drawn(backend, mlxmoe, monkeypatch, tmp_path):
+    """The files that a real command goes through, down to the update of the weights."""
+
+    def update(*_):
+        stack = {Path(frame.filename).resolve() for frame in traceback.extract_stack()}
+        passed.extend(str(file.relative_to(ROOT)) for file in stack if file.is_relative_to(ROOT))
+        raise SystemExit(3)
+
+    passed = []
+    step = importlib.import_module({"torch": "torch_ref.step", "mlx": "mlx_moe.model.step"}[backend])
+    monkeypatch.setattr(step.TrainingStep, "update", update)
+    settings = [f"-o{setting}" for setting in SIZE]
+    assert mlxmoe("train", "-p", "demo", *settings, "--backend", backend, "--out", tmp_path / "run").code == 3
+    drawn = (ROOT / "ARCHITECTURE.md").read_text().partition("## The way to the step")[2].partition("```\n\n")[0]
+    drawn = set(re.findall(r"[\w/]+\.py", drawn))
+    other = {"torch": "mlx_moe/model/step.py", "mlx": "torch_ref/step.py"}[backend]
+    inside = {file for file in passed if file.startswith(("cli.py", "mlx_moe/", "torch_ref/"))}
+    assert inside - {"cli.py"} == drawn - {other}
+    assert len(drawn - {other}) <= 4
 
 
 def test_no_file_is_a_drawer_for_everything():

@@ -14,6 +14,7 @@ from mlx_moe.accounting.machines import CUDA_RESERVED_GB, METAL_SHARE
 from mlx_moe.device import CPU, CUDA, MPS, Device, requested_name
 from mlx_moe.errors import InputError
 from mlx_moe.precision import PrecisionName
+from mlx_moe.training.backend import Tokens
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {CPU: "cpu", CUDA: "cuda", MPS: "mps"}  # PyTorch's names
@@ -46,6 +47,14 @@ def choose_device(requested: str | Device) -> Device:
 def torch_device(device: Device) -> torch.device:
     """Return PyTorch's own handle of a device."""
     return torch.device(TYPES[device])
+
+
+def to_device(tokens: Tokens, device: Device) -> torch.Tensor:
+    """Copy tokens to a device."""
+    tensor = torch.from_numpy(tokens).long()
+    if device != CUDA:
+        return tensor.to(torch_device(device))
+    return tensor.pin_memory().to(torch_device(device), non_blocking=True)  # unpinned, it waits for the step before
 
 
 def has_bf16(device: Device) -> bool:

@@ -5,17 +5,20 @@ B batch, T time, V vocabulary, L layers with experts, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mlx_moe.device import Device
 from mlx_moe.precision import LossScale
-from mlx_moe.training.step_settings import StepSettings
-from torch_ref.device import DTYPES
+from mlx_moe.training.backend import StepMetrics, Tokens, local_batch
+from mlx_moe.training.step_settings import StepSettings, step_metrics
+from torch_ref.device import DTYPES, to_device
 from torch_ref.distributed import ProcessGroup, average_gradients, to_numpy
 from torch_ref.loss import cross_entropy
 from torch_ref.moe import auxiliary_loss, expert_loads, router_entropy
@@ -37,21 +40,21 @@ class StepOutput(NamedTuple):
 class TrainingStep:
     """A model's training step with its optimizer and loss scale, whose states it changes."""
 
-    def __init__(self, model: Transformer, settings: StepSettings, world: ProcessGroup):
+    def __init__(self, model: Transformer, settings: StepSettings, world: ProcessGroup, device: Device):
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.optimizer = build_optimizer(trained, settings, world)
         self.loss_scale = LossScale.of(settings.precision)
-        self.settings, self._model, self._world = settings, model, world
+        self.settings, self.device, self._model, self._world = settings, device, model, world
         self._dtype = DTYPES[settings.precision]
         self._parallel_model = average_gradients(model, world, settings.engine.strategy)
         self._trained = list(trained.values())
 
-    def __call__(self, tokens_BT1: Array, learning_rate: float, dropout_seed: int) -> StepOutput:
-        """Train on this process's rows of a batch. Returns before the device has finished."""
+    def __call__(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
+        """Train on a global batch (B, T + 1). Calling the result waits for the device and returns the metrics."""
         if not self._model.training:  # walking through all modules takes a small model longer than its norms
             self._model.train()
         self.optimizer.learning_rate = learning_rate
-        parts = tokens_BT1.chunk(self.settings.n_parts)
+        parts = to_device(local_batch(self._world, tokens_BT1), self.device).chunk(self.settings.n_parts)
         seeds = self.settings.part_seeds(dropout_seed, self._world.rank)
         load_LE = self._load_of_batch(parts, seeds) if self.settings.model.moe and len(parts) > 1 else None
         loss_scale = self.loss_scale.scale
@@ -66,7 +69,7 @@ class TrainingStep:
             self.update(gradients)
         for parameter in gradients:
             parameter.grad = None  # frees memory for evaluating and saving
-        return StepOutput(torch.stack(losses).mean(dim=0), load_LE, norm)
+        return partial(self.metrics, StepOutput(torch.stack(losses).mean(dim=0), load_LE, norm))
 
     def losses(self, tokens_BT1: Array, load_LE: Array | None) -> tuple[Array, Array, Array | None]:
         """Return the loss with its auxiliary terms (), all reported losses (2 + L,), and the load (L, E) of experts.
@@ -104,6 +107,12 @@ class TrainingStep:
     def update(self, gradients: Gradients) -> None:
         """Let each rule update its parameters."""
         self.optimizer.step()
+
+    def metrics(self, output: StepOutput) -> StepMetrics:
+        """Wait for the device and return the metrics, means over all processes."""
+        losses = to_numpy(self._world.mean(output.losses))
+        load_LE = None if output.load_LE is None else to_numpy(output.load_LE)
+        return step_metrics(losses, load_LE, float(to_numpy(output.grad_norm)))
 
     @torch.no_grad()
     def load(self, tokens_BT1: Array) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -18,11 +17,11 @@ from mlx_moe.device import Device
 from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, local_batch
-from mlx_moe.training.step_settings import StepSettings, required, step_metrics
+from mlx_moe.training.backend import Logits, RoutedLogits, Tokens, local_batch
+from mlx_moe.training.step_settings import StepSettings, required
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 from torch_ref import place_compiler_cache
-from torch_ref.device import choose_device, has_bf16, torch_device
+from torch_ref.device import choose_device, has_bf16, to_device, torch_device
 from torch_ref.distributed import connect, full_tensor, shard, to_numpy
 from torch_ref.loss import cross_entropy
 from torch_ref.moe import expert_loads
@@ -65,37 +64,27 @@ class Trainer:
             self._model.compile_blocks()
         shard(self._model, self.world, engine.strategy)
 
-    @cached_property
-    def _step(self) -> TrainingStep:
-        """The training step with its optimizer, built on first use: PyTorch loads its compiler for them."""
-        settings = StepSettings(self.config, required(self._optimizer_config), self._engine, self.precision.name)
-        return TrainingStep(self._model, settings, self.world)
-
     @property
     def module(self) -> Transformer:
         return self._model
 
-    def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
-        output = self._step(self._tensor(local_batch(self.world, tokens_BT1)), learning_rate, dropout_seed)
-
-        def fetch_metrics() -> StepMetrics:
-            losses = to_numpy(self.world.mean(output.losses))
-            load_LE = None if output.load_LE is None else to_numpy(output.load_LE)
-            return step_metrics(losses, load_LE, float(to_numpy(output.grad_norm)))
-
-        return fetch_metrics
+    @cached_property
+    def step(self) -> TrainingStep:
+        """The training step with its optimizer, built on first use: PyTorch loads its compiler for them."""
+        settings = StepSettings(self.config, required(self._optimizer_config), self._engine, self.precision.name)
+        return TrainingStep(self._model, settings, self.world, self.device)
 
     @torch.no_grad()
     def loss(self, tokens_BT1: Tokens) -> float:
         self._model.eval()
-        tokens = self._tensor(local_batch(self.world, tokens_BT1))
+        tokens = to_device(local_batch(self.world, tokens_BT1), self.device)
         x_BTD, _ = self._model(tokens[:, :-1], hidden_only=True)
         return self.world.mean(cross_entropy(x_BTD, self._model.head, tokens[:, 1:])).item()
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tokens) -> Logits:
         self._model.eval()
-        logits_BTV, _ = self._model(self._tensor(tokens_BT))
+        logits_BTV, _ = self._model(to_device(tokens_BT, self.device))
         return logits_BTV.float().cpu().numpy()
 
     @torch.no_grad()
@@ -105,7 +94,7 @@ class Trainer:
         if experts_LNK is not None:
             experts = torch.from_numpy(experts_LNK).to(self._torch_device)
             forced = dict(zip(self.config.expert_layers, experts, strict=True))
-        logits_BTV, routings = self._model(self._tensor(tokens_BT), experts=forced)
+        logits_BTV, routings = self._model(to_device(tokens_BT, self.device), experts=forced)
         found = [(routing.logits_NE.cpu().numpy(), routing.experts_NK.cpu().numpy()) for routing in routings]
         return RoutedLogits.stack(logits_BTV.float().cpu().numpy(), found)
 
@@ -119,7 +108,7 @@ class Trainer:
     @torch.no_grad()
     def expert_load(self, tokens_BT: Tokens) -> NDArray[np.float32] | None:
         self._model.eval()
-        _, routings = self._model(self._tensor(tokens_BT), hidden_only=True)
+        _, routings = self._model(to_device(tokens_BT, self.device), hidden_only=True)
         return expert_loads(routings).cpu().numpy() if routings else None
 
     def decoder(self) -> Decoder:
@@ -130,17 +119,17 @@ class Trainer:
         return {name: to_numpy(tensor) for name, tensor in self._model.state_dict().items()}
 
     def optimizer_state(self) -> Arrays:
-        state = {name: to_numpy(tensor) for name, tensor in state_tensors(self._step.optimizer).items()}
-        return state | self._step.loss_scale.arrays()
+        state = {name: to_numpy(tensor) for name, tensor in state_tensors(self.step.optimizer).items()}
+        return state | self.step.loss_scale.arrays()
 
     def lazy_state(self) -> tuple[Weights, Weights]:
-        if self.world.size > 1 or self._step.loss_scale.is_dynamic:
+        if self.world.size > 1 or self.step.loss_scale.is_dynamic:
             return self.weights(), self.optimizer_state()
-        return lazy(self._model.state_dict()), lazy(state_tensors(self._step.optimizer))
+        return lazy(self._model.state_dict()), lazy(state_tensors(self.step.optimizer))
 
     def load_optimizer_state(self, state: Arrays) -> None:
-        self._step.loss_scale.load(state)
-        load_optimizer_state(self._step.optimizer, self._step.settings, without_loss_scale(state))
+        self.step.loss_scale.load(state)
+        load_optimizer_state(self.step.optimizer, self.step.settings, without_loss_scale(state))
 
     def apply_transfer(self, plan: Plan, carry: bool = False) -> Trainer:
         source = {name: full_tensor(tensor) for name, tensor in self._model.state_dict().items()}
@@ -156,12 +145,6 @@ class Trainer:
             return torch.cuda.max_memory_allocated()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-    def _tensor(self, tokens: Tokens) -> Tensor:
-        tensor = torch.from_numpy(tokens).long()
-        if self._torch_device.type != "cuda":
-            return tensor.to(self._torch_device)
-        return tensor.pin_memory().to(self._torch_device, non_blocking=True)  # unpinned, it waits for the step before
 
 
 def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:

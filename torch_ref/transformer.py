@@ -15,7 +15,7 @@ from mlx_moe.config import ModelConfig
 from mlx_moe.device import Device
 from mlx_moe.training.backend import Tokens
 from torch_ref.attention import Attention, KVCache, rotations
-from torch_ref.device import torch_device
+from torch_ref.device import to_device
 from torch_ref.layers import FFN, Linear, Norm
 from torch_ref.moe import ExpertLinear, MoE, Routing
 
@@ -131,7 +131,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, device: Device):
         self._model = model
-        self._device = torch_device(device)
+        self._device = device
         self._cache = [KVCache(model.context_length) for _ in model.layers]
 
     @property
@@ -140,8 +140,7 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
-        tokens = torch.from_numpy(tokens_BT).to(self._device, torch.int64)
-        logits_BTV, _ = self._model(tokens, self._cache)
+        logits_BTV, _ = self._model(to_device(tokens_BT, self._device), self._cache)
         return logits_BTV[:, -1].float().cpu().numpy()
 
 

@@ -14,7 +14,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_moe.model.device import DTYPES
+from mlx_moe.device import Device
+from mlx_moe.model.device import DTYPES, running_on
 from mlx_moe.model.distributed import ProcessGroup
 from mlx_moe.model.loss import cross_entropy
 from mlx_moe.model.moe import auxiliary_loss, expert_loads, router_entropy
@@ -22,7 +23,8 @@ from mlx_moe.model.optimizers import build_optimizer, update_groups
 from mlx_moe.model.transformer import Transformer
 from mlx_moe.parameters import optimizer_groups
 from mlx_moe.precision import LossScale
-from mlx_moe.training.step_settings import StepSettings
+from mlx_moe.training.backend import StepMetrics, Tokens, local_batch
+from mlx_moe.training.step_settings import StepSettings, step_metrics
 
 Array = mx.array
 Gradients = Any  # a tree like the trained parameters
@@ -43,30 +45,31 @@ class TrainingStep:
     its stages is a graph.
     """
 
-    def __init__(self, model: Transformer, settings: StepSettings, world: ProcessGroup):
+    def __init__(self, model: Transformer, settings: StepSettings, world: ProcessGroup, device: Device):
         self.optimizer = build_optimizer(dict(tree_flatten(model.trainable_parameters())), settings)
         self.loss_scale = LossScale.of(settings.precision)
-        self.settings, self._model, self._world = settings, model, world
+        self.settings, self.device, self._model, self._world = settings, device, model, world
         self._dtype = DTYPES[settings.precision]
         self._compile()
         self._in_flight: Array | None = None
 
-    def __call__(self, tokens_BT1: Array, learning_rate: float, dropout_seed: int) -> StepOutput:
-        """Train on this process's rows of a batch. Returns before the device has finished."""
+    def __call__(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
+        """Train on a global batch (B, T + 1). Calling the result waits for the device and returns the metrics."""
         self._model.train()
-        self.optimizer.learning_rate = learning_rate
-        parts = list(mx.split(tokens_BT1, self.settings.n_parts))
-        seeds = self.settings.part_seeds(dropout_seed, self._world.rank)
-        if self._is_one_graph:
-            self._seed_dropout(seeds[0])
-            output = StepOutput(*self._whole_graph(parts[0]))
-        else:
-            output = self._by_stages(parts, seeds)
-        mx.async_eval(output, self._model.state, self.optimizer.state)
-        if self._in_flight is not None:
-            mx.eval(self._in_flight)  # never more than one step ahead of the device
-        self._in_flight = output.losses
-        return output
+        with running_on(self.device):
+            self.optimizer.learning_rate = learning_rate
+            parts = list(mx.split(mx.array(local_batch(self._world, tokens_BT1)), self.settings.n_parts))
+            seeds = self.settings.part_seeds(dropout_seed, self._world.rank)
+            if self._is_one_graph:
+                self._seed_dropout(seeds[0])
+                output = StepOutput(*self._whole_graph(parts[0]))
+            else:
+                output = self._by_stages(parts, seeds)
+            mx.async_eval(output, self._model.state, self.optimizer.state)
+            if self._in_flight is not None:
+                mx.eval(self._in_flight)  # never more than one step ahead of the device
+            self._in_flight = output.losses
+        return partial(self.metrics, output)
 
     def losses(self, tokens_BT1: Array, load_LE: Array | None) -> tuple[Array, Array, Array | None]:
         """Return the loss with its auxiliary terms (), all reported losses (2 + L,), and the load (L, E) of experts.
@@ -109,6 +112,13 @@ class TrainingStep:
             update_part(tree_unflatten([(name, named[name]) for name in names]))
             if self._is_large:
                 mx.eval(self._model.state, self.optimizer.state)
+
+    def metrics(self, output: StepOutput) -> StepMetrics:
+        """Wait for the device and return the metrics, means over all processes."""
+        with running_on(self.device):
+            losses = np.array(self._world.mean(output.losses))
+        load_LE = None if output.load_LE is None else np.array(output.load_LE)
+        return step_metrics(losses, load_LE, float(np.array(output.grad_norm)))
 
     def load(self, tokens_BT1: Array) -> Array:
         """Return the share of each layer's assignments that each expert takes in a part of the batch, (L, E)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -24,8 +23,8 @@ from mlx_moe.model.transformer import Decoder, Transformer
 from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
 from mlx_moe.precision import choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
-from mlx_moe.training.backend import Logits, RoutedLogits, StepMetrics, Tokens, local_batch
-from mlx_moe.training.step_settings import StepSettings, required, step_metrics
+from mlx_moe.training.backend import Logits, RoutedLogits, Tokens, local_batch
+from mlx_moe.training.step_settings import StepSettings, required
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
 
 
@@ -53,12 +52,6 @@ class Trainer:
         self._loss = mx.compile(self._loss_of, inputs=[self._model.state])
         self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
 
-    @cached_property
-    def _step(self) -> TrainingStep:
-        """The training step with its optimizer, built on first use: inference needs neither."""
-        settings = StepSettings(self.config, required(self._optimizer_config), self._engine, self.precision.name)
-        return TrainingStep(self._model, settings, self.world)
-
     def _build(self, weights: Weights | dict[str, mx.array]) -> Transformer:
         model = Transformer(self.config)
         # A transfer leaves arrays with their axes in another order, and products round by how these lie in memory.
@@ -82,17 +75,12 @@ class Trainer:
     def module(self) -> Transformer:
         return self._model
 
-    @on_its_device
-    def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
-        output = self._step(mx.array(local_batch(self.world, tokens_BT1)), learning_rate, dropout_seed)
-
-        def fetch_metrics() -> StepMetrics:
-            with running_on(self.device):
-                losses = np.array(self.world.mean(output.losses))
-            load_LE = None if output.load_LE is None else np.array(output.load_LE)
-            return step_metrics(losses, load_LE, _float(output.grad_norm))
-
-        return fetch_metrics
+    @cached_property
+    def step(self) -> TrainingStep:
+        """The training step with its optimizer, built on first use: inference needs neither."""
+        settings = StepSettings(self.config, required(self._optimizer_config), self._engine, self.precision.name)
+        with running_on(self.device):
+            return TrainingStep(self._model, settings, self.world, self.device)
 
     @on_its_device
     def loss(self, tokens_BT1: Tokens) -> float:
@@ -141,20 +129,20 @@ class Trainer:
 
     @on_its_device
     def optimizer_state(self) -> Arrays:
-        state = {name: np.array(array) for name, array in state_tensors(self._step.optimizer).items()}
-        return state | self._step.loss_scale.arrays()
+        state = {name: np.array(array) for name, array in state_tensors(self.step.optimizer).items()}
+        return state | self.step.loss_scale.arrays()
 
     @on_its_device
     def lazy_state(self) -> tuple[Weights, Weights]:
-        if self._step.loss_scale.is_dynamic:
+        if self.step.loss_scale.is_dynamic:
             return self.weights(), self.optimizer_state()
-        weights, state = dict(tree_flatten(self._model.parameters())), state_tensors(self._step.optimizer)
+        weights, state = dict(tree_flatten(self._model.parameters())), state_tensors(self.step.optimizer)
         return lazy(weights), lazy(state)
 
     @on_its_device
     def load_optimizer_state(self, state: Arrays) -> None:
-        self._step.loss_scale.load(state)
-        load_optimizer_state(self._step.optimizer, self._step.settings, without_loss_scale(state))
+        self.step.loss_scale.load(state)
+        load_optimizer_state(self.step.optimizer, self.step.settings, without_loss_scale(state))
 
     @on_its_device
     def apply_transfer(self, plan: Plan, carry: bool = False) -> Trainer:

@@ -82,6 +82,11 @@ def local_batch(world: ProcessGroup, tokens_BT1: Tokens) -> Tokens:
     return tokens_BT1 if rest else tokens_BT1[world.rank * share : (world.rank + 1) * share]
 
 
+class TrainingStep(Protocol):
+    def __call__(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
+        """Train on a global batch (B, T + 1). Calling the result waits for the device and returns the metrics."""
+
+
 class Trainer(Protocol):
     """A model, and its optimizer if it has one, on one device or sharded over the devices of several processes.
 
@@ -101,8 +106,9 @@ class Trainer(Protocol):
     def module(self) -> Any:
         """The `mlx.nn.Module` or `torch.nn.Module` that computes."""
 
-    def step(self, tokens_BT1: Tokens, learning_rate: float, dropout_seed: int) -> Callable[[], StepMetrics]:
-        """Train on a global batch (B, T + 1). Calling the result waits for the device and returns the metrics."""
+    @property
+    def step(self) -> TrainingStep:
+        """Losses → gradients → clip → update, in the backend's file `step.py`."""
 
     def loss(self, tokens_BT1: Tokens) -> float:
         """Return the mean cross entropy, nats per token, without dropout."""
