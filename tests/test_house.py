@@ -135,7 +135,7 @@ UNLIKE = {
         "only MLX's new weights stand beside the old ones": "update_groups",
     },
     "step.py": {
-        "MLX compiles": "TrainingStep._whole TrainingStep._by_stages TrainingStep._compile",
+        "MLX compiles": "TrainingStep._train_in_one_graph TrainingStep._compile",
         "DistributedDataParallel averages while it computes gradients": "TrainingStep._without_averaging",
         "PyTorch has it": "global_norm",
     },

@@ -56,6 +56,9 @@ class TrainingStep:
         self.optimizer.learning_rate = learning_rate
         parts = to_device(local_batch(self._world, tokens_BT1), self.device).chunk(self.settings.n_parts)
         seeds = self.settings.part_seeds(dropout_seed, self._world.rank)
+        return partial(self.metrics, self._train_on_parts(parts, seeds))
+
+    def _train_on_parts(self, parts: Sequence[Array], seeds: Sequence[int]) -> StepOutput:
         load_LE = self._load_of_batch(parts, seeds) if self.settings.model.moe and len(parts) > 1 else None
         loss_scale = self.loss_scale.scale
         gradients, losses = self._trained, list[Array]()
@@ -69,7 +72,7 @@ class TrainingStep:
             self.update(gradients)
         for parameter in gradients:
             parameter.grad = None  # frees memory for evaluating and saving
-        return partial(self.metrics, StepOutput(torch.stack(losses).mean(dim=0), load_LE, norm))
+        return StepOutput(torch.stack(losses).mean(dim=0), load_LE, norm)
 
     def losses(self, tokens_BT1: Array, load_LE: Array | None) -> tuple[Array, Array, Array | None]:
         """Return the loss with its auxiliary terms (), all reported losses (2 + L,), and the load (L, E) of experts.

@@ -62,14 +62,35 @@ class TrainingStep:
             seeds = self.settings.part_seeds(dropout_seed, self._world.rank)
             if self._is_one_graph:
                 self._seed_dropout(seeds[0])
-                output = StepOutput(*self._whole_graph(parts[0]))
+                output = StepOutput(*self._one_graph(parts[0]))
             else:
-                output = self._by_stages(parts, seeds)
+                output = self._train_on_parts(parts, seeds)
             mx.async_eval(output, self._model.state, self.optimizer.state)
             if self._in_flight is not None:
                 mx.eval(self._in_flight)  # never more than one step ahead of the device
             self._in_flight = output.losses
         return partial(self.metrics, output)
+
+    def _train_on_parts(self, parts: Sequence[Array], seeds: Sequence[int]) -> StepOutput:
+        load_LE = self._load_of_batch(parts, seeds) if self.settings.model.moe and len(parts) > 1 else None
+        loss_scale = mx.array(self.loss_scale.scale)
+        gradients, losses = None, list[Array]()
+        for part, seed in zip(parts, seeds, strict=True):
+            self._seed_dropout(seed)
+            of_part, part_losses, load_LE = self._gradients_graph(part, load_LE, loss_scale / len(parts))
+            gradients = of_part if gradients is None else tree_map(mx.add, gradients, of_part)
+            losses.append(part_losses)
+            mx.eval(gradients, losses)
+        gradients, norm = self._clip_graph(nn.average_gradients(gradients), loss_scale)
+        if not self.loss_scale.is_dynamic or self.loss_scale.accepts(float(np.array(norm))):
+            self.update(gradients)
+        return StepOutput(mx.stack(losses).mean(axis=0), load_LE, norm)
+
+    def _train_in_one_graph(self, tokens_BT1: Array) -> tuple[Array, Array | None, Array]:
+        gradients, losses, load_LE = self.gradients(tokens_BT1, None, 1.0)
+        gradients, norm = self.clip(nn.average_gradients(gradients), 1.0)
+        self.update(gradients)
+        return losses, load_LE, norm
 
     def losses(self, tokens_BT1: Array, load_LE: Array | None) -> tuple[Array, Array, Array | None]:
         """Return the loss with its auxiliary terms (), all reported losses (2 + L,), and the load (L, E) of experts.
@@ -125,27 +146,6 @@ class TrainingStep:
         _, routings = self._model(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
         return expert_loads(routings)
 
-    def _whole(self, tokens_BT1: Array) -> tuple[Array, Array | None, Array]:
-        gradients, losses, load_LE = self.gradients(tokens_BT1, None, 1.0)
-        gradients, norm = self.clip(nn.average_gradients(gradients), 1.0)
-        self.update(gradients)
-        return losses, load_LE, norm
-
-    def _by_stages(self, parts: Sequence[Array], seeds: Sequence[int]) -> StepOutput:
-        load_LE = self._load_of_batch(parts, seeds) if self.settings.model.moe and len(parts) > 1 else None
-        loss_scale = mx.array(self.loss_scale.scale)
-        gradients, losses = None, list[Array]()
-        for part, seed in zip(parts, seeds, strict=True):
-            self._seed_dropout(seed)
-            of_part, part_losses, load_LE = self._gradients_graph(part, load_LE, loss_scale / len(parts))
-            gradients = of_part if gradients is None else tree_map(mx.add, gradients, of_part)
-            losses.append(part_losses)
-            mx.eval(gradients, losses)
-        gradients, norm = self._clip_graph(nn.average_gradients(gradients), loss_scale)
-        if not self.loss_scale.is_dynamic or self.loss_scale.accepts(float(np.array(norm))):
-            self.update(gradients)
-        return StepOutput(mx.stack(losses).mean(axis=0), load_LE, norm)
-
     def _load_of_batch(self, parts: Sequence[Array], seeds: Sequence[int]) -> Array:
         """Return the load over all parts and processes."""
         found = list[Array]()
@@ -166,7 +166,7 @@ class TrainingStep:
         self._is_one_graph = not (self._is_large or self.settings.n_parts > 1 or self.loss_scale.is_dynamic)
         state = [self._model.state, self.optimizer.state, mx.random.state]
         compiled = partial(mx.compile, inputs=state, outputs=state)
-        self._whole_graph = compiled(self._whole)
+        self._one_graph = compiled(self._train_in_one_graph)
         self._gradients_graph = compiled(self.gradients)
         self._load_graph = compiled(self.load)
         self._clip_graph = mx.compile(self.clip)
