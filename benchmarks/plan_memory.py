@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_moe.accounting.memory import Backend, step_memory
+from mlx_moe.accounting.memory import step_memory
 from mlx_moe.config import RunConfig
-from mlx_moe.device import DeviceKind
+from mlx_moe.device import BackendName, DeviceKind
 from mlx_moe.parameters import initialize
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
@@ -83,7 +83,7 @@ def run_config(case: Case) -> RunConfig:
     return validate(RunConfig, {"model": case.model, "engine": engine, "optimizer": case.optimizer, "training": batch})
 
 
-def measure(name: str, backend: Backend, device: DeviceKind) -> int:
+def measure(name: str, backend: BackendName, device: DeviceKind) -> int:
     """Return the peak of a few steps, in bytes, in this process."""
     run = run_config(CASES[name])
     trainer = choose_backend(backend).trainer(
@@ -96,7 +96,7 @@ def measure(name: str, backend: Backend, device: DeviceKind) -> int:
     return trainer.peak_memory_bytes()
 
 
-def compare(name: str, backend: Backend, device: DeviceKind) -> dict[str, Any]:
+def compare(name: str, backend: BackendName, device: DeviceKind) -> dict[str, Any]:
     run = run_config(CASES[name])
     estimate = step_memory(run.model, run.optimizer, run.engine, run.training.batch_size, backend, device)
     command = [sys.executable, __file__, "--measure", name, "--backend", backend, "--device", device]

@@ -39,6 +39,7 @@ from mlx_moe.presets import as_overrides, load_architecture, override
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import absolute, creating, make_folder, replacing
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
+from mlx_moe.storage.jsonl import Row
 from mlx_moe.training.backend import Backend, Trainer, choose_backend
 from mlx_moe.training.certify import ChangedModel, certify
 from mlx_moe.training.console import Console
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from parity.report import ModelComparison
 
 Texts = Sequence[str]
-Row = dict[str, Any]
 NO_TOKENIZER = "the model has no tokenizer; give one, such as mm.tokens(texts, tokenizer)"
 
 
@@ -74,7 +74,7 @@ class Model:
         tokenizer: Tokenizer | None = None,
         lineage: Sequence[str] = (),
     ):
-        """Build a model from weights named as in `mlx_moe.parameters.table`. They are copied."""
+        """Build a model from weights named as in `mlx_moe.parameters.parameter_table`. They are copied."""
         self._backend = backend if isinstance(backend, Backend) else choose_backend(backend)
         self._device = device
         self._trainer = self._backend.trainer(config, weights, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+BackendName = Literal["mlx", "torch"]
 DeviceKind = Literal["cpu", "gpu"]
 
 

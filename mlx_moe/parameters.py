@@ -79,7 +79,7 @@ class OptimizerGroup:
 MOMENTS = {"muon": ("m",), "adamw": ("m", "v")}
 
 
-def table(config: ModelConfig) -> list[Parameter]:
+def parameter_table(config: ModelConfig) -> list[Parameter]:
     """Return all parameters of a model, in the order of the forward pass."""
     if config.lora is None:
         return list(_table(config))
@@ -88,7 +88,7 @@ def table(config: ModelConfig) -> list[Parameter]:
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter, by name, in the order of the table."""
-    return {parameter.name: parameter.shape for parameter in table(config)}
+    return {parameter.name: parameter.shape for parameter in parameter_table(config)}
 
 
 def initialize(config: ModelConfig, seed: int) -> Arrays:
@@ -102,15 +102,15 @@ def initialize(config: ModelConfig, seed: int) -> Arrays:
     adapters: A; B              normal, std `init_std`; 0
     ==========================  =============================================
     """
-    return {parameter.name: _start(parameter, config, seed) for parameter in table(config)}
+    return {parameter.name: _start(parameter, config, seed) for parameter in parameter_table(config)}
 
 
 def start_adapters(config: ModelConfig, seed: int) -> Arrays:
     """Return the adapters' part of `initialize`; adding them does not change the model's output."""
-    return {p.name: _start(p, config, seed) for p in table(config) if Axis.RANK in p.axes}
+    return {p.name: _start(p, config, seed) for p in parameter_table(config) if Axis.RANK in p.axes}
 
 
-def merged(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+def merge_lora(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
     """Return the model without adapters, W + alpha/rank · B·A, summed in float64 and rounded once, lazily."""
     if config.lora is None:
         return config, weights
@@ -144,7 +144,7 @@ def optimizer_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[Op
 
     Frozen parameters are in no group.
     """
-    trained = [p for p in table(config) if p.is_trained]
+    trained = [p for p in parameter_table(config) if p.is_trained]
     chosen = {p.name for p in trained if p.is_hidden_matrix} if optimizer.name == "muon" else set()
     matrices = [p.name for p in trained if p.is_matrix]
     groups = [
@@ -158,7 +158,7 @@ def optimizer_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[Op
 def optimizer_table(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an optimizer's state: `m.{name}`, `v.{name}`, and `step`, the number of steps taken."""
     rules = {name: group.rule for group in optimizer_groups(config, optimizer) for name in group.names}
-    trained = [p for p in table(config) if p.is_trained]
+    trained = [p for p in parameter_table(config) if p.is_trained]
     moments = {f"{moment}.{p.name}": p.shape for p in trained for moment in MOMENTS[rules[p.name]]}
     return {"step": ()} | moments
 

@@ -13,7 +13,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.storage.checkpoint import TrainerState, phase_folder
 from mlx_moe.transfer.registry import Transfer, transfer_of
 
-EXPERTS = "mixture of experts"
+MIXTURE_TITLE = "mixture of experts"
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Phase:
     def kind(self) -> str:
         """Kind of the model in a few words, such as `mixture of experts`."""
         if self.transfer is None:
-            kind = EXPERTS if self.model.moe else "dense"
+            kind = MIXTURE_TITLE if self.model.moe else "dense"
             return f"{kind} from scratch" if self.is_from_scratch and self.model.moe else kind
-        return f"{self.transfer.adjective}{EXPERTS if self.model.moe else 'dense model'}"
+        return f"{self.transfer.adjective}{MIXTURE_TITLE if self.model.moe else 'dense model'}"
 
     @property
     def label(self) -> str:

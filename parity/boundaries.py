@@ -15,7 +15,7 @@ from mlx_moe.parameters import Arrays
 from mlx_moe.training.backend import Tokens, Trainer
 from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth
 from mlx_moe.transfer.moe_layout import segments_of
-from mlx_moe.transfer.plan import Plan, TensorPlan, apply
+from mlx_moe.transfer.plan import Plan, TensorPlan, apply_numpy
 from parity.gradients import Gradients, loss_and_gradients
 from parity.numpy_model import Array, ModuleCall, NumpyModel
 from parity.report import TransferClaim
@@ -30,7 +30,7 @@ def upcycling_claims(plan: Plan, weights: Arrays, tokens_BT1: Tokens, seed: int)
 
     Granular experts are drawn as whole copies of the dense FFN.
     """
-    dense, upcycled = _in_float64(weights), apply(plan, _in_float64(weights))
+    dense, upcycled = _in_float64(weights), apply_numpy(plan, _in_float64(weights))
     config, tokens_BT = _without_balance(plan.target_config), tokens_BT1[:, :-1]
     assert config.moe is not None
     expected = NumpyModel(plan.source_config, dense)(tokens_BT).logits_BTV
@@ -55,7 +55,7 @@ def growth_claims(plan: Plan, weights: Arrays, tokens_BT1: Tokens) -> list[Trans
     config, target = plan.source_config, plan.target_config
     old, found = (
         _residual_streams(each, NumpyModel(each, arrays)(tokens_BT).calls)
-        for each, arrays in ((config, before), (target, apply(plan, before)))
+        for each, arrays in ((config, before), (target, apply_numpy(plan, before)))
     )
     embedding = next(tensor for tensor in plan.tensors if tensor.target == "embed_tokens.weight")
     sources = [*layer_sources(config.n_layers, target.n_layers), config.n_layers]
@@ -77,7 +77,7 @@ def growth_claims(plan: Plan, weights: Arrays, tokens_BT1: Tokens) -> list[Trans
 
 def execution_claim(plan: Plan, weights: Arrays, mlx: Trainer, torch: Trainer) -> TransferClaim:
     """Test that both backends applied the plan bit for bit as NumPy does."""
-    expected = apply(plan, weights)
+    expected = apply_numpy(plan, weights)
     wrong = [
         name
         for trainer in (mlx, torch)
@@ -116,10 +116,12 @@ def _gradient_claim(config: ModelConfig, target: ModelConfig, weights: Gradients
         target = grow_config(config, d_model=2 * config.d_model, n_layers=target.n_layers)
     plan = plan_growth(config, target, "even")
     _, before = loss_and_gradients(NumpyModel(config, weights), tokens_BT1)
-    _, after = loss_and_gradients(NumpyModel(target, apply(plan, weights)), tokens_BT1)
+    _, after = loss_and_gradients(NumpyModel(target, apply_numpy(plan, weights)), tokens_BT1)
     moments = plan.moments(1)
-    predicted = apply(moments, before)
-    known = apply(moments, {name: np.ones_like(array) for name, array in before.items()})  # 0 in pads and new blocks
+    predicted = apply_numpy(moments, before)
+    known = apply_numpy(
+        moments, {name: np.ones_like(array) for name, array in before.items()}
+    )  # 0 in pads and new blocks
     found = {name: np.where(known[name] == 0, 0, after[name]) for name in after}
     return _worst("first gradients are as the plan predicts", found, predicted)
 
@@ -138,7 +140,7 @@ def _residual_streams(config: ModelConfig, calls: Mapping[str, ModuleCall]) -> d
 def _repeated(config: ModelConfig, embedding: TensorPlan, stream_BTD: Array) -> Array:
     """Return the stream repeated as the grown embeddings repeat it, pads included."""
     plan = Plan(config, config, (replace(embedding, source="x"),))
-    rows = apply(plan, {"x": stream_BTD.reshape(-1, stream_BTD.shape[-1])})[embedding.target]
+    rows = apply_numpy(plan, {"x": stream_BTD.reshape(-1, stream_BTD.shape[-1])})[embedding.target]
     return rows.reshape(*stream_BTD.shape[:-1], -1)
 
 
@@ -147,8 +149,8 @@ def _pulled_back(plan: Plan, tensor: TensorPlan, gradient: Array, shape: tuple[i
     alone = replace(plan, tensors=(replace(tensor, source="x"),))
     unscaled = replace(tensor, source="x", maps=tuple(replace(axis_map, scale=None) for axis_map in tensor.maps))
     numbered = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
-    places = apply(replace(plan, tensors=(unscaled,)), {"x": numbered})
-    scales = apply(alone, {"x": np.ones(shape)})[tensor.target]
+    places = apply_numpy(replace(plan, tensors=(unscaled,)), {"x": numbered})
+    scales = apply_numpy(alone, {"x": np.ones(shape)})[tensor.target]
     summed = np.zeros(shape)
     np.add.at(summed.reshape(-1), places[tensor.target].astype(int), scales * gradient)
     return summed

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_moe.commands.options import CheckpointArgument, Json, OutArgument, Seed
+from mlx_moe.commands.options import CheckpointArgument, JsonOption, OutArgument, Seed
 
 
 def parity(
@@ -28,7 +28,7 @@ def parity(
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Also put known faults in, and check that they are found.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
     out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.", show_default=False)] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page that opens without a network.", show_default=False)

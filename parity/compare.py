@@ -21,7 +21,7 @@ from mlx_moe.training.backend import Trainer, choose_backend
 from mlx_moe.training.certify import certify
 from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.moe_layout import experts_of
-from mlx_moe.transfer.plan import Plan, apply
+from mlx_moe.transfer.plan import Plan, apply_numpy
 from mlx_moe.transfer.upcycling import plan_upcycling
 from parity.boundaries import execution_claim, forced_claim, growth_claims, upcycling_claims
 from parity.decoding import judge_decoding
@@ -29,9 +29,9 @@ from parity.judgement import judge
 from parity.reference_forward import ReferenceForward
 from parity.report import ModelComparison, ModelVerdict
 from parity.small_models import (
-    EXPERTS,
+    FOUR_EXPERTS,
     SEQUENCES,
-    SMALL,
+    SMALL_MODEL_PARAMETERS,
     TOKENS,
     boundary_tokens,
     larger_model,
@@ -80,7 +80,7 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[ModelComp
         config, weights = probe_model(name, seed)
         dense = BackendPair.build(config, weights)
         yield _compare(f"{name}, dense", dense, weights, seed)
-        moe = experts_of(config, UPCYCLED[name]) if name in UPCYCLED else EXPERTS
+        moe = experts_of(config, UPCYCLED[name]) if name in UPCYCLED else FOUR_EXPERTS
         plan = plan_upcycling(config, moe, seed=seed)
         upcycled, tokens_BT1 = dense.apply_transfer(plan), boundary_tokens(config, seed)
         claims = [
@@ -103,7 +103,9 @@ def compare_architectures(names: Sequence[str], seed: int) -> Iterator[ModelComp
             execution_claim(plan, weights, grown.mlx, grown.torch),
         ]
         # A new block's router has gradients from the auxiliary terms alone: too few roundings to judge half precision.
-        comparison = _compare(f"{name}, grown", grown, apply(plan, weights), seed, (experts, grown), in_half=False)
+        comparison = _compare(
+            f"{name}, grown", grown, apply_numpy(plan, weights), seed, (experts, grown), in_half=False
+        )
         yield replace(comparison, claims=tuple(claims))
 
 
@@ -154,7 +156,7 @@ def _compare(
     else:
         reference = ReferenceForward(config, weights, reference_tokens(config, seed))
         verdict = judge(reference, reference.measure(pair.mlx), reference.measure(pair.torch), slack)
-        if count_parameters(config).total <= SMALL:
+        if count_parameters(config).total <= SMALL_MODEL_PARAMETERS:
             verdict = _with_more(verdict, reference, pair, weights, seed, slack, in_half)
     comparison = ModelComparison(
         subject, config.display_name, verdict, too_large, backends, weights_sha256=_sha256(weights)

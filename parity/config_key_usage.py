@@ -14,14 +14,14 @@ import numpy as np
 from parity.numpy_model import Array
 from parity.report import KeyUsage
 
-Config = dict[str, Any]
-Run = Callable[[Config], Array]  # logits under another config.json
+JsonConfig = dict[str, Any]
+Run = Callable[[JsonConfig], Array]  # logits under another config.json
 
 # Keys that say which code to run and where a model came from, not what it computes.
 NAMES = {"model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map"}
 
 
-def find_key_usage(config: Config, transformers: Run, mlx_lm: Run) -> list[KeyUsage]:
+def find_key_usage(config: JsonConfig, transformers: Run, mlx_lm: Run) -> list[KeyUsage]:
     """Return every key that changes the logits of one library only."""
     runs = {"transformers": transformers, "mlx-lm": mlx_lm}
     before = {name: run(config) for name, run in runs.items()}
@@ -61,7 +61,7 @@ def alternatives(value: Any) -> list[Any]:
     return []
 
 
-def with_value(config: Config, path: Sequence[str], value: Any) -> Config:
+def with_value(config: JsonConfig, path: Sequence[str], value: Any) -> JsonConfig:
     """Return a copy with another value at `path`, or without the key if the value is `...`."""
     key, *rest = path
     if rest:
@@ -69,7 +69,7 @@ def with_value(config: Config, path: Sequence[str], value: Any) -> Config:
     return {name: old for name, old in config.items() if name != key} | ({} if value is ... else {key: value})
 
 
-def repairs(config: Config, fields: Mapping[str, Any], required: Any, value_of: Callable[[str], Any]) -> Config:
+def repairs(config: JsonConfig, fields: Mapping[str, Any], required: Any, value_of: Callable[[str], Any]) -> JsonConfig:
     """Return what to add to config.json so that mlx-lm reads the values under its own names.
 
     `fields` maps the keys that mlx-lm looks for to their defaults; `required` marks a field without a default. A field
@@ -87,7 +87,7 @@ def repairs(config: Config, fields: Mapping[str, Any], required: Any, value_of: 
     return found
 
 
-def _differs(run: Run, config: Config, before: Array) -> bool:
+def _differs(run: Run, config: JsonConfig, before: Array) -> bool:
     try:
         return not np.array_equal(run(config), before, equal_nan=True)
     except Exception:  # a library that raises anything has read the key

@@ -18,12 +18,12 @@ from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.certify import permuted, rounding_floor
 from mlx_moe.training.console import Console
-from mlx_moe.transfer.certificate import MARGIN, max_difference
+from mlx_moe.transfer.certificate import ROUNDING_MARGIN, max_difference
 
 LIMIT = 1e-4  # of logits; widened where rounding alone exceeds it, as at a boundary
 SEQUENCES = 4
 # Library -> its framework, and the module of our backend that runs it.
-LIBRARIES = {
+COMPARED_LIBRARIES = {
     "transformers": ("torch", "parity.libraries.transformers"),
     "mlx_lm": ("mlx", "parity.libraries.mlx_lm"),
 }
@@ -39,13 +39,13 @@ def export_checked(path: Path, out: Path, requested: str, verify: bool) -> None:
         source = open_model(path)
         name = fill(source, partial, requested, _checker(source, found) if verify else None)
     console.title(f"{source.config.display_name} in the format {name}")
-    console.facts([("read back", "the same weights, bit for bit")] + [
+    console.summary([("read back", "the same weights, bit for bit")] + [
         (f"logits of {library}", f"{difference:.1e} from ours (limit {limit:.2g})")
         for library, (difference, limit) in found.items()
     ])  # fmt: skip
     if verify:
-        for library in LIBRARIES.keys() - found.keys():
-            to_install = how_to_install(library, LIBRARIES[library][0])
+        for library in COMPARED_LIBRARIES.keys() - found.keys():
+            to_install = how_to_install(library, COMPARED_LIBRARIES[library][0])
             console.warn(f"not compared with {library}, which is not installed; {to_install}")
     console.line(f"wrote {out}")
 
@@ -57,7 +57,7 @@ def _checker(source: Checkpoint, found: dict[str, tuple[float, float]]) -> Calla
         tokens_BT = checkpoint_probes(source, SEQUENCES)[:, :-1]
         backend = choose_backend()
         ours = backend.streamed(source.config, source.weights, "cpu")
-        for library, (framework, module) in LIBRARIES.items():
+        for library, (framework, module) in COMPARED_LIBRARIES.items():
             if not (is_installed(framework) and is_installed(library)):
                 continue
             try:
@@ -71,7 +71,7 @@ def _checker(source: Checkpoint, found: dict[str, tuple[float, float]]) -> Calla
             if judged > LIMIT:
                 reordered = backend.streamed(source.config, permuted(source.config, source.weights), "cpu")
                 at = int(np.abs(difference_B - judged).argmin())
-                limit = max(LIMIT, MARGIN * rounding_floor(ours, reordered, tokens_BT[[at]]))
+                limit = max(LIMIT, ROUNDING_MARGIN * rounding_floor(ours, reordered, tokens_BT[[at]]))
             found[library] = (judged, limit)
             if not judged <= limit:
                 raise InputError(

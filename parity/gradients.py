@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.config import OptimizerConfig
-from mlx_moe.parameters import optimizer_groups, table
+from mlx_moe.parameters import optimizer_groups, parameter_table
 from mlx_moe.training.backend import Tokens
 from parity.numpy_model import ACTIVATIONS, Array, ForwardTrace, NumpyModel, erf, softmax
 
@@ -88,7 +88,7 @@ class _Backward:
     def __init__(self, model: NumpyModel, trace: ForwardTrace):
         self._model, self._config, self._weights = model, model.config, model.weights
         self._trace, self._calls = trace, trace.calls
-        shapes = {parameter.name: parameter.shape for parameter in table(model.config)}
+        shapes = {parameter.name: parameter.shape for parameter in parameter_table(model.config)}
         self._gradients = {name: np.zeros(shape, model.dtype) for name, shape in shapes.items()}
         self._auxiliary = 0.0
 

@@ -21,13 +21,11 @@ from mlx_moe.training.backend import Tokens
 from parity.judgement import log_softmax
 from parity.numpy_model import Array
 from parity.reference_forward import Expected, margins
-from parity.report import LibraryMeasurement, LibraryTensorVerdict, TensorError, TensorStatistics
+from parity.report import LibraryMeasurement, LibraryTensorVerdict, RouterChoice, TensorError, TensorStatistics
 from parity.tolerances import CHECKPOINT_SLACK, TO_OTHER
 
-Choice = tuple[Array, NDArray[np.int64]]  # of a router: scores (N, E), experts (N, K)
-
 GENERATED = 16  # tokens
-TIE = 4.0  # rounding may decide where a router's margin is at most this many times transformers' error there
+ROUTER_TIE = 4.0  # rounding may decide where a router's margin is at most this many times transformers' error there
 
 
 class LibraryComparison:
@@ -176,14 +174,14 @@ class LibraryComparison:
         return sizes[0] == sizes[1] and not any(size % self.tokens_BT.size for size in sizes[0])
 
     def _ties(
-        self, choices: Sequence[Choice], in_float32: Sequence[Choice], shape: tuple[int, ...]
+        self, choices: Sequence[RouterChoice], in_float32: Sequence[RouterChoice], shape: tuple[int, ...]
     ) -> tuple[NDArray[np.bool_], tuple[float, ...]]:
         """Return where routers are so close to a tie that rounding may decide (L, B, T), and their smallest margins."""
         tied, smallest = [], []
         for (exact_NE, experts_NK), (float32_NE, _) in zip(choices, in_float32, strict=True):
             margin_N, moved_NE = margins(exact_NE, experts_NK), np.abs(float32_NE - exact_NE)
             error = moved_NE[np.isfinite(moved_NE)].max()  # excluded experts have scores of -∞
-            tied.append((margin_N <= TIE * error).reshape(shape))
+            tied.append((margin_N <= ROUTER_TIE * error).reshape(shape))
             smallest.append(float(margin_N.min()))
         return np.array(tied, bool).reshape(-1, *shape), tuple(smallest)
 

@@ -18,15 +18,15 @@ from mlx_moe.extras import require
 from mlx_moe.hub.foreign import ForeignModel, check_all_finite, opened_for_library
 from mlx_moe.storage.tensor_files import n_elements, sha256
 from mlx_moe.training.backend import Tokens
-from parity.config_key_usage import Config, find_key_usage, repairs, with_value
+from parity.config_key_usage import JsonConfig, find_key_usage, repairs, with_value
 from parity.library_comparison import LibraryComparison, describe_error
 from parity.report import KeyUsage, LibraryMeasurement, LibraryReport
+from parity.small_models import SMALL_MODEL_PARAMETERS
 
-SEQUENCES, TOKENS = 2, 128  # one sequence for more parameters than SMALL
-SMALL = 2_000_000
+SEQUENCES, TOKENS = 2, 128  # one sequence for more parameters than SMALL_MODEL_PARAMETERS
 KEY_USAGE_TOKENS = 16
 BYTES_PER_PARAMETER = 20  # float64, float32 in both libraries, and activations
-REQUIRED = inspect.Parameter.empty  # in place of a default
+NO_DEFAULT = inspect.Parameter.empty  # in place of a default
 AGREEMENT = 8.0  # logits agree, in the search for a cause, up to this many times transformers' error
 
 
@@ -62,7 +62,7 @@ def _compare(folder: Path, found: ForeignModel, n_parameters: int, seed: int) ->
 class _FolderComparison:
     """Comparison of a folder that transformers can open."""
 
-    def __init__(self, folder: Path, config: Config, torch: Any, comparison: LibraryComparison):
+    def __init__(self, folder: Path, config: JsonConfig, torch: Any, comparison: LibraryComparison):
         self._folder, self._config, self._torch, self._comparison = folder, config, torch, comparison
         self._library = importlib.import_module("parity.libraries.mlx_lm")
 
@@ -71,14 +71,14 @@ class _FolderComparison:
             fields = self._library.fields(self._folder)
         except Exception as error:  # libraries raise anything
             return replace(report, problem=f"mlx-lm does not know this model: {describe_error(error)}")
-        repair = repairs(self._config, fields, REQUIRED, self._torch.config_value)
+        repair = repairs(self._config, fields, NO_DEFAULT, self._torch.config_value)
         try:
             mlx = self._library.LibraryModel(self._folder)
             measured = self._comparison.measure(mlx)
         except InputError:
             raise
         except Exception as error:
-            missing = [name for name, default in fields.items() if default is REQUIRED and name not in self._config]
+            missing = [name for name, default in fields.items() if default is NO_DEFAULT and name not in self._config]
             lacks = f"; it needs {', '.join(missing)}, which config.json does not have" if missing else ""
             report = replace(report, problem=f"mlx-lm fails with {describe_error(error)}{lacks}")
             return replace(report, repair=self._try(repair)[0])
@@ -103,7 +103,7 @@ class _FolderComparison:
             lambda changed: self._library.LibraryModel(self._folder, changed).logits(tokens_BT),
         )
 
-    def _try(self, repair: Config) -> tuple[str, LibraryMeasurement | None]:
+    def _try(self, repair: JsonConfig) -> tuple[str, LibraryMeasurement | None]:
         """Measure mlx-lm with the repair added to config.json. Return the result in words, and the measurement."""
         if not repair:
             return "", None
@@ -117,8 +117,8 @@ class _FolderComparison:
     def _causes(
         self,
         key_usage: Sequence[KeyUsage],
-        fields: Config,
-        repair: Config,
+        fields: JsonConfig,
+        repair: JsonConfig,
         measured: LibraryMeasurement,
         repaired: LibraryMeasurement | None,
     ) -> Iterator[str]:
@@ -165,5 +165,5 @@ def _check_memory(folder: Path, n_parameters: int) -> None:
 
 def _tokens(torch: Any, n_parameters: int, seed: int) -> Tokens:
     longest = torch.config_value("max_position_embeddings") or TOKENS
-    shape = (SEQUENCES if n_parameters <= SMALL else 1, min(TOKENS, longest))
+    shape = (SEQUENCES if n_parameters <= SMALL_MODEL_PARAMETERS else 1, min(TOKENS, longest))
     return np.random.default_rng(seed).integers(0, torch.config_value("vocab_size"), shape).astype(np.int32)

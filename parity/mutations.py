@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_moe.config import ModelConfig, RopeScaling
 from mlx_moe.parameters import Arrays
-from parity.small_models import EXPERTS, probe_model
+from parity.small_models import FOUR_EXPERTS, probe_model
 
 Tensor = Any  # of PyTorch, which this package does not import
 Edit = Callable[[Arrays], Mapping[str, Any]]
@@ -43,7 +43,7 @@ def faultless(architecture: str, seed: int) -> tuple[ModelConfig, Arrays]:
     """Return the small model that a mutation's `architecture` names, without the fault."""
     name = architecture.rstrip("+")
     preset, fields = VARIANTS.get(name, (name, {}))
-    return probe_model(preset, seed, EXPERTS if architecture.endswith("+") else None, **fields)
+    return probe_model(preset, seed, FOUR_EXPERTS if architecture.endswith("+") else None, **fields)
 
 
 def _through(dtype: str) -> Callable[[Any], Any]:
@@ -262,7 +262,7 @@ MUTATIONS: Sequence[Mutation] = (
         patch=("torch.optim", "AdamW", lambda old: lambda groups, **of: old(groups, **(of | {"betas": (0.9, 0.951)}))),
         shows_in="train",
     ),
-    Mutation("one expert too few", "llama+", {"moe": EXPERTS.model_copy(update={"top_k": 1})}),
+    Mutation("one expert too few", "llama+", {"moe": FOUR_EXPERTS.model_copy(update={"top_k": 1})}),
     Mutation(
         "the second and third expert",
         "llama+",

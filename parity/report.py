@@ -22,6 +22,7 @@ from parity.tolerances import TO_FLOAT32, TO_OTHER, TO_OTHER_IN_HALF, Tolerance
 
 Json = dict[str, Any]
 Array = NDArray[Any]
+RouterChoice = tuple[Array, NDArray[np.int64]]  # the scores (N, E) by which a router chose, experts (N, K)
 
 # module: a module fed the reference's input; model: router logits and logits of the whole model; decode: logits with a
 # cache, in chunks, or row by row; train: a gradient, or a weight after a step of AdamW; half: a gradient with products

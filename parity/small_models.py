@@ -11,9 +11,9 @@ from mlx_moe.presets import load_architecture
 from mlx_moe.training.backend import Tokens
 from mlx_moe.transfer.growth import grow_config
 
-EXPERTS = MoEConfig(n_experts=4)
-SEQUENCES, TOKENS = 2, 128  # of the reference; one sequence for models of more parameters than SMALL
-SMALL = 2_000_000
+FOUR_EXPERTS = MoEConfig(n_experts=4)
+SEQUENCES, TOKENS = 2, 128  # of the reference; one sequence for models of more parameters than SMALL_MODEL_PARAMETERS
+SMALL_MODEL_PARAMETERS = 2_000_000
 
 
 def small_model(architecture: str, **fields: object) -> ModelConfig:
@@ -64,7 +64,7 @@ def boundary_tokens(config: ModelConfig, seed: int) -> Tokens:
 
 
 def reference_tokens(config: ModelConfig, seed: int) -> Tokens:
-    """Return random tokens (SEQUENCES, up to TOKENS); one sequence for models of more parameters than SMALL."""
-    sequences = SEQUENCES if count_parameters(config).total <= SMALL else 1
+    """Return random tokens (SEQUENCES, up to TOKENS); one sequence for models that are not small."""
+    sequences = SEQUENCES if count_parameters(config).total <= SMALL_MODEL_PARAMETERS else 1
     shape = (sequences, min(TOKENS, config.context_length))
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)

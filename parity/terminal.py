@@ -57,7 +57,7 @@ def _show_comparisons(console: Console, comparisons: Sequence[ModelComparison]) 
         _show_faults(console, comparison)
     verdicts = [comparison.verdict for comparison in comparisons if comparison.verdict]
     if verdicts:
-        console.facts(_totals(verdicts, comparisons))
+        console.summary(_totals(verdicts, comparisons))
     limits = f"limits at boundaries: logits {LIMITS.max_logit_difference:g}, loss {LIMITS.max_loss_jump:g}"
     console.line(f"{agreement(comparisons)} ({limits})")
     if any(certificate.routing_flips for each in comparisons for certificate in each.certificates.values()):
@@ -175,7 +175,7 @@ def _show_library(console: Console, library: LibraryReport) -> None:
                 for way in measured.ways
             ],
         )
-    console.facts(list(_library_facts(library)))
+    console.summary(list(_library_facts(library)))
     for line in library.remarks():
         console.line(line)
     console.line(f"mlx-lm against transformers: {VERDICTS[library.passed]}")
@@ -206,7 +206,7 @@ def _show_self_test(console: Console, self_test: SelfTest) -> None:
             for outcome in self_test.outcomes
         ],
     )
-    console.facts(
+    console.summary(
         [
             (f"smallest {threshold.name}", f"{threshold.smallest:g} of itself" if threshold.smallest else "none caught")
             for threshold in self_test.thresholds

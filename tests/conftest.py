@@ -59,6 +59,7 @@ SLOW = (
     "training/test_processes.py",
     "training/test_resume_as_printed.py",
     "training/test_resuming_document.py",
+    "training/test_sequences.py",
     "training/test_stopping.py",
     "training/test_trackers.py",
     "training/test_ways_to_upcycle.py",

@@ -32,20 +32,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 Activation = Callable[[Tensor], Tensor]
-Projection = Callable[[str], Tensor]
+ProjectionFunction = Callable[[str], Tensor]
 
 
-def standard_ffn(project: Projection, activate: Activation) -> Tensor:
+def standard_ffn(project: ProjectionFunction, activate: Activation) -> Tensor:
     return activate(project("up_proj"))
 
 
-def swiglu_ffn(project: Projection, activate: Activation) -> Tensor:
+def swiglu_ffn(project: ProjectionFunction, activate: Activation) -> Tensor:
     """Shazeer 2020; SwiGLU where the activation is SiLU."""
     return activate(project("gate_proj")) * project("up_proj")
 
 
 # From the projections of the input to the hidden neurons; dense FFNs and experts share them.
-FFN_TYPES: dict[str, Callable[[Projection, Activation], Tensor]] = {
+FFN_TYPES: dict[str, Callable[[ProjectionFunction, Activation], Tensor]] = {
     "standard": standard_ffn,
     "swiglu": swiglu_ffn,
 }

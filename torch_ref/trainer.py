@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.device import Device
-from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
+from mlx_moe.parameters import Arrays, Weights, optimizer_table, parameter_table
 from mlx_moe.precision import choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
 from mlx_moe.training.backend import Logits, RoutedLogits, Tokens, local_batch
@@ -55,7 +55,7 @@ class Trainer:
             for name, array in weights.items()
         }
         self._model.load_state_dict(tensors, assign=True)
-        is_trained = {parameter.name: parameter.is_trained for parameter in table(config)}
+        is_trained = {parameter.name: parameter.is_trained for parameter in parameter_table(config)}
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(is_trained[name])
         self._model.activation_checkpointing = engine.activation_checkpointing

@@ -9,10 +9,10 @@ from typing import Any
 
 from mlx_moe.accounting.flops import Flops, flops_per_token
 from mlx_moe.accounting.machines import Machine
-from mlx_moe.accounting.memory import Backend, StepMemory, step_memory
+from mlx_moe.accounting.memory import StepMemory, step_memory
 from mlx_moe.accounting.parameters import ParameterCount, count_parameters
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
-from mlx_moe.device import CUDA, METAL, DeviceKind
+from mlx_moe.device import CUDA, METAL, BackendName, DeviceKind
 from mlx_moe.precision import PrecisionName, choose_precision
 
 LARGEST_BATCH = 4096
@@ -25,7 +25,7 @@ TRAFFIC = 7  # memory accesses per weight of an update: weight, gradient and two
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """Workload of a phase: the model, how it is trained, and for how long."""
 
     name: str
@@ -49,11 +49,11 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Site:
+class Target:
     """A machine with its memory, as a backend uses it. `flops_per_s` is its rate of matrix products."""
 
     label: str
-    backend: Backend
+    backend: BackendName
     device: DeviceKind
     precision: PrecisionName
     usable_bytes: int
@@ -62,7 +62,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Estimate:
     """Estimate of a phase on a machine.
 
     `largest_batch` 0: not even one sequence fits; `remedies`: overrides that make it fit.
@@ -78,11 +78,11 @@ class Fit:
         return asdict(self) | {"memory": self.memory.to_json()}
 
 
-def site_of(machine: Machine, memory_gb: int, engine: EngineConfig) -> Site:
+def site_of(machine: Machine, memory_gb: int, engine: EngineConfig) -> Target:
     """Return a machine of the table as a target: MLX on Apple's, PyTorch on NVIDIA's; "auto" precision is resolved."""
     device = METAL if machine.vendor == "apple" else CUDA
     precision = choose_precision(engine.precision, device, has_bf16=machine.bf16 is not None).name
-    return Site(
+    return Target(
         label=f"{machine.name.removeprefix('NVIDIA ').removeprefix('Apple ')} {memory_gb}GB",
         backend="mlx" if machine.vendor == "apple" else "torch",
         device=device.kind,
@@ -93,15 +93,15 @@ def site_of(machine: Machine, memory_gb: int, engine: EngineConfig) -> Site:
     )
 
 
-def fit(work: Work, site: Site) -> Fit:
+def fit(work: Workload, site: Target) -> Estimate:
     memory = _memory(work, site)
     fits = memory.peak <= site.usable_bytes
-    return Fit(
+    return Estimate(
         memory, fits, _largest_batch(work, site), seconds(work, site), [] if fits else list(_ways_out(work, site))
     )
 
 
-def seconds(work: Work, site: Site) -> float:
+def seconds(work: Workload, site: Target) -> float:
     """Estimate the time of a phase: products at EFFICIENCY of the machine's rate, then the updates' memory traffic."""
     recomputed = 4 / 3 if work.engine.activation_checkpointing else 1.0
     products = recomputed * work.tokens * work.flops.training / (EFFICIENCY * site.flops_per_s)
@@ -109,7 +109,7 @@ def seconds(work: Work, site: Site) -> float:
     return products + (updated / site.bytes_per_s if site.bytes_per_s else 0.0)
 
 
-def _largest_batch(work: Work, site: Site) -> int:
+def _largest_batch(work: Workload, site: Target) -> int:
     """Return the largest batch in sequences, a multiple of the accumulation steps, capped at LARGEST_BATCH."""
     parts = work.engine.accumulation_steps
     low, high = 0, max(1, LARGEST_BATCH // parts)
@@ -120,7 +120,7 @@ def _largest_batch(work: Work, site: Site) -> int:
     return low * parts
 
 
-def _ways_out(work: Work, site: Site) -> Iterator[str]:
+def _ways_out(work: Workload, site: Target) -> Iterator[str]:
     """Yield overrides that make the phase fit: each one that suffices alone, else the first sufficient combination."""
     B = work.batch_size
     parts = [n for n in _divisors(B) if n > work.engine.accumulation_steps]
@@ -153,7 +153,7 @@ def _divisors(number: int) -> list[int]:
     return [*small, *(number // n for n in reversed(small) if n * n != number)]
 
 
-def _fits(work: Work, site: Site, engine: dict[str, Any], optimizer: str | None = None) -> bool:
+def _fits(work: Workload, site: Target, engine: dict[str, Any], optimizer: str | None = None) -> bool:
     changed = replace(
         work,
         engine=work.engine.model_copy(update=engine),
@@ -167,6 +167,6 @@ def _as_overrides(engine: dict[str, Any]) -> str:
     return " ".join(f"-o engine.{name}={str(value).lower()}" for name, value in engine.items())
 
 
-def _memory(work: Work, site: Site) -> StepMemory:
+def _memory(work: Workload, site: Target) -> StepMemory:
     engine = work.engine.model_copy(update={"precision": site.precision})
     return step_memory(work.model, work.optimizer, engine, work.batch_size, site.backend, site.device)

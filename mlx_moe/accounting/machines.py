@@ -117,7 +117,7 @@ def lookup(device_name: str) -> Machine | None:
     return max(fitting, key=lambda machine: len(_words(machine.name)), default=None)
 
 
-def choose(text: str) -> tuple[Machine, int]:
+def choose_machine(text: str) -> tuple[Machine, int]:
     """Return the machine and memory in GB that `M2 Max 32GB` names; without a size, the smallest sold.
 
     Raises InputError for an unknown machine, and for a size that was not sold.

@@ -14,11 +14,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from mlx_moe.accounting.parameters import counted_table, layer_of
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
-from mlx_moe.device import DeviceKind
+from mlx_moe.device import BackendName, DeviceKind
 from mlx_moe.kernel_sizes import (
     MLX_EXPERT_ROWS,
     MLX_LOGITS,
@@ -30,7 +30,6 @@ from mlx_moe.kernel_sizes import (
 from mlx_moe.parameters import FFN_INPUTS, Parameter
 
 FLOAT = 4
-Backend = Literal["mlx", "torch"]
 
 # Arrays of R × F that MLX keeps per FFN: the activation's input, its output, and what its formula and its gradient both
 # compute, which `mx.compile` computes once and keeps. On CPU, `mlx_moe/model/cpu` has gradients of its own.
@@ -90,7 +89,7 @@ def step_memory(
     optimizer: OptimizerConfig,
     engine: EngineConfig,
     batch_size: int,
-    backend: Backend,
+    backend: BackendName,
     device: DeviceKind,
 ) -> StepMemory:
     """Return the peak bytes of training steps on one device; `engine.precision` "auto" counts as fp32."""
@@ -200,7 +199,9 @@ def _total(rows: Iterable[tuple[Parameter, int, int]]) -> int:
 class _Block:
     """Bytes that one block keeps for the backward pass (`kept`), and needs in addition while it runs (`working`)."""
 
-    def __init__(self, config: ModelConfig, has_experts: bool, N: int, half: int, backend: Backend, device: DeviceKind):
+    def __init__(
+        self, config: ModelConfig, has_experts: bool, N: int, half: int, backend: BackendName, device: DeviceKind
+    ):
         T, D, H = config.context_length, config.d_model, config.n_heads
         Q, G = H * config.head_dim, config.n_kv_heads * config.head_dim
         moe = config.moe if has_experts else None

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.parameters import Axis, Parameter, table
+from mlx_moe.parameters import Axis, Parameter, parameter_table
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def counted_table(config: ModelConfig) -> list[tuple[Parameter, int]]:
     layers = [number for number in (config.n_layers - n_mixtures, n_mixtures) if number]
     moe = config.moe and config.moe.model_copy(update={"layers": (1,) if len(layers) == 2 else None})
     short = config.model_copy(update={"n_layers": len(layers), "moe": moe})
-    rows = [(parameter, layer_of(parameter)) for parameter in table(short)]
+    rows = [(parameter, layer_of(parameter)) for parameter in parameter_table(short)]
     return [(parameter, 1 if layer is None else layers[layer]) for parameter, layer in rows]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.flops import flops_per_token
 from mlx_moe.accounting.parameters import non_embedding_parameters
-from mlx_moe.analysis.run_reader import Record, Row, read_record
+from mlx_moe.analysis.run_reader import Row, RunRecord, read_record
 from mlx_moe.errors import InputError
 from mlx_moe.storage.run_folder import CONFIG, resume_command
 from mlx_moe.training.console import Console, millions
@@ -121,7 +121,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
     )
 
 
-def summarize(record: Record) -> ComparedRun:
+def summarize(record: RunRecord) -> ComparedRun:
     """Summarise a run, finished or not."""
     points = curve(record)
     if not points:
@@ -145,7 +145,7 @@ def summarize(record: Record) -> ComparedRun:
     )
 
 
-def curve(record: Record) -> list[CurvePoint]:
+def curve(record: RunRecord) -> list[CurvePoint]:
     """Return the validation losses of a run, over all its phases."""
     points, flops_before = [], 0
     for phase in record.phases:
@@ -166,7 +166,7 @@ def nats_to_bits_per_byte(data: dict[str, Any]) -> float | None:
     return split["tokens"] / split["bytes"] / math.log(2) if split.get("bytes") else None
 
 
-def _unit(records: Sequence[Record]) -> str | None:
+def _unit(records: Sequence[RunRecord]) -> str | None:
     """Return the unit in which the runs' losses compare; None if unknown."""
     identities = {record.data.get("tokenizer", {}).get("identity") for record in records}
     if None not in identities and len(identities) == 1:
@@ -174,7 +174,7 @@ def _unit(records: Sequence[Record]) -> str | None:
     return BITS if all(nats_to_bits_per_byte(record.data) for record in records) else None
 
 
-def _in_unit(record: Record, run: ComparedRun, unit: str | None) -> ComparedRun:
+def _in_unit(record: RunRecord, run: ComparedRun, unit: str | None) -> ComparedRun:
     """Return the run with its curve's losses converted to a unit."""
     scale = (nats_to_bits_per_byte(record.data) or 1.0) if unit == BITS else 1.0
     points = [replace(point, validation_loss=scale * point.validation_loss) for point in run.curve]
@@ -210,7 +210,7 @@ def show(comparison: Comparison) -> None:
             for rank, (label, run) in enumerate(zip(labels, runs, strict=True), 1)
         ],
     )
-    console.facts([(label, run.architecture) for label, run in zip(labels, runs, strict=True)])
+    console.summary([(label, run.architecture) for label, run in zip(labels, runs, strict=True)])
     if comparison.differences:
         console.title("Differing settings")
         console.table(["key", *labels], [[key, *map(_text, row)] for key, row in comparison.differences.items()])
@@ -265,7 +265,7 @@ def _speedup(ahead: ComparedRun, behind: ComparedRun, budgets: Sequence[str] = B
     return ratios
 
 
-def _warnings(records: list[Record], unit: str | None) -> list[str]:
+def _warnings(records: list[RunRecord], unit: str | None) -> list[str]:
     """Return warnings: losses not on the same text, and runs that are incomplete or unreadable."""
     found = []
     if len({_held_out(record.data, unit) for record in records}) > 1:

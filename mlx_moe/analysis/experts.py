@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.analysis.expert_table import show
-from mlx_moe.analysis.run_reader import EXPERTS, read_config
+from mlx_moe.analysis.run_reader import EXPERTS_FILE, read_config
 from mlx_moe.config import GrowPhaseConfig, ModelConfig, RunConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import TokenData, fixed_windows, prepare
@@ -33,7 +33,7 @@ from mlx_moe.training.console import Console
 from mlx_moe.transfer.growth import Split, layer_sources
 
 Figures = NDArray[np.float64]
-Experts = NDArray[np.int64]
+ExpertChoices = NDArray[np.int64]
 
 TWIN_DISTANCE = 1e-3  # relative; identically updated experts end at 0 (GPUs: at rounding), all others far above
 MIN_OCCURRENCES = 20  # minimum number of a token's occurrences to attribute it to an expert
@@ -46,7 +46,7 @@ class Routes:
 
     tokens_N: NDArray[np.int32]
     router_logits_LNE: NDArray[np.float32]
-    experts_LNK: Experts
+    experts_LNK: ExpertChoices
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class TakenToken:
 def report_experts(path: Path, out: Path, backend: Backend, device: str, n_sequences: int) -> None:
     """Write the result of `analyse` to a file, and print a table."""
     read_config(path)
-    with writing(out, EXPERTS, "experts") as partial:
+    with writing(out, EXPERTS_FILE, "experts") as partial:
         report = {"generator": signature("experts")} | analyse(path, backend, device, n_sequences)
         partial.write_text(json.dumps(report) + "\n", encoding="utf-8")
     console = Console()
     show(report, console)
-    console.line(f"wrote {output_file(out, EXPERTS)}")
+    console.line(f"wrote {output_file(out, EXPERTS_FILE)}")
 
 
 def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def routes_of(trainer: Trainer, data: TokenData, n_sequences: int, batch_size: i
     return Routes(tokens_BT.ravel(), np.concatenate(router_logits, axis=1), np.concatenate(experts, axis=1))
 
 
-def chosen(experts_NK: Experts, n_experts: int) -> Figures:
+def chosen(experts_NK: ExpertChoices, n_experts: int) -> Figures:
     """Return (N, E): 1 where a token chooses an expert, else 0."""
     chosen_NE = np.zeros((len(experts_NK), n_experts))
     np.put_along_axis(chosen_NE, experts_NK, 1, axis=1)

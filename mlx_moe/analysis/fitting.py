@@ -66,7 +66,7 @@ def _show(fitted: Fit, parameters: str, file: Path) -> None:
         [[name, *(f"{x:.4g}" for x in (e.value, e.low, e.high))] for name, e in fitted.constants.items()],
     )
     missed = fitted.leave_one_out_error
-    console.facts(
+    console.summary(
         [
             ("runs", f"{len(fitted.points)}, {fitted.degrees_of_freedom} more than constants"),
             ("R²", f"{fitted.r_squared:.4f}"),

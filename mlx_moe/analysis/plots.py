@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from mlx_moe.analysis.fitting import FITS
-from mlx_moe.analysis.run_reader import PhaseRecord, Record, read_record
+from mlx_moe.analysis.run_reader import PhaseRecord, RunRecord, read_record
 from mlx_moe.analysis.scaling_plot import read_fits, scaling
 from mlx_moe.analysis.sweep_plot import choices
 from mlx_moe.analysis.sweep_worker import SWEEP
@@ -92,7 +92,7 @@ def save(figure: Figure, out: Path, name: str) -> list[Path]:
     return files
 
 
-def loss(record: Record) -> Figure | None:
+def loss(record: RunRecord) -> Figure | None:
     """Draw the training and validation loss of the whole run, and enlargements of its boundaries below."""
     losses = [value for phase in record.phases for name in LOSSES for _, value in phase.column(name)]
     if not losses:
@@ -118,11 +118,11 @@ def loss(record: Record) -> Figure | None:
     return figure
 
 
-def learning_rate(record: Record) -> Figure | None:
+def learning_rate(record: RunRecord) -> Figure | None:
     return _by_step(record, "learning_rate", "learning rate")
 
 
-def gradient_norm(record: Record) -> Figure | None:
+def gradient_norm(record: RunRecord) -> Figure | None:
     figure = _by_step(record, "grad_norm", "norm of the gradient, before clipping")
     if figure is None:
         return None
@@ -138,14 +138,14 @@ def gradient_norm(record: Record) -> Figure | None:
     return figure
 
 
-def speed(record: Record) -> Figure | None:
+def speed(record: RunRecord) -> Figure | None:
     figure = _by_step(record, "tokens_per_s", "tokens per second")
     if figure is not None:
         figure.axes[0].yaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
 
-def expert_load(record: Record) -> Figure | None:
+def expert_load(record: RunRecord) -> Figure | None:
     """Draw each layer's expert load over the steps; a column for each phase with experts."""
     phases = [phase for phase in record.phases if phase.column("expert_load")]
     if not phases:
@@ -179,7 +179,7 @@ def expert_load(record: Record) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, Callable[[Record], Figure | None]] = {
+FIGURES: dict[str, Callable[[RunRecord], Figure | None]] = {
     "loss": loss,
     "learning-rate": learning_rate,
     "gradient-norm": gradient_norm,
@@ -191,7 +191,7 @@ FIGURES: dict[str, Callable[[Record], Figure | None]] = {
 LOSSES = {"cross_entropy": ("training, single batches", "-"), "validation_loss": ("validation", "o--")}
 
 
-def _draw_losses(axes: Axes, record: Record) -> None:
+def _draw_losses(axes: Axes, record: RunRecord) -> None:
     for phase in record.phases:
         first = phase is record.phases[0]
         for name, (label, style) in LOSSES.items():
@@ -201,7 +201,7 @@ def _draw_losses(axes: Axes, record: Record) -> None:
             )  # fmt: skip
 
 
-def _zoom(axes: Axes, record: Record, before: PhaseRecord, after: PhaseRecord) -> None:
+def _zoom(axes: Axes, record: RunRecord, before: PhaseRecord, after: PhaseRecord) -> None:
     boundary = after.rows[0]["run_step"]
     reach = max(1, round(ZOOM * min(before.steps, max(after.steps, 1))))
     _draw_losses(axes, record)
@@ -230,7 +230,7 @@ def _with_margin(low: float, high: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _by_step(record: Record, name: str, label: str) -> Figure | None:
+def _by_step(record: RunRecord, name: str, label: str) -> Figure | None:
     """Draw one non-negative quantity; None if no row has it."""
     if not any(phase.column(name) for phase in record.phases):
         return None
@@ -244,7 +244,7 @@ def _by_step(record: Record, name: str, label: str) -> Figure | None:
     return figure
 
 
-def _mark_phases(axes: Axes, record: Record) -> None:
+def _mark_phases(axes: Axes, record: RunRecord) -> None:
     """Draw a line at the start of each phase, and the phases' names above."""
     for phase in record.phases:
         start = phase.rows[0]["run_step"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_moe.analysis.comparison import nats_to_bits_per_byte
 from mlx_moe.analysis.expert_table import SUMMARY_COLUMNS, SUMMARY_LEGEND, phase_folder, summary
-from mlx_moe.analysis.run_reader import PhaseRecord, Record, Row, read_record
+from mlx_moe.analysis.run_reader import PhaseRecord, Row, RunRecord, read_record
 from mlx_moe.html.render import render_page
 from mlx_moe.phases import get_phase, lineage
 from mlx_moe.storage.atomic import output_file, writing
@@ -46,7 +46,7 @@ def write_report(path: Path, out: Path, warn: Callable[[str], None] = lambda lin
     return output_file(out, REPORT)
 
 
-def render(record: Record) -> str:
+def render(record: RunRecord) -> str:
     """Return the page. Everything that comes from the run's folder is escaped."""
     return render_page(
         PAGE,
@@ -71,7 +71,7 @@ def render(record: Record) -> str:
     )
 
 
-def _lede(record: Record) -> str:
+def _lede(record: RunRecord) -> str:
     last, environment = record.phases[-1].rows[-1], record.environment
     steps = [", ".join(lineage(record.run, record.run.first_phase)) or f"a {_size_of(record.phases[0])}"]
     steps += [_became(phase) for phase in record.phases[1:]]
@@ -102,7 +102,7 @@ def _became(phase: PhaseRecord) -> str:
     return f"{transfer.participle} to {before.d_model} wide and {before.n_layers} deep"
 
 
-def _tiles(record: Record) -> list[dict[str, str]]:
+def _tiles(record: RunRecord) -> list[dict[str, str]]:
     last = record.phases[-1]
     validations = [value for phase in record.phases for _, value in phase.column("validation_loss")]
     tiles = []
@@ -124,7 +124,7 @@ def _tile(name: str, value: str, note: str) -> dict[str, str]:
     return {"name": name, "value": value, "note": note}
 
 
-def _boundary(record: Record, name: str, values: Row) -> Row:
+def _boundary(record: RunRecord, name: str, values: Row) -> Row:
     before, after = name.split("-")
     transfer = get_phase(record.run, int(after)).transfer
     verdict = "lossless ✓" if values["passed"] else "changed the model ✗"
@@ -184,7 +184,7 @@ def _first_to_last(phase: PhaseRecord, name: str) -> str:
     return f"{values[0]:.4f} → {values[-1]:.4f}" if values else "–"
 
 
-def _samples(record: Record) -> list[Row]:
+def _samples(record: RunRecord) -> list[Row]:
     """Return, for every prompt, the sample of each finished phase."""
     finished = [(phase.name, phase.event["samples"]) for phase in record.phases if phase.event]
     prompts = dict.fromkeys(prompt for _, texts in finished for prompt in texts)
@@ -201,7 +201,7 @@ def _samples(record: Record) -> list[Row]:
     ]
 
 
-def _facts(record: Record) -> list[tuple[str, str]]:
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
     environment, data = record.environment, record.data
     facts = []
     if environment:
@@ -223,7 +223,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     return [*facts, ("seed", str(record.run.seed)), ("folder", str(record.path))]
 
 
-def _data(record: Record) -> Row:
+def _data(record: RunRecord) -> Row:
     """Return the data of the page's curves and maps."""
     rows = [row for phase in record.phases for row in _thinned(phase.rows)]
     return {

@@ -18,12 +18,12 @@ from mlx_moe.errors import InputError, one_line
 from mlx_moe.phases import Phase, get_phase, phase_numbers, start_phase
 from mlx_moe.storage import jsonl, records
 from mlx_moe.storage.identity import read_identity
+from mlx_moe.storage.jsonl import Row
 from mlx_moe.storage.reading import LARGEST_CONFIG, read_mapping
 from mlx_moe.storage.run_folder import CONFIG, DATA, ENVIRONMENT, HISTORY, METRICS, read_run, resume_command
 
-Row = dict[str, Any]
-EXPERTS = "experts.json"
-LONGEST_LINE = 300  # characters of a message about a file
+EXPERTS_FILE = "experts.json"
+MAX_REASON = 300  # characters of a message about a file
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class PhaseRecord:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """A run, finished or not."""
 
     path: Path
@@ -110,8 +110,8 @@ class Record:
         ]
         files = {ENVIRONMENT: self.environment, DATA: self.data}
         missing += [f"no {name}" for name, values in files.items() if not (values or self._is_unread(name))]
-        if any(phase.model.moe for phase in self.phases) and not (self.experts or self._is_unread(EXPERTS)):
-            missing.append(f"no {EXPERTS} (mlxmoe experts {self.path} writes it)")
+        if any(phase.model.moe for phase in self.phases) and not (self.experts or self._is_unread(EXPERTS_FILE)):
+            missing.append(f"no {EXPERTS_FILE} (mlxmoe experts {self.path} writes it)")
         return missing
 
     def _is_unread(self, name: str) -> bool:
@@ -123,7 +123,7 @@ class Record:
         return f"phase {number} was not begun"
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path) -> RunRecord:
     """Read a run's folder; check each file against its schema and against the others.
 
     Unreadable parts are omitted and listed in `unread`. Raises InputError if that leaves no config, or no row of
@@ -137,7 +137,7 @@ def read_record(path: Path) -> Record:
             raise InputError(f"cannot read any row of {path / METRICS}; {unread[0]}")
         raise InputError(f"{path} has no rows in {METRICS} yet; wait for the first, or resume: {resume_command(path)}")
     _add_history(phases, _log(path / HISTORY, records.HistoryRow, unread), unread)
-    return Record(
+    return RunRecord(
         path=path,
         run=run,
         phases=phases,
@@ -145,7 +145,7 @@ def read_record(path: Path) -> Record:
         boundaries=_boundaries(path / "boundaries", run, unread),
         environment=_file(records.Environment, path / ENVIRONMENT, unread),
         data=_file(records.Provenance, path / DATA, unread),
-        experts=_file(records.ExpertsRecord, path / EXPERTS, unread, records.LARGEST_EXPERTS) or None,
+        experts=_file(records.ExpertsRecord, path / EXPERTS_FILE, unread, records.LARGEST_EXPERTS) or None,
         unread=tuple(unread),
     )
 
@@ -209,7 +209,7 @@ def _boundaries(folder: Path, run: RunConfig, unread: list[str]) -> dict[str, Ro
         unread.append(
             f"{folder}: {len(odd)} files were left out; the first: {odd[0]} is not {' or '.join(known) or 'any'}.json"
         )
-    read = {file.stem: _file(records.Certificate, file, unread) for file in files if file.stem in known}
+    read = {file.stem: _file(records.BoundaryRecord, file, unread) for file in files if file.stem in known}
     return {name: certificate for name, certificate in read.items() if certificate}
 
 
@@ -312,4 +312,4 @@ def _in_the_run(rows: Sequence[Row], before: Row) -> list[Row]:
 
 def _one_line(error: object) -> str:
     line = " ".join(str(error).split())
-    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} …"
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} …"

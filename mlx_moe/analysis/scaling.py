@@ -38,7 +38,7 @@ MOST_WORK, STEPS_AT_LEAST = 10_000_000, 40  # points times steps, so that noise 
 MOST_DRAWN = 2_000_000  # points in all resamples: a gigabyte of memory
 SAME_LOSS = 1e-12  # relative; smaller differences are rounding
 SIZES, LOSSES = (1.0, 1e18), (1e-9, 1e9)  # ranges of N and D, and of losses; beyond, their powers overflow
-OUT_OF_SIGHT = 12.0  # a term this far below the loss, as a logarithm, is negligible
+NEGLIGIBLE = 12.0  # a term this far below the loss, as a logarithm, is negligible
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _search(x_PV: Array, y_P: Array) -> Array:
     for exponents_V in product(START_EXPONENTS, repeat=x_PV.shape[1]):
         columns = np.column_stack([np.ones(len(y_P)), np.exp(-np.array(exponents_V) * x_PV)])
         coefficients, _ = nnls(columns / np.exp(y_P)[:, None], np.ones(len(y_P)))
-        visible = np.maximum(coefficients, np.exp(y_P.min() - OUT_OF_SIGHT / 2))
+        visible = np.maximum(coefficients, np.exp(y_P.min() - NEGLIGIBLE / 2))
         starts.append([*np.log(visible), *exponents_V])
     ends_FK = _polish(x_PV, np.tile(y_P, (len(starts), 1)), np.array(starts))
     best_K = ends_FK[_huber(_log_loss(ends_FK, x_PV) - y_P).sum(axis=1).argmin()]
@@ -254,7 +254,7 @@ def _polish(x_PV: Array, y_FP: Array, start_FK: Array, weight_FP: Array | None =
 def _bounds(x_PV: Array, y: Array) -> tuple[Array, Array]:
     """Return bounds of log E, log coefficients (at the centre of the data) and exponents."""
     n_variables = x_PV.shape[1]
-    low = [y.min() - OUT_OF_SIGHT] * (1 + n_variables) + [EXPONENTS[0]] * n_variables
+    low = [y.min() - NEGLIGIBLE] * (1 + n_variables) + [EXPONENTS[0]] * n_variables
     high = [y.max()] * (1 + n_variables) + [EXPONENTS[1]] * n_variables
     return np.array(low), np.array(high)
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from mlx_moe.analysis.comparison import CurvePoint, curve
 from mlx_moe.analysis.run_reader import read_record
 from mlx_moe.analysis.scaling_plot import shade
+from mlx_moe.analysis.sweep_results import LARGEST_LOSS
 from mlx_moe.analysis.sweep_worker import SWEEP, read_sweep
 from mlx_moe.analysis.sweeps import name_fault
 from mlx_moe.errors import InputError
@@ -24,7 +25,6 @@ SHOWN_FROM = 0.25  # fraction of the curve to skip; its steep beginning would fl
 DASHES = ["-", "--", "-.", ":"]
 OUT_OF_SIGHT = 100.0  # times the visible height; nothing is drawn beyond
 LEAST_HEIGHT = 1e-6  # of the visible range, in nats and relative to it
-LARGEST_LOSS = 1e100  # larger values overflow in sums
 
 
 def choices(folder: Path) -> Figure:

@@ -21,6 +21,7 @@ from mlx_moe.analysis.sweeps import PlannedRun
 from mlx_moe.errors import InputError
 from mlx_moe.storage import jsonl
 from mlx_moe.storage.atomic import replacing
+from mlx_moe.storage.jsonl import Row
 from mlx_moe.storage.reading import parse_json, read_text
 from mlx_moe.storage.records import FailureRecord, HistoryRow, MetricsRow, ResultRow
 from mlx_moe.storage.records import read_record as read_file
@@ -34,9 +35,8 @@ FINISHED, FAILED, INTERRUPTED, NOT_BEGUN, ELSEWHERE = (
     "running elsewhere",  # another process trains in its folder
 )
 LEVEL = 0.95
-LARGEST_LOSS = 1e100  # larger values overflow when squared
+LARGEST_LOSS = 1e100  # larger values overflow in sums and squares
 LARGEST_RESULTS = 256 << 20  # bytes
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mlx_moe.training.console import Console
 def diagnose() -> int:
     """Print the device and versions; build a tiny model on each backend. Returns 0, or 1 where no backend works."""
     console = Console()
-    console.facts(
+    console.summary(
         [
             ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
             ("python", platform.python_version()),

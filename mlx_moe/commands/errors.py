@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from mlx_moe.terminal import echo
 
-LONGEST_LINE = 1_000  # characters; messages may quote long input, and the remedy comes last
+MAX_MESSAGE = 1_000  # characters; messages may quote long input, and the remedy comes last
 
 
 def stop(message: str, exit_code: int) -> NoReturn:
@@ -18,6 +18,6 @@ def stop(message: str, exit_code: int) -> NoReturn:
 
 
 def _readable(line: str) -> str:
-    if len(line) <= LONGEST_LINE:
+    if len(line) <= MAX_MESSAGE:
         return line
-    return f"{line[: LONGEST_LINE * 2 // 3]} … {line[-LONGEST_LINE // 4 :]}"
+    return f"{line[: MAX_MESSAGE * 2 // 3]} … {line[-MAX_MESSAGE // 4 :]}"

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mlx_moe.commands.errors import stop
-from mlx_moe.commands.options import BackendOption, ConfigFile, DeviceOption, Json, Level, Overrides, Preset, Seed
+from mlx_moe.commands.options import BackendOption, ConfigFile, DeviceOption, JsonOption, Level, Overrides, Preset, Seed
 from mlx_moe.errors import InputError
 from mlx_moe.limits import MAX_NEW_TOKENS
 from mlx_moe.terminal import echo
@@ -34,7 +34,7 @@ def eval_(
     ] = 60,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Evaluate checkpoints on the same held-out text: loss, perplexity, bits per byte and samples."""
     from dataclasses import asdict
@@ -103,7 +103,7 @@ def fit(
     out: Annotated[
         Path | None, typer.Option(help="The file to write.", show_default="fits.json beside RESULTS")
     ] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Fit L(N), L(D) or L(N, D) to a sweep, with confidence intervals."""
     from mlx_moe.analysis.fitting import fit_results
@@ -115,7 +115,7 @@ def compare(
     runs: Annotated[list[Path] | None, typer.Argument(help="Runs.", show_default=False)] = None,
     latest: Annotated[int | None, typer.Option(min=2, max=10_000, help="Compare the last N runs instead.")] = None,
     folder: Annotated[Path, typer.Option(help="The folder that --latest searches.")] = Path("runs"),
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Rank runs, show how their settings differ, and their losses at equal tokens, FLOPs and time."""
     from mlx_moe.analysis import comparison

@@ -19,7 +19,7 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--override", "-o", help="key.path=value over everything else; repeatable.")
 ]
 BackendOption = Annotated[str, typer.Option("--backend", help="auto, mlx or torch.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AllowLossy = Annotated[bool, typer.Option("--allow-lossy", help="Accept a transfer that changes the model.")]
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="A checkpoint, a run, RUN/best, or a Hugging Face folder.", show_default=False)

@@ -28,10 +28,10 @@ def experts(
 ) -> None:
     """Analyse the experts of a run's checkpoints: load, twins, and the tokens routed to each."""
     from mlx_moe.analysis.experts import report_experts
-    from mlx_moe.analysis.run_reader import EXPERTS
+    from mlx_moe.analysis.run_reader import EXPERTS_FILE
     from mlx_moe.training.backend import choose_backend
 
-    report_experts(run, out or run / EXPERTS, choose_backend(backend), device, sequences)
+    report_experts(run, out or run / EXPERTS_FILE, choose_backend(backend), device, sequences)
 
 
 def plot(

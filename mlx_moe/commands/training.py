@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_moe.commands.errors import stop
-from mlx_moe.commands.options import AllowLossy, BackendOption, ConfigFile, DeviceOption, Json, Overrides, Preset
+from mlx_moe.commands.options import AllowLossy, BackendOption, ConfigFile, DeviceOption, JsonOption, Overrides, Preset
 
 if TYPE_CHECKING:
     from mlx_moe.config import RunConfig
@@ -76,7 +76,7 @@ def train(
 
 
 def params(
-    preset: Preset = "three-phase", config: ConfigFile = None, override: Overrides = None, as_json: Json = False
+    preset: Preset = "three-phase", config: ConfigFile = None, override: Overrides = None, as_json: JsonOption = False
 ) -> None:
     """Count the parameters of every phase: total, active per token, inactive, idle experts."""
     from mlx_moe.training.run_plan import show_parameters
@@ -90,7 +90,7 @@ def plan(
     override: Overrides = None,
     machine: Annotated[str | None, typer.Option(help="Machine to plan for, e.g. 'M2 Max 32GB'.")] = None,
     backend: BackendOption = "auto",
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Estimate every phase's memory, time and largest batch, and report where it does not fit."""
     from mlx_moe.training.run_plan import make_plan, show

@@ -99,7 +99,7 @@ def transfer_model(
 
 
 @dataclass(frozen=True)
-class Transfer:
+class TransferResult:
     certificate: Certificate
     bytes_written: int
     seconds: float
@@ -115,7 +115,7 @@ def transfer_checkpoint(
     limits: VerificationConfig,
     allow_lossy: bool,
     probes_BT1: Tokens,
-) -> Transfer:
+) -> TransferResult:
     """Apply a plan to a checkpoint tensor by tensor, and certify on the probes that the written model is lossless.
 
     Fills a folder that is not visible yet, with weights only: training does not continue from a checkpoint outside a
@@ -143,4 +143,4 @@ def transfer_checkpoint(
     checkpoint.fill(folder, plan.target_config, state, blocks, source.tokenizer_folder, check)
     ((certificate, seconds_certified),) = found
     n_bytes = 4 * sum(math.prod(tensor.shape) for tensor in plan.tensors)
-    return Transfer(certificate, n_bytes, time.perf_counter() - began, seconds_certified)
+    return TransferResult(certificate, n_bytes, time.perf_counter() - began, seconds_certified)

@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 TINYSTORIES = "roneneldan/TinyStories"
 MOST_STORIES = 10_000_000
 MOST_FILES, MOST_ENTRIES = 100_000, 1_000_000  # of a folder: data files, and all entries
-LONGEST_LINE = 64 << 20  # bytes of a line; also characters of a value
+MAX_LINE_BYTES = 64 << 20  # bytes of a line; also characters of a value
 LONGEST_PIECE = 8 << 20  # characters without a line break; a tokenizer takes about 300 bytes for each
 FEWEST_SPARSE = 1 << 30  # bytes; a larger text with holes was most likely never written in full
 FIELD_HINT = "name one that holds text with -o data.text_field=NAME (of eval: --text-field NAME)"
@@ -267,10 +267,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield numbered lines, from 1, ending in \\n on every system, without a byte order mark."""
     try:
         with open(open_regular(path), "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
-                if len(line) > LONGEST_LINE:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > MAX_LINE_BYTES:
                     raise InputError(
-                        f"{path} line {number} has more than {LONGEST_LINE:,} bytes; break it up, since a "
+                        f"{path} line {number} has more than {MAX_LINE_BYTES:,} bytes; break it up, since a "
                         "tokenizer takes a line at a time"
                     )
                 try:
@@ -290,9 +290,9 @@ def _text(value: object, where: str, field: str) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{where}: field {_names([field])} holds {type(value).__name__}, not text; {FIELD_HINT}")
-    if len(value) > LONGEST_LINE:
+    if len(value) > MAX_LINE_BYTES:
         raise InputError(
-            f"{where}: field {_names([field])} has {len(value):,} characters; at most {LONGEST_LINE:,}; split it"
+            f"{where}: field {_names([field])} has {len(value):,} characters; at most {MAX_LINE_BYTES:,}; split it"
         )
     _check_pieces(value, f"{where}: field {_names([field])}")
     if not is_unicode(value):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mlx_moe.errors import InputError, one_line
 from mlx_moe.storage.regular_files import fingerprint, open_regular
 
-Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+StoredTokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 BYTES_AT_ONCE = 4 << 20
 

@@ -32,7 +32,7 @@ MOST_TOKENS, LONGEST_TOKEN = 1 << 22, 10_000  # tokens; characters per token
 MOST_GROWTH = 64  # factor by which a normalizer or decoder may lengthen a text; Unicode's own forms reach 18
 TRIAL = "The 2 quick (brown) foxes' déjà vu: 東京 🙂 ﷺ\n\t__x = {1.5}\r\n"
 HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-REMEDIES = "take bpe:2048, char, or a local folder that holds tokenizer.json"
+TOKENIZER_REMEDY = "take bpe:2048, char, or a local folder that holds tokenizer.json"
 
 # Unset, the library prints a warning when a process that has encoded a batch forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -196,7 +196,7 @@ def _from_hub(name: str) -> Path:
     if os.path.exists(os.path.expanduser(name)):
         raise InputError(f"tokenizer {name!r} is a file; name the folder that holds tokenizer.json")
     if not HUB_NAME.fullmatch(name):
-        raise InputError(f"no tokenizer folder {quoted(name)}; {REMEDIES}")
+        raise InputError(f"no tokenizer folder {quoted(name)}; {TOKENIZER_REMEDY}")
     require("huggingface_hub", f"tokenizer {name!r}, a name on the Hugging Face hub,")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -214,7 +214,7 @@ def _from_hub(name: str) -> Path:
         known = ("char", "bpe:2048", "gpt2")
         hint = "" if name in known else nearest(name.lower(), known, cutoff=0.7)
         raise InputError(
-            f"cannot get tokenizer {name!r} from the Hugging Face hub ({one_line(error)}); {hint}{REMEDIES}"
+            f"cannot get tokenizer {name!r} from the Hugging Face hub ({one_line(error)}); {hint}{TOKENIZER_REMEDY}"
         ) from None
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import DataConfig
 from mlx_moe.data.sources import Source, open_source
-from mlx_moe.data.token_file import Contents, TokenFile, Tokens, inspect
+from mlx_moe.data.token_file import Contents, StoredTokens, TokenFile, inspect
 from mlx_moe.data.tokenizers import Tokenizer, cut, make_tokenizer
 from mlx_moe.errors import InputError, one_line
 from mlx_moe.storage import locks
@@ -49,8 +49,8 @@ DOCUMENTS_PER_BATCH, CHARACTERS_PER_BATCH = 1000, 1_000_000
 class TokenSplits:
     """Training and validation tokens, in memory or on disk."""
 
-    train: Tokens | TokenFile
-    validation: Tokens | TokenFile
+    train: StoredTokens | TokenFile
+    validation: StoredTokens | TokenFile
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,14 @@ def held_out(config: DataConfig, cache: Path | None = None) -> Iterator[str]:
 
 
 def batch(
-    tokens: Tokens | TokenFile, *, seed: int, phase: int, step: int, rank: int = 0, batch_size: int, context_length: int
+    tokens: StoredTokens | TokenFile,
+    *,
+    seed: int,
+    phase: int,
+    step: int,
+    rank: int = 0,
+    batch_size: int,
+    context_length: int,
 ) -> NDArray[np.int32]:
     """Return random windows, shape (batch_size, context_length + 1): a pure function of the arguments.
 
@@ -136,7 +143,7 @@ def batch(
     return _windows(tokens, starts.astype(np.int64), context_length)
 
 
-def fixed_windows(tokens: Tokens | TokenFile, n: int, context_length: int) -> NDArray[np.int32]:
+def fixed_windows(tokens: StoredTokens | TokenFile, n: int, context_length: int) -> NDArray[np.int32]:
     """Return evenly spaced, non-overlapping windows, shape (at most n, context_length + 1); fewer if no more fit.
 
     Raises InputError for fewer than context_length + 1 tokens.
@@ -148,14 +155,14 @@ def fixed_windows(tokens: Tokens | TokenFile, n: int, context_length: int) -> ND
     return _windows(tokens, starts, context_length)
 
 
-def _windows(tokens: Tokens | TokenFile, starts: NDArray[np.int64], context_length: int) -> NDArray[np.int32]:
+def _windows(tokens: StoredTokens | TokenFile, starts: NDArray[np.int64], context_length: int) -> NDArray[np.int32]:
     if isinstance(tokens, TokenFile):
         return tokens.windows(starts, context_length + 1)
     return tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int32)
 
 
 def check_length(
-    tokens: Tokens | TokenFile, context_length: int, split: Literal["train", "validation"] | None = None
+    tokens: StoredTokens | TokenFile, context_length: int, split: Literal["train", "validation"] | None = None
 ) -> None:
     """Raise InputError, naming the `split`, if the tokens do not fill one window."""
     if len(tokens) < context_length + 1:
@@ -386,7 +393,7 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
         yield texts
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> Iterator[tuple[int, Tokens]]:
+def _encode(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> Iterator[tuple[int, StoredTokens]]:
     """Yield (number of the text, ids) of every text in turn, with an end of text after each.
 
     A book in one document comes in pieces: its ids as Python integers would take a hundred times its size.

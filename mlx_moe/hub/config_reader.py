@@ -89,7 +89,7 @@ class Keys:
                 return value
         self.refuse(key, value, f"supported: {', '.join(map(str, supported))}")
 
-    def whole(self, key: str, default: Any = REQUIRED, largest: int | None = None) -> int:
+    def integer(self, key: str, default: Any = REQUIRED, largest: int | None = None) -> int:
         """Return an integer from 1 to `largest`, or to the number of values in the files."""
         value = self.take(key, default)
         if not _is_whole(value) or value < 1:
@@ -107,7 +107,7 @@ class Keys:
         if self._left.get(key, default) is None:
             self._left.pop(key, None)
             return None
-        return self.whole(key, default, largest)
+        return self.integer(key, default, largest)
 
     def list_of(self, kind: type[Any], key: str, default: Any = REQUIRED) -> list[Any] | None:
         """Return a list of integers or strings; or None if that is the default or the value."""

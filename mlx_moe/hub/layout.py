@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError, brief_name, quoted
-from mlx_moe.parameters import Weights, shapes, table
-from mlx_moe.storage.tensor_files import DTYPES, StoredTensor, StoredWeights
+from mlx_moe.parameters import Weights, parameter_table, shapes
+from mlx_moe.storage.tensor_files import STORED_DTYPES, StoredTensor, StoredWeights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt2")
 PREFIXES = {family: "" if family == "gpt2" else "model." for family in FAMILIES}  # as mlx-lm reads them
@@ -27,7 +27,7 @@ GRANITE = {
     "experts.down_proj": "block_sparse_moe.output_linear",
 }
 # Our names in a mixture; {} is an expert's index. Granite concatenates gate and up projections.
-EXPERTS = {
+EXPERT_TENSORS = {
     "mixtral": {
         "router": "block_sparse_moe.gate",
         "experts.gate_proj": "block_sparse_moe.experts.{}.w1",
@@ -44,7 +44,7 @@ EXPERTS = {
     "granitemoehybrid": GRANITE
     | {"shared_expert.gate_proj": "shared_mlp.input_linear", "shared_expert.down_proj": "shared_mlp.output_linear"},
 }
-OWN_TENSOR_EACH = {family for family, names in EXPERTS.items() if any("{}" in name for name in names.values())}
+OWN_TENSOR_EACH = {family for family, names in EXPERT_TENSORS.items() if any("{}" in name for name in names.values())}
 GPT2_TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
 GPT2_BLOCK = {
     "ln_1": ("input_layernorm",),
@@ -88,7 +88,7 @@ class TensorMapping:
 
 def layout(family: str, config: ModelConfig) -> list[TensorMapping]:
     """Return a family's tensors for a model that it can hold, in the order of the forward pass."""
-    names = [parameter.name for parameter in table(config)]
+    names = [parameter.name for parameter in parameter_table(config)]
     if family == "gpt2":
         return list(_gpt2(config, names))
     return [holder for name in names for holder in _llama(config, name, family)]
@@ -102,7 +102,7 @@ def _llama(config: ModelConfig, name: str, family: str) -> Iterator[TensorMappin
         yield TensorMapping(prefix + name, (name,))
         return
     module = place.removesuffix(".weight")
-    theirs = f"{prefix}{block}{EXPERTS[family].get(module)}.weight"
+    theirs = f"{prefix}{block}{EXPERT_TENSORS[family].get(module)}.weight"
     if "{}" in theirs:
         for expert in range(config.moe.n_experts):
             yield TensorMapping(theirs.format(expert), (name,), expert)
@@ -110,7 +110,7 @@ def _llama(config: ModelConfig, name: str, family: str) -> Iterator[TensorMappin
         yield TensorMapping(
             theirs, (name, name.replace("gate_proj", "up_proj")), axis=int(module.startswith("experts."))
         )
-    elif module in EXPERTS[family]:
+    elif module in EXPERT_TENSORS[family]:
         yield TensorMapping(theirs, (name,))
 
 
@@ -165,7 +165,7 @@ def find(
 
 def _check_dtype(folder: Path, name: str, stored: StoredTensor) -> None:
     if not stored.is_readable:
-        raise InputError(f"{folder}: {name} holds {stored.dtype}; save it as one of {', '.join(DTYPES)}")
+        raise InputError(f"{folder}: {name} holds {stored.dtype}; save it as one of {', '.join(STORED_DTYPES)}")
 
 
 def unpack(found: list[tuple[TensorMapping, StoredTensor]], config: ModelConfig) -> StoredWeights:

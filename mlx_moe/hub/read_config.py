@@ -17,7 +17,7 @@ from mlx_moe.storage.tensor_files import StoredTensor, n_elements
 from mlx_moe.validation import validate
 
 # Transformers' names of our activations; `gelu_new` and `gelu_pytorch_tanh` are the same function.
-ACTIVATIONS = {
+ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -64,19 +64,19 @@ def read_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[str,
 
 def _llama(keys: Keys, family: str, most_layers: int) -> dict[str, Any]:
     """Convert Llama and its relatives. Omitted keys have transformers' defaults for the family."""
-    d_model, n_heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
+    d_model, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     n_kv_heads = keys.integer_or_null("num_key_value_heads", None if family in ("llama", *GRANITES) else REQUIRED)
     head_dim = keys.integer_or_null("head_dim", 128 if family == "qwen3" else None)
     fields = {
-        "vocab_size": keys.whole("vocab_size"),
-        "context_length": keys.whole("max_position_embeddings", largest=LONGEST_CONTEXT),
+        "vocab_size": keys.integer("vocab_size"),
+        "context_length": keys.integer("max_position_embeddings", largest=LONGEST_CONTEXT),
         "d_model": d_model,
-        "n_layers": keys.whole("num_hidden_layers", largest=most_layers),
+        "n_layers": keys.integer("num_hidden_layers", largest=most_layers),
         "n_heads": n_heads,
         "normalization": "rmsnorm",
         "norm_eps": keys.number("rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
         "qk_norm": family in ("qwen3", "qwen3_moe"),
-        "activation": ACTIVATIONS[keys.one_of("hidden_act", ACTIVATIONS, "silu")],
+        "activation": ACTIVATION_NAMES[keys.one_of("hidden_act", ACTIVATION_NAMES, "silu")],
         "ffn_type": "swiglu",
         "weight_tying": keys.one_of("tie_word_embeddings", [True, False], False),
         "init_std": keys.number("initializer_range", 0.02),
@@ -104,28 +104,28 @@ def _biases(keys: Keys, family: str) -> dict[str, Any]:
 def _feed_forward(keys: Keys, family: str, n_layers: int) -> dict[str, Any]:
     if family == "qwen3_moe":
         return _qwen3_experts(keys, n_layers)
-    d_ff = keys.whole("intermediate_size")
+    d_ff = keys.integer("intermediate_size")
     if family not in ("mixtral", *GRANITES):
         return {"d_ff": d_ff}
-    moe = {"n_experts": keys.whole("num_local_experts"), "top_k": keys.whole("num_experts_per_tok")}
+    moe = {"n_experts": keys.integer("num_local_experts"), "top_k": keys.integer("num_experts_per_tok")}
     if family == "granitemoehybrid":
-        moe |= {"shared_d_ff": keys.whole("shared_intermediate_size")}
+        moe |= {"shared_d_ff": keys.integer("shared_intermediate_size")}
     return {"d_ff": d_ff, "moe": moe}
 
 
 def _qwen3_experts(keys: Keys, n_layers: int) -> dict[str, Any]:
     """Convert Qwen3's experts: every n-th layer (`decoder_sparse_step`), except `mlp_only_layers`."""
     keys.one_of("norm_topk_prob", [True], False)  # gates sum to 1
-    step, dense = keys.whole("decoder_sparse_step", 1), set(keys.list_of(int, "mlp_only_layers", None) or [])
+    step, dense = keys.integer("decoder_sparse_step", 1), set(keys.list_of(int, "mlp_only_layers", None) or [])
     layers = [layer for layer in range(n_layers) if (layer + 1) % step == 0 and layer not in dense]
     if not layers:
         keys.refuse(
             "mlp_only_layers", sorted(dense), f"of {n_layers} layers, every {step}th of them, none is left with experts"
         )
-    n_experts = keys.whole("num_experts" if "num_experts" in keys else "num_local_experts")
+    n_experts = keys.integer("num_experts" if "num_experts" in keys else "num_local_experts")
     keys.one_of("num_local_experts", [n_experts], n_experts)
-    d_ff, d_ff_dense = keys.whole("moe_intermediate_size"), keys.integer_or_null("intermediate_size", None)
-    moe = {"n_experts": n_experts, "top_k": keys.whole("num_experts_per_tok")}
+    d_ff, d_ff_dense = keys.integer("moe_intermediate_size"), keys.integer_or_null("intermediate_size", None)
+    moe = {"n_experts": n_experts, "top_k": keys.integer("num_experts_per_tok")}
     if len(layers) == n_layers:
         return {"d_ff": d_ff, "moe": moe}
     return {"d_ff": d_ff_dense, "moe": moe | {"layers": layers, "d_ff": d_ff if d_ff != d_ff_dense else None}}
@@ -182,19 +182,19 @@ def _refuse_multipliers(keys: Keys, head_dim: int) -> None:
 
 
 def _gpt2(keys: Keys, most_layers: int) -> dict[str, Any]:
-    d_model, context_length = keys.whole("n_embd"), keys.whole("n_positions")
+    d_model, context_length = keys.integer("n_embd"), keys.integer("n_positions")
     keys.one_of("n_ctx", [context_length], context_length)
     d_ff = keys.integer_or_null("n_inner", None)
     return {
-        "vocab_size": keys.whole("vocab_size"),
+        "vocab_size": keys.integer("vocab_size"),
         "context_length": context_length,
         "d_model": d_model,
-        "n_layers": keys.whole("n_layer", largest=most_layers),
-        "n_heads": keys.whole("n_head"),
+        "n_layers": keys.integer("n_layer", largest=most_layers),
+        "n_heads": keys.integer("n_head"),
         "d_ff": 4 * d_model if d_ff is None else d_ff,
         "normalization": "layernorm",
         "norm_eps": keys.number("layer_norm_epsilon", 1e-5),
-        "activation": ACTIVATIONS[keys.one_of("activation_function", ACTIVATIONS, "gelu_new")],
+        "activation": ACTIVATION_NAMES[keys.one_of("activation_function", ACTIVATION_NAMES, "gelu_new")],
         "ffn_type": "standard",
         "position_encoding": "learned_absolute",
         "bias": True,

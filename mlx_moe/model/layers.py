@@ -27,20 +27,20 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 }
 
 Activation = Callable[[mx.array], mx.array]
-Projection = Callable[[str], mx.array]
+ProjectionFunction = Callable[[str], mx.array]
 
 
-def standard_ffn(project: Projection, activate: Activation) -> mx.array:
+def standard_ffn(project: ProjectionFunction, activate: Activation) -> mx.array:
     return activate(project("up_proj"))
 
 
-def swiglu_ffn(project: Projection, activate: Activation) -> mx.array:
+def swiglu_ffn(project: ProjectionFunction, activate: Activation) -> mx.array:
     """Shazeer 2020; SwiGLU where the activation is SiLU."""
     return activate(project("gate_proj")) * project("up_proj")
 
 
 # From the projections of the input to the hidden neurons; dense FFNs and experts share them.
-FFN_TYPES: dict[str, Callable[[Projection, Activation], mx.array]] = {
+FFN_TYPES: dict[str, Callable[[ProjectionFunction, Activation], mx.array]] = {
     "standard": standard_ffn,
     "swiglu": swiglu_ffn,
 }

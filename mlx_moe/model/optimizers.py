@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_moe.accounting.memory import FLOAT
 from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.kernel_sizes import MLX_UPDATE_PART, MLX_UPDATED_AT_ONCE
-from mlx_moe.parameters import Arrays, OptimizerGroup, check_optimizer_state, optimizer_groups, table
+from mlx_moe.parameters import Arrays, OptimizerGroup, check_optimizer_state, optimizer_groups, parameter_table
 from mlx_moe.training.muon import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, SMALLEST_NORM, update_rms
 from mlx_moe.training.step_settings import StepSettings
 
@@ -87,7 +87,7 @@ def update_groups(config: ModelConfig, optimizer: OptimizerConfig) -> list[Optim
     An update puts new weights and moments beside the old ones. In parts, only one part at a time has both.
     """
     groups = optimizer_groups(config, optimizer)
-    sizes = {p.name: FLOAT * math.prod(p.shape) for p in table(config) if p.is_trained}
+    sizes = {p.name: FLOAT * math.prod(p.shape) for p in parameter_table(config) if p.is_trained}
     if sum(sizes.values()) <= MLX_UPDATED_AT_ONCE:
         return groups
     parts = []

@@ -20,7 +20,7 @@ from mlx_moe.model.moe import expert_loads
 from mlx_moe.model.optimizers import load_optimizer_state, state_tensors
 from mlx_moe.model.step import TrainingStep
 from mlx_moe.model.transformer import Decoder, Transformer
-from mlx_moe.parameters import Arrays, Weights, optimizer_table, table
+from mlx_moe.parameters import Arrays, Weights, optimizer_table, parameter_table
 from mlx_moe.precision import choose_precision, without_loss_scale
 from mlx_moe.storage.tensor_files import StoredWeights
 from mlx_moe.training.backend import Logits, RoutedLogits, Tokens, local_batch
@@ -66,7 +66,7 @@ class Trainer:
         """Take gradients and moments from all parameters that are not trained."""
         model.freeze()
         modules = dict(model.named_modules())
-        for parameter in table(self.config):
+        for parameter in parameter_table(self.config):
             if parameter.is_trained:
                 module, _, name = parameter.name.rpartition(".")
                 modules[module].unfreeze(recurse=False, keys=name)

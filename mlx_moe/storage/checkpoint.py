@@ -25,7 +25,7 @@ from mlx_moe import config as configs
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError, one_line
 from mlx_moe.limits import MAX_PHASES
-from mlx_moe.parameters import Arrays, Weights, merged, shapes
+from mlx_moe.parameters import Arrays, Weights, merge_lora, shapes
 from mlx_moe.storage import locks
 from mlx_moe.storage.atomic import (
     clean_leftovers,
@@ -228,7 +228,7 @@ def load(path: Path) -> Checkpoint:
     found, hold = _resolve_and_hold(path)
     verify(found)
     saved = _load_verified(found, hold)
-    config, weights = merged(saved.config, saved.weights)
+    config, weights = merge_lora(saved.config, saved.weights)
     return replace(saved, config=config, weights=weights)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mlx_moe.errors import InputError, quoted
-from mlx_moe.storage.records import Open, Phase, read_record
+from mlx_moe.storage.records import Open, PhaseNumber, read_record
 from mlx_moe.validation import by_path
 
 IDENTITY = "run.json"
@@ -34,7 +34,7 @@ class RunIdentity(Open):
     processes: Annotated[int, Field(ge=1, le=2**20)]
     machine: str
     versions: dict[str, str]
-    last_phase: Phase
+    last_phase: PhaseNumber
     allow_lossy: bool = False
     config: dict[str, Any] = Field(default_factory=dict)
     differences: list[str] = Field(default_factory=list)

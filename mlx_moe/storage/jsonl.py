@@ -50,7 +50,7 @@ def read(path: Path, kind: Any | None = None, warn: Callable[[str], None] | None
     return rows
 
 
-def rewind(path: Path, phase: int, step: int, kind: Any | None = None) -> None:
+def truncate_after(path: Path, phase: int, step: int, kind: Any | None = None) -> None:
     """Drop the rows after a resumed step, so that nothing is logged twice, and all invalid lines."""
     keep(
         path,

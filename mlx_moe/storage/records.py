@@ -30,7 +30,7 @@ def _missing_unless_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-Phase = Annotated[int, Field(ge=1, le=MAX_PHASES)]
+PhaseNumber = Annotated[int, Field(ge=1, le=MAX_PHASES)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Figure = Annotated[float, Field(ge=-LARGEST_FIGURE, le=LARGEST_FIGURE)]
 Amount = Annotated[float, Field(ge=0, le=LARGEST_FIGURE)]
@@ -97,7 +97,7 @@ class Environment(Open):
 class MetricsRow(Open):
     """A row of `metrics.jsonl`. A row of step 0 has only a validation loss."""
 
-    phase: Phase
+    phase: PhaseNumber
     step: Count
     loss: LoggedFigure = None
     cross_entropy: LoggedFigure = None
@@ -124,7 +124,7 @@ class PhaseRow(Open):
     """A row of `history.jsonl` for a finished phase."""
 
     event: Literal["phase"]
-    phase: Phase
+    phase: PhaseNumber
     step: Count
     first_loss: Figure | None
     last_loss: Figure | None
@@ -136,7 +136,7 @@ class PhaseRow(Open):
     samples: dict[str, str]
 
 
-class Certificate(Open):
+class BoundaryRecord(Open):
     """A file of `boundaries/`, and a row of `history.jsonl`. None replaces non-finite values."""
 
     passed: bool
@@ -155,18 +155,18 @@ class Certificate(Open):
     allowed_lossy: bool = False
 
 
-class BoundaryRow(Certificate):
+class BoundaryRow(BoundaryRecord):
     """A row of `history.jsonl` for a boundary that was crossed."""
 
     event: Literal["boundary"]
-    phase: Phase
+    phase: PhaseNumber
 
 
 class DivergedRow(Open):
     """A row of `history.jsonl` for a phase that ended with a non-finite value; `reason` names it."""
 
     event: Literal["diverged"]
-    phase: Phase
+    phase: PhaseNumber
     step: Count
     reason: str
 
@@ -223,7 +223,7 @@ class LayerRecord(Open):
 
 class CheckpointRecord(Open):
     checkpoint: str
-    phase: Phase
+    phase: PhaseNumber
     step: Count
     layers: Annotated[list[LayerRecord], Field(min_length=1)]
 
@@ -259,7 +259,7 @@ class SweepRun(Open):
     """A run in `sweep.json`: its value on each axis, and its config, which is checked when it starts."""
 
     choices: dict[str, Any]
-    n_phases: Phase = 1
+    n_phases: PhaseNumber = 1
     config: dict[str, Any] = {}
 
 

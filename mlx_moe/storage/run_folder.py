@@ -164,7 +164,7 @@ class RunFolder:
                 "restore the text and the tokenizer, or begin another run"
             )
 
-    def hold(self) -> None:
+    def acquire_lock(self) -> None:
         """Lock the folder until `close` or the process's end. Raises InputError if another process holds it."""
         if not self._is_ours or self.lock is not None or not self.path.is_dir():
             return
@@ -179,7 +179,7 @@ class RunFolder:
             raise self._taken()
 
     @rank_zero_only
-    def introduce(
+    def write_metadata(
         self, run: RunConfig, identity: RunIdentity, data: TokenData, environment: dict[str, Any], is_new: bool = False
     ) -> None:
         """Write a new run's metadata. Once identity and config are on disk, a killed run can be resumed.
@@ -188,7 +188,7 @@ class RunFolder:
         """
         with self._writing():
             make_folder(self.path)
-            self.hold()
+            self.acquire_lock()
             if is_new and (self.path / CONFIG).is_file():  # from a process that ended before this one got the lock
                 raise self._taken()
             for folder in (self.path, self.path / "boundaries"):
@@ -236,11 +236,11 @@ class RunFolder:
             jsonl.append(self.path / HISTORY, row)
 
     @rank_zero_only
-    def rewind(self, phase: int, step: int) -> None:
+    def truncate_after(self, phase: int, step: int) -> None:
         """Drop the rows after a step, so that none occurs twice."""
         with self._writing():
-            jsonl.rewind(self.path / METRICS, phase, step, MetricsRow)
-            jsonl.rewind(self.path / HISTORY, phase, step, HistoryRow)
+            jsonl.truncate_after(self.path / METRICS, phase, step, MetricsRow)
+            jsonl.truncate_after(self.path / HISTORY, phase, step, HistoryRow)
 
     @rank_zero_only
     def drop_result(self, phase: int) -> None:
@@ -249,10 +249,10 @@ class RunFolder:
             jsonl.keep(self.path / HISTORY, lambda row: (row["event"], row["phase"]) != ("phase", phase), HistoryRow)
 
     @rank_zero_only
-    def rewind_metrics(self, phase: int) -> None:
+    def truncate_metrics(self, phase: int) -> None:
         """Drop the metrics of a phase that starts over."""
         with self._writing():
-            jsonl.rewind(self.path / METRICS, phase, -1, MetricsRow)
+            jsonl.truncate_after(self.path / METRICS, phase, -1, MetricsRow)
 
     def save_boundary(self, name: str, record: dict[str, Any]) -> Path:
         file = self.path / "boundaries" / f"{name}.json"

@@ -26,7 +26,7 @@ from mlx_moe.storage.regular_files import is_git_lfs, open_regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers' default is 50 GB, the hub asks for 5 GB
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+STORED_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 PIECE_BYTES = 4 << 20  # hashed and written at once; it fits the cache that both read it from
 WRITE_BYTES = 256 << 10  # per write call; with 4 MB, Linux (6.18, ext4) takes twice as long
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
@@ -45,13 +45,13 @@ class StoredTensor:
     @property
     def is_readable(self) -> bool:
         """Return whether `read` supports its dtype."""
-        return self.dtype in DTYPES
+        return self.dtype in STORED_DTYPES
 
     def read(self) -> NDArray[np.float32]:
         """Return the values as float32: memory-mapped if stored so, else converted exactly."""
         # One map per tensor, so that its pages are freed with it; mode "c" (copy on write), as torch wants writable
         # memory.
-        stored = np.asarray(np.memmap(self.file, DTYPES[self.dtype], "c", self.offset, self.shape))
+        stored = np.asarray(np.memmap(self.file, STORED_DTYPES[self.dtype], "c", self.offset, self.shape))
         if self.dtype == "BF16":
             wide = stored.astype(np.uint32)
             wide <<= 16  # bfloat16 is float32's upper half

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mlx_moe.accounting import machines
 from mlx_moe.address_space import bytes_left
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
-from mlx_moe.device import Device
+from mlx_moe.device import BackendName, Device
 from mlx_moe.errors import InputError
 from mlx_moe.extras import how_to_install, is_installed
 from mlx_moe.parameters import Arrays, Weights
@@ -30,7 +30,6 @@ from mlx_moe.transfer.plan import Plan
 
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
-BackendName = Literal["mlx", "torch"]
 
 # What starts several processes, and for which backend, by a variable that it sets.
 LAUNCHERS: dict[str, tuple[str, BackendName]] = {

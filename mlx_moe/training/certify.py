@@ -13,7 +13,7 @@ from mlx_moe.parameters import Weights
 from mlx_moe.training.backend import Logits, StreamedModel, Tokens, Trainer
 from mlx_moe.transfer.certificate import Certificate, Replay, max_difference, probe
 from mlx_moe.transfer.growth import layer_sources
-from mlx_moe.transfer.plan import made
+from mlx_moe.transfer.plan import apply_lazily
 from mlx_moe.transfer.reordering import plan_permutation
 
 PROBE_TOKENS = 256  # logits of all 8,192 tokens of a published model's context would take 1.6 GB
@@ -59,7 +59,7 @@ def rounding_floor(model: Trainer | StreamedModel, reordered: Trainer | Streamed
 
 
 def permuted(config: ModelConfig, weights: Weights) -> Weights:
-    return made(plan_permutation(config), weights)
+    return apply_lazily(plan_permutation(config), weights)
 
 
 def replay_routing(before: Trainer | StreamedModel, after: Trainer | StreamedModel, tokens_BT: Tokens) -> Replay:

@@ -35,7 +35,7 @@ class Console:
         self._rich.print()
         self._rich.rule(Text(printable(text), style="bold"), align="left")
 
-    def facts(self, pairs: Sequence[tuple[str, str]]) -> None:
+    def summary(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Print names and values, aligned."""
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
@@ -67,7 +67,7 @@ class Console:
                 ("FLOPs per token", f"{flops.forward / 1e6:,.2f} M forward, {flops.training / 1e6:,.2f} M to train"),
                 ("of these", ", ".join(f"{part} {100 * share:.1f} %" for part, share in shares.items() if share)),
             ]
-        self.facts(facts)
+        self.summary(facts)
 
     def step(self, row: dict[str, Any], n_steps: int) -> None:
         """Print a line of at most 80 columns; `load`: the busiest expert's over the mean, `val`: validation loss."""
@@ -113,7 +113,7 @@ class Console:
 
     def boundary(self, title: str, certificate: Certificate) -> None:
         self.title(title)
-        self.facts(
+        self.summary(
             [
                 (
                     "max |Δlogit|",

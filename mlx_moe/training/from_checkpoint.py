@@ -16,7 +16,13 @@ from mlx_moe.storage.tensor_files import open_tensors, sha256
 from mlx_moe.validation import by_path
 
 # Settings of training, which the model does not fix. Load-balancing coefficients do not affect its output.
-FREE = ("dropout", "context_length", "attention_backend", "moe.load_balance_coefficient", "moe.z_loss_coefficient")
+CHANGEABLE_SETTINGS = (
+    "dropout",
+    "context_length",
+    "attention_backend",
+    "moe.load_balance_coefficient",
+    "moe.z_loss_coefficient",
+)
 
 
 def start_from(
@@ -64,7 +70,7 @@ def check_model(run: RunConfig, source: Checkpoint) -> None:
     """Raise InputError if the run's initial model differs from the source."""
     theirs = by_path(source.config.model_dump())
     for key, value in by_path(run.model.model_dump()).items():
-        if key not in FREE and theirs.get(key) != value:
+        if key not in CHANGEABLE_SETTINGS and theirs.get(key) != value:
             raise InputError(f"model.{key} {value}: {source.path} has {theirs.get(key)}; leave it out")
     ours, longest = run.model.context_length, source.config.context_length
     if ours > longest or (ours < longest and run.model.position_encoding == "learned_absolute"):

@@ -52,7 +52,7 @@ def train_phase(session: Session, phase: Phase, trainer: Trainer, step: int) -> 
     lowest = log.best_validation_loss(phase.folder)
     rates = _Rates.of(session.backend, trainer)
     if step == 0:
-        log.rewind_metrics(phase.number)  # drop rows that an earlier attempt wrote before its first checkpoint
+        log.truncate_metrics(phase.number)  # drop rows that an earlier attempt wrote before its first checkpoint
         loss = _validation_loss(log, phase, step, trainer, validation, training.batch_size)
         log.log_step({"phase": phase.number, "step": 0, "validation_loss": loss})
     if interruption.came(trainer.world):

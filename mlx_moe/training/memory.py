@@ -12,7 +12,7 @@ from mlx_moe.phases import trained_model
 from mlx_moe.precision import choose_precision
 from mlx_moe.training.backend import Backend
 
-MARGIN = 1.1  # the estimate is accurate within a tenth
+ESTIMATE_MARGIN = 1.1  # the estimate is accurate within a tenth
 
 
 def needed_bytes(run: RunConfig, phase: int, backend: Backend, device: str) -> int:
@@ -33,7 +33,7 @@ def check_address_space(run: RunConfig, phases: Iterable[int], backend: Backend,
     if left is None:
         return
     for phase in phases:
-        needed = MARGIN * needed_bytes(run, phase, backend, device)
+        needed = ESTIMATE_MARGIN * needed_bytes(run, phase, backend, device)
         if needed > left:
             raise InputError(
                 f"phase {phase} will need about {needed / 1e9:.1f} GB of memory, and this process may take "

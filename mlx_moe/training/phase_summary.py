@@ -86,7 +86,7 @@ def report_phase(
         )
     row["samples"] = {prompt: generate_text(trainer, data.tokenizer, prompt, SAMPLE_TOKENS) for prompt in PROMPTS}
     console.title(f"{phase.title}, results")
-    console.facts(facts)
+    console.summary(facts)
     for prompt, continuation in row["samples"].items():
         console.line(f"  {prompt}{continuation}".replace("\n", " "))
     # The row comes last: without it, a resumed run reports the phase again.

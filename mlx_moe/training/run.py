@@ -17,7 +17,7 @@ from mlx_moe.config import ModelConfig, RunConfig, UpcyclePhaseConfig
 from mlx_moe.data.sources import BUILTIN
 from mlx_moe.data.tokens import TokenData, check_length, fixed_windows, prepare
 from mlx_moe.errors import InputError, is_out_of_memory, one_line
-from mlx_moe.parameters import Weights, initialize, merged, start_adapters, table
+from mlx_moe.parameters import Weights, initialize, merge_lora, parameter_table, start_adapters
 from mlx_moe.phases import Phase, get_phase, get_phases, phase_config, phase_state, start_phase, trained_model
 from mlx_moe.processes import ProcessGroup, SingleProcess
 from mlx_moe.storage import checkpoint
@@ -33,7 +33,7 @@ from mlx_moe.training.loop import Session, train_phase
 from mlx_moe.training.memory import check_address_space, needed_bytes
 from mlx_moe.training.phase_summary import report_phase, summarize
 from mlx_moe.training.request import Options, RunRequest, resolve
-from mlx_moe.training.run_header import facts
+from mlx_moe.training.run_header import summary_rows
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
 from mlx_moe.training.trackers import Tracker, check_installed, open_tracker
 from mlx_moe.transfer.centroids import Routers
@@ -60,19 +60,19 @@ def train_phases(
     folder, doing = RunFolder(directory, backend.connect(), warn=console.warn), "before training began"
     try:
         with stopping_at_once():
-            experiment = begin(run, folder, backend, last_phase, options, console)
+            experiment = prepare_experiment(run, folder, backend, last_phase, options, console)
             if options.threads is not None:
                 backend.device.set_threads(options.threads)
             phases = range(run.first_phase, last_phase + 1)
             check_address_space(experiment.run, phases, backend, options.device)
-            folder.hold()
+            folder.acquire_lock()
             if options.is_new:
                 folder.check_new()
             rows = folder.metrics()
             phase, trainer, step = experiment.resume_or_init()
             is_done = phase == last_phase and phase >= 1 and step >= phase_config(run, phase).steps
             experiment.warn_of_lost_rows(rows, phase, step)
-            experiment.introduce(trainer, last_phase, is_done)
+            experiment.write_metadata(trainer, last_phase, is_done)
             if options.saves_start and step == 0:
                 experiment.save_start(trainer)
             experiment.warn_of_memory(trainer, range(max(phase, run.first_phase), last_phase + 1))
@@ -114,7 +114,7 @@ class Experiment:
         saved = self.folder.load_latest(self.console.warn)
         if saved is None:
             if self.folder.lock is not None:  # else the folder does not exist, or is another process's
-                self.folder.rewind(0, 0)  # rows that an earlier attempt wrote before its first checkpoint
+                self.folder.truncate_after(0, 0)  # rows that an earlier attempt wrote before its first checkpoint
             phase = start_phase(self.run)
             trainer = self._trainer(self.run.model, self._first_weights())
             return phase, self._adapted(trainer, phase) if phase >= self.run.first_phase else trainer, 0
@@ -122,7 +122,7 @@ class Experiment:
         trainer = self._trainer(saved.config, saved.weights)
         if saved.optimizer_state is not None:
             trainer.load_optimizer_state(saved.optimizer_state)
-        self.folder.rewind(saved.state.phase, saved.state.step)
+        self.folder.truncate_after(saved.state.phase, saved.state.step)
         path = checkpoint.folder(self.folder.path, saved.state.phase_folder, saved.state.step)
         self.console.line(f"resuming from {path.relative_to(self.folder.path)}")
         return saved.state.phase, trainer, saved.state.step
@@ -142,7 +142,7 @@ class Experiment:
                     f"checkpoint {value}; restore {CONFIG}, or begin another run"
                 )
 
-    def introduce(self, trainer: Trainer, last_phase: int, is_done: bool) -> None:
+    def write_metadata(self, trainer: Trainer, last_phase: int, is_done: bool) -> None:
         """Write the run's metadata and print them; if it was begun differently, print the consequences.
 
         If all steps are done (`is_done`), only the last phase may differ.
@@ -156,8 +156,8 @@ class Experiment:
             differing = list(dict.fromkeys([*before.differences, *differences(before, now)]))
             now = now.model_copy(update={"differences": differing})
         seen = environment(self.backend, trainer)
-        self.folder.introduce(self.run, now, self.data, seen, self.options.is_new)
-        self.console.facts(facts(self.run, self.folder.path, self.data, self.backend, trainer))
+        self.folder.write_metadata(self.run, now, self.data, seen, self.options.is_new)
+        self.console.summary(summary_rows(self.run, self.folder.path, self.data, self.backend, trainer))
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             self.console.warn(f"{CONFIG} is not as it was when the run began: {'; '.join(changed[:3])}{more}")
@@ -227,8 +227,10 @@ class Experiment:
             model = trainer.config
             self.console.parameters(count_parameters(model), model.display_name, flops_per_token(model))
             if model.lora:
-                trained = sum(math.prod(parameter.shape) for parameter in table(model) if parameter.is_trained)
-                self.console.facts(
+                trained = sum(
+                    math.prod(parameter.shape) for parameter in parameter_table(model) if parameter.is_trained
+                )
+                self.console.summary(
                     [("trained", f"{millions(trained)} in adapters of rank {model.lora.rank} and routers")]
                 )
             self.console.line()
@@ -256,7 +258,7 @@ class Experiment:
         """Transfer a phase's model to the next phase, and raise TrainingStopped if that changed it."""
         after = get_phase(self.run, phase + 1)
         assert after.transfer is not None
-        plain = self._trainer(*merged(trainer.config, trainer.weights())) if trainer.config.lora else trainer
+        plain = self._trainer(*merge_lora(trainer.config, trainer.weights())) if trainer.config.lora else trainer
         by_centroids = getattr(after.config, "router_init", None) == "centroids"
         routers = self._centroids(plain, after) if by_centroids else None
         plan = after.transfer.plan(plain.config, after.config, self.run.seed, routers)
@@ -334,7 +336,7 @@ def open_run(directory: Path, world: ProcessGroup = SingleProcess()) -> RunConfi
     return RunFolder(directory, world).open()
 
 
-def begin(
+def prepare_experiment(
     run: RunConfig, folder: RunFolder, backend: Backend, last_phase: int, options: Options, console: Console
 ) -> Experiment:
     """Prepare the data and fit the vocabulary to it. Leaves the run's folder alone, so bad input leaves no trace."""

@@ -10,7 +10,9 @@ from mlx_moe.data.tokens import TokenData
 from mlx_moe.training.backend import Backend, Trainer, peak_flops_per_s
 
 
-def facts(run: RunConfig, folder: Path, data: TokenData, backend: Backend, trainer: Trainer) -> list[tuple[str, str]]:
+def summary_rows(
+    run: RunConfig, folder: Path, data: TokenData, backend: Backend, trainer: Trainer
+) -> list[tuple[str, str]]:
     """Return names and descriptions: the run, its start, backend, hardware, precision, optimizer, data."""
     tokens = {name: data.provenance[name]["tokens"] for name in ("train", "validation")}
     world = trainer.world

@@ -17,7 +17,7 @@ class RunLog(Protocol):
     def best_validation_loss(self, phase: str) -> float:
         """Return the lowest validation loss among a phase's checkpoints; inf before the first."""
 
-    def rewind_metrics(self, phase: int) -> None:
+    def truncate_metrics(self, phase: int) -> None:
         """Drop the rows of a phase that starts over."""
 
     def log_step(self, row: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ class MemoryLog:
     def best_validation_loss(self, phase: str) -> float:
         return -math.inf  # makes no new best, so that no checkpoint is due
 
-    def rewind_metrics(self, phase: int) -> None:
+    def truncate_metrics(self, phase: int) -> None:
         self.rows = [row for row in self.rows if row["phase"] < phase]
 
     def log_step(self, row: dict[str, Any]) -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from mlx_moe.accounting import count_parameters, machines
-from mlx_moe.accounting.estimate import EFFICIENCY, LARGEST_BATCH, PRODUCTS_OF_PEAK, Fit, Site, Work, fit, site_of
+from mlx_moe.accounting.estimate import (
+    EFFICIENCY,
+    LARGEST_BATCH,
+    PRODUCTS_OF_PEAK,
+    Estimate,
+    Target,
+    Workload,
+    fit,
+    site_of,
+)
 from mlx_moe.config import RunConfig
 from mlx_moe.data.tokenizers import Tokenizer, bpe_vocabulary
 from mlx_moe.errors import InputError, quoted
@@ -27,9 +36,9 @@ EXAMPLES = ("M1 16GB", "M2 Max 32GB", "M4 Max 64GB", "RTX 4090 24GB", "H100 80GB
 @dataclass(frozen=True)
 class RunPlan:
     run: RunConfig
-    works: list[Work]
-    sites: list[Site]  # the first is the target: this machine, or a named one
-    fits: list[list[Fit]]  # for every machine and phase
+    works: list[Workload]
+    sites: list[Target]  # the first is the target: this machine, or a named one
+    fits: list[list[Estimate]]  # for every machine and phase
 
     def to_json(self) -> dict[str, Any]:
         phases = {
@@ -70,9 +79,9 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
             f"--backend {quoted(backend)} is for this machine; leave it out, or leave out --machine {quoted(machine)}"
         )
     else:
-        first = site_of(*machines.choose(machine), run.engine)
+        first = site_of(*machines.choose_machine(machine), run.engine)
     works = [
-        Work(
+        Workload(
             name=phase.folder,
             model=trained_model(run, phase.number),
             optimizer=run.optimizer,
@@ -82,18 +91,18 @@ def make_plan(run: RunConfig, backend: str = "auto", machine: str | None = None)
         )
         for phase in get_phases(run)
     ]
-    examples = [site_of(*machines.choose(example), run.engine) for example in EXAMPLES]
+    examples = [site_of(*machines.choose_machine(example), run.engine) for example in EXAMPLES]
     sites = [first, *(site for site in examples if site.label != first.label)]
     return RunPlan(run, works, sites, [[fit(work, site) for work in works] for site in sites])
 
 
-def this_machine(run: RunConfig, backend: Backend) -> Site:
+def this_machine(run: RunConfig, backend: Backend) -> Target:
     """Return this machine, with its rate of matrix products measured in half a second."""
     device = backend.device.choose_device("auto")
     name = backend.device.device_name(device)
     precision = choose_precision(run.engine.precision, device, has_bf16=True).name
     known = machines.lookup(name)
-    return Site(
+    return Target(
         label=f"{THIS}: {name}",
         backend=backend.name,
         device=device.kind,
@@ -156,7 +165,7 @@ def show_parameters(run: RunConfig, as_json: bool) -> None:
             for name, n in counts.items()
         ],
     )
-    console.facts([(name, model.display_name) for name, model in models.items()])
+    console.summary([(name, model.display_name) for name, model in models.items()])
     for warning in warned:
         console.warn(warning)
 
@@ -167,7 +176,7 @@ def show(plan: RunPlan, as_json: bool) -> None:
         echo(json.dumps(plan.to_json(), indent=2))
         return
     console, run, site = Console(), plan.run, plan.sites[0]
-    console.facts(
+    console.summary(
         [
             ("run", f"{run.name}, batches of {run.training.batch_size} × {run.model.context_length} tokens"),
             ("on", f"{site.label}, {site.backend}, {site.precision}, {_gb(site.usable_bytes)} GB usable"),

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Maps tokens (B, T) to the logits (T, V) of each sequence in turn.
-Logits = Callable[[NDArray[np.int32]], Iterable[NDArray[np.float32]]]
-MARGIN = 4.0  # times the rounding floor
+LogitsFunction = Callable[[NDArray[np.int32]], Iterable[NDArray[np.float32]]]
+ROUNDING_MARGIN = 4.0  # times the rounding floor
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Certificate:
 
 
 def probe(
-    logits_before: Logits,
-    logits_after: Logits,
+    logits_before: LogitsFunction,
+    logits_after: LogitsFunction,
     batch_BT1: NDArray[np.int32],
     max_logit_difference: float,
     max_loss_jump: float,
@@ -107,7 +107,7 @@ def probe(
     limit, floor = max_logit_difference, None
     if rounding_floor is not None and max(differences) > limit:
         floor = rounding_floor(tokens_BT[[int(np.argmax(differences))]])
-        limit = max(limit, MARGIN * floor)
+        limit = max(limit, ROUNDING_MARGIN * floor)
     loss_before, loss_after = (float(loss) for loss in np.mean(losses, axis=0))
     return Certificate(
         logit_differences=tuple(differences),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
 from mlx_moe.limits import MAX_LAYERS
-from mlx_moe.parameters import Axis, Parameter, normal, table
+from mlx_moe.parameters import Axis, Parameter, normal, parameter_table
 from mlx_moe.transfer.moe_layout import check_experts_kept, grown_experts
 from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, fresh_tensor
 from mlx_moe.validation import validate
@@ -32,7 +32,7 @@ READ = {Axis.RESIDUAL_READ, Axis.Q_HEADS_READ, Axis.FFN_READ}
 
 GROWN = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
 # Fields that may differ, because they only name the model or steer its training.
-FREE = ("architecture", "attention_backend", "dropout", "init_std")
+CHANGEABLE_FIELDS = ("architecture", "attention_backend", "dropout", "init_std")
 
 
 def usual_size(config: ModelConfig) -> tuple[int, int]:
@@ -94,8 +94,10 @@ def plan_growth(config: ModelConfig, target: ModelConfig, split: Split = "uneven
     """
     _check_size(config, {name: getattr(target, name) for name in GROWN})
     _check_kept(config, target)
-    growth = _Growth(config, target, {parameter.name: parameter.shape for parameter in table(config)}, split, seed)
-    return Plan(config, target, tuple(growth.tensor(parameter) for parameter in table(target)), "grow")
+    growth = _Growth(
+        config, target, {parameter.name: parameter.shape for parameter in parameter_table(config)}, split, seed
+    )
+    return Plan(config, target, tuple(growth.tensor(parameter) for parameter in parameter_table(target)), "grow")
 
 
 def residual_scale(d_model: int, d_model_target: int) -> float:
@@ -279,5 +281,5 @@ def _check_kept(config: ModelConfig, target: ModelConfig) -> None:
 
 def _function(config: ModelConfig) -> dict[str, Any]:
     """Return every field that must not change if the model is to compute the same function."""
-    fields = set(ModelConfig.model_fields) - {*GROWN, *FREE, "norm_eps", "moe"}
+    fields = set(ModelConfig.model_fields) - {*GROWN, *CHANGEABLE_FIELDS, "norm_eps", "moe"}
     return {name: getattr(config, name) for name in ModelConfig.model_fields if name in fields}

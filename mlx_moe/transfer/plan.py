@@ -134,7 +134,7 @@ class Plan:
         return replace(self, tensors=tuple(tensor.moments(power) for tensor in self.tensors))
 
 
-def made(plan: Plan, weights: Weights) -> StoredWeights:
+def apply_lazily(plan: Plan, weights: Weights) -> StoredWeights:
     """Return the target's weights, computed lazily."""
     tensors = {tensor.target: tensor for tensor in plan.tensors}
     return StoredWeights(tensors, lambda name: _whole(tensors[name], weights))
@@ -151,7 +151,7 @@ def apply_streaming(plan: Plan, weights: Weights) -> Blocks:
     return of
 
 
-def apply(plan: Plan, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def apply_numpy(plan: Plan, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Execute the plan in NumPy; return new arrays in the dtype of the source's."""
     dtype = next(iter(arrays.values())).dtype
     return {tensor.target: _whole(tensor, arrays).astype(dtype, copy=False) for tensor in plan.tensors}
@@ -176,7 +176,7 @@ def carry_moments(plan: Plan, state: Mapping[str, NDArray[Any]], kept: Collectio
         moments = plan.moments(power)
         tensors = tuple(tensor for tensor in moments.tensors if moment + tensor.target in kept)
         arrays = {name.removeprefix(moment): array for name, array in state.items() if name.startswith(moment)}
-        after = apply(replace(moments, tensors=tensors), arrays)
+        after = apply_numpy(replace(moments, tensors=tensors), arrays)
         carried |= {moment + name: array for name, array in after.items()}
     return carried
 

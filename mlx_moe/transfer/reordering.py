@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.parameters import Axis, Parameter, normal, table
+from mlx_moe.parameters import Axis, Parameter, normal, parameter_table
 from mlx_moe.transfer.growth import RESIDUAL
 from mlx_moe.transfer.plan import AxisMap, Plan, TensorPlan
 
 
 def plan_permutation(config: ModelConfig, seed: int = 0) -> Plan:
     """Return a plan that permutes the residual stream's coordinates and each layer's FFN neurons; heads stay."""
-    return Plan(config, config, tuple(_tensor(parameter, seed) for parameter in table(config)))
+    return Plan(config, config, tuple(_tensor(parameter, seed) for parameter in parameter_table(config)))
 
 
 def _tensor(parameter: Parameter, seed: int) -> TensorPlan:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_moe.config import ModelConfig, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Axis, Parameter, normal, table
+from mlx_moe.parameters import Axis, Parameter, normal, parameter_table
 from mlx_moe.transfer.centroids import Routers
 from mlx_moe.transfer.expert_noise import ExpertNoise
 from mlx_moe.transfer.moe_layout import experts_of, segments_of
@@ -55,16 +55,16 @@ def plan_upcycling(
     upcycling = _Upcycling(
         moe,
         n_parts=segments_of(config, moe),
-        dense={parameter.name for parameter in table(config)},
+        dense={parameter.name for parameter in parameter_table(config)},
         router_std=router_std if router_init == "random" else 0.0,
         seed=seed,
         routers=routers or {},
     )
-    tensors = [upcycling.tensor(parameter) for parameter in table(target)]
+    tensors = [upcycling.tensor(parameter) for parameter in parameter_table(target)]
     if noise or drop:
         tensors = [
             replace(tensor, draw=_draw(parameter, target.expert_d_ff, noise, drop, seed)) if tensor.new_axis else tensor
-            for parameter, tensor in zip(table(target), tensors, strict=True)
+            for parameter, tensor in zip(parameter_table(target), tensors, strict=True)
         ]
     return Plan(config, target, tuple(tensors), "upcycle")
 

@@ -25,7 +25,7 @@ from mlx_moe.hub.foreign import opened_for_library
 from mlx_moe.training.backend import Logits, Tokens
 
 Array = NDArray[Any]
-Routes = Sequence[NDArray[np.int64]]  # of every router in turn, experts (B, T, K)
+RouterChoices = Sequence[NDArray[np.int64]]  # of every router in turn, experts (B, T, K)
 
 
 def logits(folder: Path, tokens_BT: Tokens) -> Logits:
@@ -41,13 +41,13 @@ class LibraryModel:
             self._model, self._config = load_model(found.folder, lazy=True, model_config=dict(changes or {}))
             self._model.set_dtype(mx.float32)
         self._shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
-        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Routes]] = {}
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], RouterChoices]] = {}
 
     def logits(self, tokens_BT: Tokens) -> Array:
         with mx.stream(mx.cpu):
             return np.array(self._model(mx.array(tokens_BT)))
 
-    def routed_logits(self, tokens_BT: Tokens, routes: Routes = ()) -> tuple[Array, Routes]:
+    def routed_logits(self, tokens_BT: Tokens, routes: RouterChoices = ()) -> tuple[Array, RouterChoices]:
         """Logits, and the experts (N, K) that every router would choose, in turn; `routes` take the place of that.
 
         Where mlx-lm chooses in a way that is not known here, and without routes, there are other than as many.
@@ -56,7 +56,7 @@ class LibraryModel:
             logits_BTV = self.logits(tokens_BT)
         return logits_BTV, [np.array(chosen, np.int64) for chosen, _ in choices]
 
-    def logits_in_chunks(self, tokens_BT: Tokens, lengths: Sequence[int], routes: Routes = ()) -> Array:
+    def logits_in_chunks(self, tokens_BT: Tokens, lengths: Sequence[int], routes: RouterChoices = ()) -> Array:
         """The same with a cache, so many tokens at a time."""
         places, parts = np.cumsum(lengths)[:-1].tolist(), []
         routes_of_parts = zip(*(np.split(route, places, axis=1) for route in routes), strict=True)
@@ -67,7 +67,9 @@ class LibraryModel:
                     parts.append(self._model(mx.array(part), cache))
             return np.array(mx.concatenate(parts, axis=1))
 
-    def logits_after_padding(self, tokens_BT: Tokens, padding: Sequence[int], routes: Routes = ()) -> Array | None:
+    def logits_after_padding(
+        self, tokens_BT: Tokens, padding: Sequence[int], routes: RouterChoices = ()
+    ) -> Array | None:
         """The same with so many tokens of padding before each row; None where mlx-lm's cache knows no padding."""
         if any(type(cache) is not KVCache for cache in make_prompt_cache(self._model)):
             return None
@@ -97,7 +99,7 @@ class LibraryModel:
         return {name for name, _ in self._model.named_modules()}
 
     def trace(
-        self, tokens_BT: Tokens, names: Collection[str], routes: Routes = ()
+        self, tokens_BT: Tokens, names: Collection[str], routes: RouterChoices = ()
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
         """Logits; and of each of these modules the first array that goes in and the first that comes out, in the order
         in which they finish.
@@ -150,7 +152,7 @@ def fields(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _choosing(routes: Routes) -> Iterator[list[tuple[mx.array, mx.array]]]:
+def _choosing(routes: RouterChoices) -> Iterator[list[tuple[mx.array, mx.array]]]:
     """Every choice of experts, a router's own and the one taken, which is that of `routes`; nothing without routes.
 
     A router is what calls `argpartition` along the last axis, and reads the first k (kth = k − 1) or the last (−k).

@@ -24,12 +24,12 @@ from transformers.utils import logging
 
 from mlx_moe.hub.foreign import check_described, opened_for_library, refuse_quantized, without_network
 from mlx_moe.training.backend import Logits, Tokens
+from parity.report import RouterChoice
 
 Array = NDArray[Any]
-Choice = tuple[Array, NDArray[np.int64]]  # of a router: the scores (N, E) by which it chose, experts (N, K)
 
 # What configs call the number of experts.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def logits(folder: Path, tokens_BT: Tokens) -> Logits:
@@ -62,7 +62,7 @@ class LibraryModel:
         self.missing = tuple(sorted(info["missing_keys"]))  # in the model, not in the files: drawn at random
         self.unread = tuple(sorted(info["unexpected_keys"]))  # in the files, not in the model
         self.n_parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        self.n_experts = next((n for name in EXPERTS if (n := self.config_value(name))), 0)
+        self.n_experts = next((n for name in EXPERT_COUNT_KEYS if (n := self.config_value(name))), 0)
         # Arguments of modules that were traced, and the experts that routers in them chose.
         self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[NDArray[np.int64]]]] = {}
 
@@ -74,7 +74,9 @@ class LibraryModel:
     def logits(self, tokens_BT: Tokens) -> Array:
         return self._logits_of(self._model, tokens_BT)
 
-    def routed_logits(self, tokens_BT: Tokens, routes: Sequence[NDArray[np.int64]] = ()) -> tuple[Array, list[Choice]]:
+    def routed_logits(
+        self, tokens_BT: Tokens, routes: Sequence[NDArray[np.int64]] = ()
+    ) -> tuple[Array, list[RouterChoice]]:
         """Logits and what every router would choose, in turn; experts `routes` (B, T, K) take the place of that."""
         with _Choices(self.n_experts, routes) as choices:
             return self.logits(tokens_BT), choices.made
@@ -185,7 +187,7 @@ class _Choices(TorchFunctionMode):
     def __init__(self, n_experts: int, routes: Sequence[NDArray[np.int64]]):
         super().__init__()
         self._n_experts, self._routes = n_experts, iter(routes)
-        self.made: list[Choice] = []
+        self.made: list[RouterChoice] = []
         self.taken: list[NDArray[np.int64]] = []
 
     def __torch_function__(

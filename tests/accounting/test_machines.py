@@ -1,6 +1,6 @@
 import pytest
 
-from mlx_moe.accounting.machines import MACHINES, choose, lookup
+from mlx_moe.accounting.machines import MACHINES, choose_machine, lookup
 from mlx_moe.errors import InputError
 
 REPORTED = {
@@ -42,7 +42,7 @@ def test_other_names_are_not_known(reported):
     ],
 )
 def test_choice_by_name_and_memory(text, name, memory_gb):
-    machine, gb = choose(text)
+    machine, gb = choose_machine(text)
     assert (machine.name, gb) == (name, memory_gb)
 
 
@@ -57,13 +57,13 @@ def test_choice_by_name_and_memory(text, name, memory_gb):
 )
 def test_what_is_not_sold(text, said):
     with pytest.raises(InputError, match=said):
-        choose(text)
+        choose_machine(text)
 
 
 def test_every_machine_is_found_by_its_own_name():
     for machine in MACHINES:
         assert lookup(machine.name) is machine
-        assert choose(f"{machine.name} {machine.memory[-1]}GB") == (machine, machine.memory[-1])
+        assert choose_machine(f"{machine.name} {machine.memory[-1]}GB") == (machine, machine.memory[-1])
 
 
 def test_figures_hang_together():

@@ -9,7 +9,7 @@ from support.small_models import MIXED, small_model
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.memory import step_memory
 from mlx_moe.config import EngineConfig, MoEConfig, OptimizerConfig
-from mlx_moe.parameters import initialize, table
+from mlx_moe.parameters import initialize, parameter_table
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.training.backend import choose_backend
 from torch_ref.moe import auxiliary_loss, expert_load
@@ -29,7 +29,7 @@ def test_weights_gradients_and_moments_to_the_byte(backend, moe):
     assert memory.optimizer == 2 * memory.weights
     muon = of(config, backend, optimizer=OptimizerConfig(name="muon"))
     assert memory.optimizer - muon.optimizer == 4 * sum(
-        math.prod(parameter.shape) for parameter in table(config) if parameter.is_hidden_matrix
+        math.prod(parameter.shape) for parameter in parameter_table(config) if parameter.is_hidden_matrix
     )
 
 

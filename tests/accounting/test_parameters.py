@@ -6,7 +6,7 @@ from support.small_models import MIXED, small_model
 from mlx_moe.accounting import count_parameters
 from mlx_moe.accounting.parameters import counted_table, non_embedding_parameters, parameters_by_part
 from mlx_moe.config import LoRAConfig, MoEConfig
-from mlx_moe.parameters import initialize, table
+from mlx_moe.parameters import initialize, parameter_table
 from mlx_moe.phases import phase_model
 from mlx_moe.presets import load_architecture, load_run, preset_names
 
@@ -23,7 +23,7 @@ def test_the_three_phases_to_the_digit():
 def test_twice_the_width_takes_twice_the_heads():
     model = phase_model(load_run(overrides=["phases.large_moe.d_model=1664"]), 3)
     assert (model.d_model, model.n_heads, model.head_dim, model.d_ff) == (1664, 16, 104, 6656)
-    assert count_parameters(model).total == sum(math.prod(parameter.shape) for parameter in table(model))
+    assert count_parameters(model).total == sum(math.prod(parameter.shape) for parameter in parameter_table(model))
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,11 @@ def test_counting_a_layer_of_each_kind_counts_them_all(name, moe, lora):
     counted = sorted(
         (parameter.shape, parameter.is_trained) for parameter, number in counted_table(config) for _ in range(number)
     )
-    assert counted == sorted((parameter.shape, parameter.is_trained) for parameter in table(config))
+    assert counted == sorted((parameter.shape, parameter.is_trained) for parameter in parameter_table(config))
 
 
 @pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=5, top_k=2), MIXED], ids=["dense", "experts", "mixed"])
 @pytest.mark.parametrize("name", preset_names("architectures"))
 def test_the_bound_of_a_model_goes_by_its_matrices(name, moe):
     config = small_model(name, moe=moe)
-    assert config.n_matrix_elements == sum(math.prod(p.shape) for p in table(config) if p.is_matrix)
+    assert config.n_matrix_elements == sum(math.prod(p.shape) for p in parameter_table(config) if p.is_matrix)

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from mlx_moe.accounting.estimate import Work, fit, seconds, site_of
-from mlx_moe.accounting.machines import choose
+from mlx_moe.accounting.estimate import Workload, fit, seconds, site_of
+from mlx_moe.accounting.machines import choose_machine
 from mlx_moe.config import EngineConfig, OptimizerConfig
 from mlx_moe.presets import load_architecture, load_run
 from mlx_moe.training.run_plan import make_plan
@@ -43,15 +43,15 @@ def test_the_large_phase_on_a_32_gb_mac(mlxmoe):
 
 @pytest.mark.parametrize("machine", ["M1 8GB", "T4 16GB", "M1 Pro 16GB"])
 def test_every_way_out_leads_out(machine):
-    work = Work("large", load_architecture("gpt2"), OptimizerConfig(), EngineConfig(), batch_size=64, steps=10)
-    found = fit(work, site_of(*choose(machine), work.engine))
+    work = Workload("large", load_architecture("gpt2"), OptimizerConfig(), EngineConfig(), batch_size=64, steps=10)
+    found = fit(work, site_of(*choose_machine(machine), work.engine))
     assert not found.fits
     assert found.remedies
     for way in found.remedies:
         overrides = [word for word in way.split() if word != "-o"]
         run = load_run("gpt2", overrides=["training.batch_size=64", *overrides])
-        changed = Work("large", run.model, run.optimizer, run.engine, run.training.batch_size, 10)
-        assert fit(changed, site_of(*choose(machine), run.engine)).fits, way
+        changed = Workload("large", run.model, run.optimizer, run.engine, run.training.batch_size, 10)
+        assert fit(changed, site_of(*choose_machine(machine), run.engine)).fits, way
 
 
 def test_what_no_setting_helps(mlxmoe):
@@ -60,19 +60,20 @@ def test_what_no_setting_helps(mlxmoe):
 
 
 def test_the_largest_batch_is_the_largest():
-    site = site_of(*choose("M1 Pro 32GB"), EngineConfig())
-    work = Work("dense", load_architecture("simple"), OptimizerConfig(), EngineConfig(), batch_size=8, steps=1)
+    site = site_of(*choose_machine("M1 Pro 32GB"), EngineConfig())
+    work = Workload("dense", load_architecture("simple"), OptimizerConfig(), EngineConfig(), batch_size=8, steps=1)
     largest = fit(work, site).largest_batch
     at = {
-        n: fit(Work("dense", work.model, work.optimizer, work.engine, n, 1), site).fits for n in (largest, largest + 1)
+        n: fit(Workload("dense", work.model, work.optimizer, work.engine, n, 1), site).fits
+        for n in (largest, largest + 1)
     }
     assert at == {largest: True, largest + 1: False}
 
 
 def test_time_follows_tokens_and_precision():
-    machine = choose("H100 80GB")
-    work = Work("dense", load_architecture("simple"), OptimizerConfig(), EngineConfig(), batch_size=8, steps=100)
-    twice = Work("dense", work.model, work.optimizer, work.engine, batch_size=8, steps=200)
+    machine = choose_machine("H100 80GB")
+    work = Workload("dense", load_architecture("simple"), OptimizerConfig(), EngineConfig(), batch_size=8, steps=100)
+    twice = Workload("dense", work.model, work.optimizer, work.engine, batch_size=8, steps=200)
     site = site_of(*machine, work.engine)
     assert site.precision == "bf16"
     assert seconds(twice, site) == pytest.approx(2 * seconds(work, site))

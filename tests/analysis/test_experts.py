@@ -19,7 +19,7 @@ from mlx_moe.config import ModelConfig, MoEConfig
 from mlx_moe.parameters import initialize
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.transfer.growth import grow_config, plan_growth
-from mlx_moe.transfer.plan import apply
+from mlx_moe.transfer.plan import apply_numpy
 
 
 def test_entropy_of_the_router():
@@ -58,7 +58,7 @@ def test_tokens_that_an_expert_takes():
 def test_clones_part_only_where_their_weights_do():
     before = ModelConfig(vocab_size=16, context_length=8, d_model=16, n_layers=2, n_heads=2, d_ff=12, moe=MoEConfig())
     after = grow_config(before, d_model=24, n_layers=3)
-    weights = apply(plan_growth(before, after), initialize(before, 0))
+    weights = apply_numpy(plan_growth(before, after), initialize(before, 0))
     experts = np.zeros((3, 10, 2), np.int64)
     experts[0], experts[1] = [0, 2], [1, 0]
     routes = Routes(np.zeros(10, np.int32), np.zeros((3, 10, 8), np.float32), experts)

@@ -17,8 +17,8 @@ from pydantic import BaseModel
 
 import cli
 from mlx_moe.accounting import count_parameters
-from mlx_moe.accounting.estimate import Work, fit, site_of
-from mlx_moe.accounting.machines import choose
+from mlx_moe.accounting.estimate import Workload, fit, site_of
+from mlx_moe.accounting.machines import choose_machine
 from mlx_moe.config import RunConfig, save
 from mlx_moe.errors import InputError
 from mlx_moe.phases import phase_model, trained_model
@@ -110,8 +110,8 @@ def count_all(run):
     run = with_its_vocabulary(run)
     for phase in range(run.first_phase, 4):
         json.dumps(count_parameters(phase_model(run, phase)).to_json())
-        work = Work("phase", trained_model(run, phase), run.optimizer, run.engine, run.training.batch_size, 10)
-        json.dumps(fit(work, site_of(*choose("M1"), run.engine)).to_json())
+        work = Workload("phase", trained_model(run, phase), run.optimizer, run.engine, run.training.batch_size, 10)
+        json.dumps(fit(work, site_of(*choose_machine("M1"), run.engine)).to_json())
 
 
 EXTREMES = {

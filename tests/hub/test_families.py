@@ -12,7 +12,7 @@ from mlx_moe.hub.export import export
 from mlx_moe.hub.models import open_model, read_model
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.transfer.growth import grow_config, plan_growth
-from mlx_moe.transfer.plan import apply
+from mlx_moe.transfer.plan import apply_numpy
 from mlx_moe.transfer.upcycling import plan_upcycling
 
 LIBRARIES = (parity.libraries.transformers, parity.libraries.mlx_lm)
@@ -83,7 +83,7 @@ def test_every_spelling_of_scaled_rope(tmp_path):
 
 
 def transferred(source, plan):
-    return Checkpoint(source.path, plan.target_config, TrainerState(3, 0, "torch"), apply(plan, source.weights))
+    return Checkpoint(source.path, plan.target_config, TrainerState(3, 0, "torch"), apply_numpy(plan, source.weights))
 
 
 def grown(source):

@@ -17,14 +17,14 @@ from mlx_moe.convert import transfers
 from mlx_moe.convert.probes import random_probes
 from mlx_moe.errors import InputError
 from mlx_moe.hub.models import open_model
-from mlx_moe.parameters import initialize, shapes, table
+from mlx_moe.parameters import initialize, parameter_table, shapes
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import TrainerState
 from mlx_moe.training.backend import Backend, choose_backend
 from mlx_moe.training.certify import ChangedModel, certify_streamed, permuted, rounding_floor
 from mlx_moe.transfer.growth import grow_config, plan_growth
-from mlx_moe.transfer.plan import apply, apply_streaming
+from mlx_moe.transfer.plan import apply_numpy, apply_streaming
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
 
 EXPERTS = MoEConfig(n_experts=4, top_k=2)
@@ -63,7 +63,7 @@ def test_a_checkpoint_on_disk_is_the_plan_applied_in_memory(name, tmp_path, back
     plan = PLANS[name](source.config)
     done = transfer(source, plan, tmp_path / "out", backend)
     assert done.certificate.passed
-    found, expected = checkpoint.load(tmp_path / "out"), apply(plan, dict(source.weights))
+    found, expected = checkpoint.load(tmp_path / "out"), apply_numpy(plan, dict(source.weights))
     assert found.config == plan.target_config
     assert done.bytes_written == sum(array.nbytes for array in expected.values())
     for tensor, array in expected.items():
@@ -79,7 +79,7 @@ def test_a_published_model_on_disk_too(name, dtype, options, tmp_path):
     plan = PLANS["experts"](source.config)
     assert transfer(source, plan, tmp_path / "out", choose_backend("torch")).certificate.passed
     found = checkpoint.load(tmp_path / "out")
-    for tensor, array in apply(plan, dict(source.weights)).items():
+    for tensor, array in apply_numpy(plan, dict(source.weights)).items():
         assert found.weights[tensor].tobytes() == array.tobytes(), tensor
 
 
@@ -112,7 +112,7 @@ def test_large_logits_are_judged_by_what_rounding_does(config, backend):
     weights = rough_weights(config, 0)
     weights["lm_head.weight"] = weights["lm_head.weight"] * np.float32(3e3)
     plan = plan_growth(config, grow_config(config, d_model=72, n_layers=3))
-    grown = apply(plan, weights)
+    grown = apply_numpy(plan, weights)
     before = backend.streamed(config, weights, "cpu")
     reordered = backend.streamed(config, permuted(config, weights), "cpu")
 
@@ -142,7 +142,7 @@ def test_no_tensor_is_in_memory_as_a_whole_more_than_once(tmp_path):
     checkpoint.save(tmp_path / "source", config, source.state, source.weights, None)
     source = checkpoint.load(tmp_path / "source")
     plan = plan_growth(config, grow_config(config, d_model=512, n_layers=2))
-    largest = 4 * max(np.prod(parameter.shape) for parameter in table(plan.target_config))
+    largest = 4 * max(np.prod(parameter.shape) for parameter in parameter_table(plan.target_config))
     tracemalloc.start()
     try:
         checkpoint.create(tmp_path / "out", plan.target_config, source.state, apply_streaming(plan, source.weights))

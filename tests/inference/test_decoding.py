@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from support.small_models import BACKENDS, EXPERTS, build, random_tokens, rough_weights, small_model
+from support.small_models import BACKENDS, FOUR_EXPERTS, build, random_tokens, rough_weights, small_model
 
 from mlx_moe.inference.decoding import generate_text, generate_tokens, stream_generate
 from mlx_moe.inference.sampling import Sampling
@@ -15,7 +15,7 @@ MODELS = [
         id=f"{fields.get('position_encoding', name)}-{'experts' if moe else 'dense'}",
     )
     for name, fields in (("gpt2", {}), ("smollm", {}), ("simple", {"position_encoding": "none"}))
-    for moe in (None, EXPERTS)
+    for moe in (None, FOUR_EXPERTS)
 ]
 PENALTIES = Sampling(), Sampling(repetition_penalty=100.0)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support.small_models import (
     BACKENDS,
-    EXPERTS,
+    FOUR_EXPERTS,
     LIMIT_LOGITS,
     build,
     largest_difference,
@@ -14,17 +14,17 @@ from support.small_models import (
 )
 
 from mlx_moe.config import EngineConfig, OptimizerConfig
-from mlx_moe.parameters import Axis, initialize, merged, start_adapters, table
+from mlx_moe.parameters import Axis, initialize, merge_lora, parameter_table, start_adapters
 
 LORA = {"rank": 4, "alpha": 8.0}
 SCALE = 2.0
 # The first moments after one step are a tenth of the gradients.
 OPTIMIZER = OptimizerConfig(betas=(0.9, 0.95), max_grad_norm=1e9, weight_decay=0.0)
 CONFIGS = {
-    "experts": small_model("smollm", moe=EXPERTS, lora=LORA),
+    "experts": small_model("smollm", moe=FOUR_EXPERTS, lora=LORA),
     "dense, with biases": small_model("simple", lora=LORA),
     "attention only, router frozen": small_model(
-        "llama", moe=EXPERTS, lora=LORA | {"targets": ["q_proj", "v_proj"], "router": False}
+        "llama", moe=FOUR_EXPERTS, lora=LORA | {"targets": ["q_proj", "v_proj"], "router": False}
     ),
 }
 
@@ -41,18 +41,18 @@ def gradients(backend, config, weights):
 
 
 def trained(config):
-    return {parameter.name for parameter in table(config) if parameter.is_trained}
+    return {parameter.name for parameter in parameter_table(config) if parameter.is_trained}
 
 
 def test_every_target_has_its_pair():
     config = CONFIGS["experts"]
-    rows = {parameter.name: parameter for parameter in table(config)}
+    rows = {parameter.name: parameter for parameter in parameter_table(config)}
     assert rows["layers.0.mlp.experts.down_proj.lora_a"].shape == (4, 4, 96)
     assert rows["layers.0.mlp.experts.down_proj.lora_b"].shape == (4, 48, 4)
     assert rows["layers.1.self_attn.k_proj.lora_b"].shape == (16, 4)
     assert trained(config) == {name for name in rows if "lora_" in name or "router" in name}
     assert sum("lora_" in name for name in rows) == 2 * 2 * 7
-    assert sum("lora_" in p.name for p in table(CONFIGS["attention only, router frozen"])) == 2 * 2 * 2
+    assert sum("lora_" in p.name for p in parameter_table(CONFIGS["attention only, router frozen"])) == 2 * 2 * 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -65,7 +65,7 @@ def test_the_start_is_exact_and_merging_too(name, backend):
     np.testing.assert_array_equal(build(backend, config, weights | start_adapters(config, 0)).logits(tokens), expected)
     adapted = rough_weights(config, seed=0)
     logits = build(backend, config, adapted).logits(tokens)
-    without, weights = merged(config, adapted)
+    without, weights = merge_lora(config, adapted)
     assert without == plain
     assert largest_difference(build(backend, plain, weights).logits(tokens), logits) < LIMIT_LOGITS
     base = {name: adapted[name] for name in weights}
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_the_weights_they_stand_for(name):
     weights = rough_weights(config, seed=3)
     of = {backend: gradients(backend, config, weights) for backend in BACKENDS}
     assert of["mlx"].keys() == of["torch"].keys() == trained(config)
-    full = gradients("torch", *merged(config, weights))
+    full = gradients("torch", *merge_lora(config, weights))
     for tensor, gradient in of["torch"].items():
         module = tensor.rpartition(".")[0]
         expected = full[f"{module}.weight"]
@@ -130,6 +130,6 @@ def test_torch_computes_no_gradients_of_the_base():
 
 
 def test_adapters_have_an_axis_of_their_own():
-    for parameter in table(CONFIGS["experts"]):
+    for parameter in parameter_table(CONFIGS["experts"]):
         assert (Axis.RANK in parameter.axes) == ("lora_" in parameter.name)
         assert len(parameter.axes) == len(parameter.shape)

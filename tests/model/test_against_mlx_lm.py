@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.models import llama, mixtral
 from support.small_models import (
     BACKENDS,
-    EXPERTS,
+    FOUR_EXPERTS,
     LIMIT_LOGITS,
     build,
     largest_difference,
@@ -54,7 +54,7 @@ def test_llama(fields, theta):
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
-@pytest.mark.parametrize("moe", [EXPERTS, MoEConfig(n_experts=8, top_k=3)], ids=str)
+@pytest.mark.parametrize("moe", [FOUR_EXPERTS, MoEConfig(n_experts=8, top_k=3)], ids=str)
 @pytest.mark.parametrize("weight_tying", [False, True])
 def test_mixtral(moe, weight_tying, theta):
     config = small_model("llama", n_kv_heads=2, rope_theta=theta, weight_tying=weight_tying, moe=moe)

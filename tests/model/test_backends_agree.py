@@ -1,16 +1,14 @@
 """MLX against PyTorch: logits, loss, gradients, optimizer steps, optimizer state, and plans."""
 
 import mlx.core as mx
-import mlx.nn
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
+from support.gradients import mlx_gradients, torch_gradients
 from support.small_models import (
     BACKENDS,
-    EXPERTS,
+    FOUR_EXPERTS,
     LIMIT_LOGITS,
     build,
     every_model,
@@ -21,15 +19,11 @@ from support.small_models import (
     small_model,
 )
 
-import mlx_moe.model.moe
-import mlx_moe.model.transformer
-import torch_ref.moe
-import torch_ref.transformer
 from mlx_moe.config import COMPONENTS, ModelConfig, MoEConfig, OptimizerConfig
-from mlx_moe.parameters import table
+from mlx_moe.parameters import parameter_table
 from mlx_moe.presets import preset_names
 from mlx_moe.transfer.growth import plan_growth
-from mlx_moe.transfer.plan import apply
+from mlx_moe.transfer.plan import apply_numpy
 from mlx_moe.transfer.upcycling import plan_upcycling
 from parity.compare import BackendPair
 
@@ -61,35 +55,6 @@ def test_loss_is_the_cross_entropy_of_the_logits(config):
         assert trainer.loss(batch) == pytest.approx((log_sum_BT - chosen_BT).mean(), abs=1e-5)
 
 
-def mlx_gradients(config, weights, batch):
-    model = mlx_moe.model.transformer.Transformer(config)
-    model.load_weights([(name, mx.array(array)) for name, array in weights.items()])
-
-    def loss(tokens):
-        logits, routings = model(tokens[:, :-1])
-        auxiliary = [
-            mlx_moe.model.moe.auxiliary_loss(routing, mlx_moe.model.moe.expert_load(routing), config.moe)
-            for routing in routings
-        ]
-        return mlx.nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean") + sum(auxiliary)
-
-    value, gradients = mlx.nn.value_and_grad(model, loss)(mx.array(batch))
-    return value.item(), {name: np.array(array) for name, array in tree_flatten(gradients)}
-
-
-def torch_gradients(config, weights, batch):
-    model = torch_ref.transformer.Transformer(config)
-    model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
-    tokens = torch.from_numpy(batch).long()
-    logits, routings = model(tokens[:, :-1])
-    auxiliary = [
-        torch_ref.moe.auxiliary_loss(routing, torch_ref.moe.expert_load(routing), config.moe) for routing in routings
-    ]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + sum(auxiliary)
-    loss.backward()
-    return loss.item(), {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-
-
 QWEN3 = {"qk_norm": True, "attention_bias": "qkv", "rope_scaling": {"factor": 8.0, "original_context_length": 16}}
 
 
@@ -99,7 +64,7 @@ def test_gradients(config):
     mlx_loss, mlx_of = mlx_gradients(config, weights, batch)
     torch_loss, torch_of = torch_gradients(config, weights, batch)
     assert mlx_loss == pytest.approx(torch_loss, abs=LIMIT_LOSS)
-    assert set(mlx_of) == set(torch_of) == {parameter.name for parameter in table(config)}
+    assert set(mlx_of) == set(torch_of) == {parameter.name for parameter in parameter_table(config)}
     # Keys' biases have no gradient without rotation: softmax ignores what is the same for all keys.
     rounding = 1e-7 * np.sqrt(sum(np.square(array).sum() for array in torch_of.values()))
     for name, gradient in torch_of.items():
@@ -134,7 +99,7 @@ def test_three_steps(config):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_decays(backend):
-    config = small_model("gpt2", moe=EXPERTS)
+    config = small_model("gpt2", moe=FOUR_EXPERTS)
     batch = random_tokens(config)
     after = []
     for weight_decay in (0.0, 1.0):
@@ -153,7 +118,7 @@ def test_optimizer_state_moves(config, source, target):
     for batch in batches[:3]:
         stays.step(batch, LEARNING_RATE, dropout_seed=0)()
     state = stays.optimizer_state()
-    names = {f"{moment}.{parameter.name}" for parameter in table(config) for moment in "mv"}
+    names = {f"{moment}.{parameter.name}" for parameter in parameter_table(config) for moment in "mv"}
     assert set(state) == names | {"step"}
     moved = build(target, config, stays.weights(), OPTIMIZER)
     forgetful = build(target, config, stays.weights(), OPTIMIZER)
@@ -170,7 +135,7 @@ def test_optimizer_state_moves(config, source, target):
 def test_optimizer_state_before_the_first_step_is_a_fresh_start(source, target):
     config = small_model("gpt2")
     state = build(source, config).optimizer_state()
-    shapes = {parameter.name: parameter.shape for parameter in table(config)}
+    shapes = {parameter.name: parameter.shape for parameter in parameter_table(config)}
     expected = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in "mv"} | {"step": ()}
     assert {name: array.shape for name, array in state.items()} == expected
     assert not any(array.any() for array in state.values())
@@ -185,7 +150,7 @@ def test_optimizer_state_before_the_first_step_is_a_fresh_start(source, target):
 def test_plans_are_the_same_to_the_bit(name):
     config = small_model(name)
     pair = BackendPair.build(config, rough_weights(config, seed=4))
-    plan = plan_upcycling(config, EXPERTS, seed=4)
+    plan = plan_upcycling(config, FOUR_EXPERTS, seed=4)
     check_plan(pair, plan)
     check_plan(pair, plan_growth(config, larger_model(config), seed=4))
     upcycled = pair.apply_transfer(plan)
@@ -194,7 +159,7 @@ def test_plans_are_the_same_to_the_bit(name):
 
 
 def check_plan(pair, plan):
-    expected = apply(plan, pair.torch.weights())
+    expected = apply_numpy(plan, pair.torch.weights())
     moved = pair.apply_transfer(plan)
     for trainer in (moved.mlx, moved.torch):
         assert trainer.config == plan.target_config
@@ -210,7 +175,7 @@ def test_a_transferred_trainer_is_one_of_its_own(backend):
     config = small_model("gpt2")
     before = build(backend, config)
     weights = before.weights()
-    after = before.apply_transfer(plan_upcycling(config, EXPERTS))
+    after = before.apply_transfer(plan_upcycling(config, FOUR_EXPERTS))
     after.step(random_tokens(config), LEARNING_RATE, dropout_seed=0)()
     assert all(np.array_equal(weights[name], array) for name, array in before.weights().items())
     assert not np.array_equal(weights["embed_tokens.weight"], after.weights()["embed_tokens.weight"])

@@ -2,7 +2,15 @@
 
 import numpy as np
 import pytest
-from support.small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens, small_model
+from support.small_models import (
+    BACKENDS,
+    FOUR_EXPERTS,
+    LIMIT_LOGITS,
+    build,
+    largest_difference,
+    random_tokens,
+    small_model,
+)
 
 from mlx_moe.config import COMPONENTS
 
@@ -23,7 +31,7 @@ def cached_models():
             ("simple", {"position_encoding": "none"}),
             ("llama", {"qk_norm": True, "rope_scaling": {"factor": 8.0, "original_context_length": 16}}),
         )
-        for moe in (None, EXPERTS)
+        for moe in (None, FOUR_EXPERTS)
         for attention in COMPONENTS["attention_backend"]
         for label in [f"{fields.get('position_encoding', name)}-{'experts' if moe else 'dense'}"]
     ]

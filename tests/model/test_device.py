@@ -10,14 +10,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from support.small_models import BACKENDS, EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
+from support.small_models import BACKENDS, FOUR_EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
 
 from mlx_moe.device import CPU, CUDA
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.transfer.growth import plan_growth
 
-CONFIG = small_model("smollm", moe=EXPERTS)
+CONFIG = small_model("smollm", moe=FOUR_EXPERTS)
 TOKENS = random_tokens(CONFIG, 2, CONFIG.context_length + 1)
 PLAN = plan_growth(CONFIG, larger_model(CONFIG), seed=1)
 CALLS = {

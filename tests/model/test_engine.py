@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.small_models import BACKENDS, EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
+from support.small_models import BACKENDS, FOUR_EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
 
 from mlx_moe.config import EngineConfig, OptimizerConfig
 from mlx_moe.device import CPU, CUDA, METAL
@@ -14,7 +14,7 @@ from mlx_moe.training.backend import choose_backend
 from mlx_moe.transfer.growth import plan_growth
 
 LEARNING_RATE = 1e-3
-MODELS = {"dense": small_model("simple"), "experts": small_model("smollm", moe=EXPERTS)}
+MODELS = {"dense": small_model("simple"), "experts": small_model("smollm", moe=FOUR_EXPERTS)}
 
 
 def trained(backend, config, steps=4, engine=None, learning_rate=LEARNING_RATE, optimizer="adamw"):

@@ -4,24 +4,24 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from support.small_models import BACKENDS, EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
-from test_backends_agree import mlx_gradients, torch_gradients
+from support.gradients import mlx_gradients, torch_gradients
+from support.small_models import BACKENDS, FOUR_EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
 
 import mlx_moe.model.trainer
 import torch_ref.trainer
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.presets import preset_names
 from mlx_moe.transfer.growth import grow_config, plan_growth
-from mlx_moe.transfer.plan import apply, carry_moments
+from mlx_moe.transfer.plan import apply_numpy, carry_moments
 from mlx_moe.transfer.upcycling import plan_upcycling
 
 GRADIENTS = {"mlx": mlx_gradients, "torch": torch_gradients}
-NO_AUXILIARY = EXPERTS.model_copy(update={"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.0})
+NO_AUXILIARY = FOUR_EXPERTS.model_copy(update={"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.0})
 
 
 def plans(name):
-    dense, experts = small_model(name), small_model(name, moe=EXPERTS)
-    return [plan_upcycling(dense, EXPERTS), plan_growth(experts, larger_model(experts), seed=2)]
+    dense, experts = small_model(name), small_model(name, moe=FOUR_EXPERTS)
+    return [plan_upcycling(dense, FOUR_EXPERTS), plan_growth(experts, larger_model(experts), seed=2)]
 
 
 @pytest.mark.parametrize("name", preset_names("architectures"))
@@ -32,7 +32,7 @@ def test_both_backends_execute_the_plans_of_moments_as_numpy_does(name):
         of_torch = {tensor: torch.from_numpy(array) for tensor, array in arrays.items()}
         for power in (1, 2):
             moments = plan.moments(power)
-            expected = apply(moments, arrays)
+            expected = apply_numpy(moments, arrays)
             for tensor in moments.tensors:
                 for array in (
                     np.array(mlx_moe.model.trainer.apply_plan(tensor, of_mlx)),
@@ -49,9 +49,9 @@ def test_the_gradient_of_a_grown_model_is_the_one_predicted(name, backend):
     plan = plan_growth(config, target, "even")
     weights, batch = rough_weights(config, seed=3), random_tokens(config, n_columns=config.context_length + 1)
     _, before = GRADIENTS[backend](config, weights, batch)
-    _, after = GRADIENTS[backend](target, apply(plan, weights), batch)
+    _, after = GRADIENTS[backend](target, apply_numpy(plan, weights), batch)
     rounding = 1e-6 * np.sqrt(sum(np.square(array).sum() for array in after.values()))
-    for tensor, predicted in apply(plan.moments(1), before).items():
+    for tensor, predicted in apply_numpy(plan.moments(1), before).items():
         assert np.linalg.norm(after[tensor] - predicted) < 1e-4 * np.linalg.norm(predicted) + rounding, tensor
 
 

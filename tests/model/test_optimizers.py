@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
-from support.small_models import BACKENDS, EXPERTS, build, random_tokens, rough_weights, small_model
+from support.small_models import BACKENDS, FOUR_EXPERTS, build, random_tokens, rough_weights, small_model
 
 import mlx_moe.model.optimizers as on_mlx
 import torch_ref.optimizers as on_torch
 from mlx_moe.config import EngineConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import optimizer_groups, optimizer_table, table
+from mlx_moe.parameters import optimizer_groups, optimizer_table, parameter_table
 from mlx_moe.training.step_settings import StepSettings
 from torch_ref.distributed import ProcessGroup
 
 MUON = OptimizerConfig(name="muon", weight_decay=1.0)
 MODELS = [
     pytest.param(small_model("smollm"), id="dense"),
-    pytest.param(small_model("gpt2", moe=EXPERTS), id="experts"),
+    pytest.param(small_model("gpt2", moe=FOUR_EXPERTS), id="experts"),
 ]
 LEARNING_RATE = 0.01
 LIMIT_LOSS = 1e-5
@@ -119,7 +119,7 @@ def test_the_trainers_step_alike(config):
 @pytest.mark.parametrize("config", MODELS)
 def test_who_takes_muon(config):
     muon, decayed, rest = (set(group.names) for group in optimizer_groups(config, MUON))
-    names = {parameter.name for parameter in table(config)}
+    names = {parameter.name for parameter in parameter_table(config)}
     assert muon == {name for name in names if re.search(r"\.(q|k|v|o|gate|up|down)_proj\.weight$", name)}
     assert decayed == {name for name in names if name.startswith(("embed", "lm_head")) or "router" in name}
     assert rest == names - muon - decayed
@@ -135,7 +135,7 @@ def test_the_rest_goes_as_with_adamw(config, backend):
         trainer.step(batch(config), LEARNING_RATE, dropout_seed=0)()
     adamw, muon = adamw.weights(), muon.weights()
     same = {name for name in adamw if np.array_equal(adamw[name], muon[name])}
-    assert same == {parameter.name for parameter in table(config) if not parameter.is_hidden_matrix}
+    assert same == {parameter.name for parameter in parameter_table(config) if not parameter.is_hidden_matrix}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,7 +147,7 @@ def test_what_decays_under_muon(config, backend):
         trainer.step(batch(config), LEARNING_RATE, dropout_seed=0)()
         after.append(trainer.weights())
     before = rough_weights(config, seed=0)
-    for parameter in table(config):
+    for parameter in parameter_table(config):
         without, with_ = (weights[parameter.name] for weights in after)
         decay = LEARNING_RATE * before[parameter.name] * parameter.is_matrix
         np.testing.assert_allclose(without - with_, decay, atol=1e-6)

@@ -6,7 +6,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from support.small_models import BACKENDS, EXPERTS, LIMIT_LOGITS, build, largest_difference, random_tokens, small_model
+from support.small_models import (
+    BACKENDS,
+    FOUR_EXPERTS,
+    LIMIT_LOGITS,
+    build,
+    largest_difference,
+    random_tokens,
+    small_model,
+)
 
 import mlx_moe.model.attention
 import mlx_moe.model.layers
@@ -55,7 +63,7 @@ def test_an_activation_is_one_function_in_each_backend(monkeypatch):
     mlx_registry, torch_registry = registries("activation")
     monkeypatch.setitem(mlx_registry, "squared_relu", lambda x: mx.square(mx.maximum(x, 0)))
     monkeypatch.setitem(torch_registry, "squared_relu", lambda x: torch.relu(x).square())
-    for moe in (None, EXPERTS):
+    for moe in (None, FOUR_EXPERTS):
         config = small_model("simple", activation="squared_relu", moe=moe)
         tokens, batch = random_tokens(config), random_tokens(config, n_columns=33)
         mlx, torch_, relu = build("mlx", config), build("torch", config), build("torch", small_model("simple", moe=moe))
@@ -68,7 +76,7 @@ def test_an_activation_is_one_function_in_each_backend(monkeypatch):
             assert largest_difference(before, trainer.logits(tokens)) > 100 * LIMIT_LOGITS
 
 
-@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("moe", [None, FOUR_EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_trains(option, backend, moe):
@@ -87,7 +95,7 @@ def test_every_option_trains(option, backend, moe):
         assert (largest_difference(one, other) < LIMIT_LOGITS) == same_function
 
 
-@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("moe", [None, FOUR_EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestDropout:
     def test_depends_on_its_seed_only(self, backend, moe):
@@ -121,7 +129,7 @@ class TestDropout:
             trainer.step(batch, 1e-3, seed)()
 
 
-@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("moe", [None, FOUR_EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 def test_dropout_stands_in_the_same_places(norm_position, moe, monkeypatch):
     """With masks that are not random: the n-th dropout drops every third feature, starting with the n-th."""

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.small_models import EXPERTS, boundary_tokens, larger_model, probe_model
+from support.small_models import FOUR_EXPERTS, boundary_tokens, larger_model, probe_model
 
 from mlx_moe.config import UpcyclePhaseConfig
 from mlx_moe.transfer.growth import plan_growth
 from mlx_moe.transfer.moe_layout import experts_of
-from mlx_moe.transfer.plan import apply
+from mlx_moe.transfer.plan import apply_numpy
 from mlx_moe.transfer.upcycling import plan_upcycling
 from parity.boundaries import execution_claim, forced_claim, growth_claims, random_experts, upcycling_claims
 from parity.compare import BackendPair
@@ -22,8 +22,8 @@ REPEATED, PREDICTED = "the grown residual stream is the old one repeated", "firs
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-post", "smollm"])
 def test_every_claim_holds(name):
     config, weights = probe_model(name, 1)
-    claims = upcycling_claims(plan_upcycling(config, EXPERTS, seed=1), weights, boundary_tokens(config, 1), 1)
-    config, weights = probe_model(name, 1, EXPERTS)
+    claims = upcycling_claims(plan_upcycling(config, FOUR_EXPERTS, seed=1), weights, boundary_tokens(config, 1), 1)
+    config, weights = probe_model(name, 1, FOUR_EXPERTS)
     plan = plan_growth(config, larger_model(config), seed=1)
     claims += growth_claims(plan, weights, boundary_tokens(config, 1))
     assert [claim.name for claim in claims] == [FORCED, SUMMED, REPEATED, PREDICTED]
@@ -46,7 +46,7 @@ def test_parts_of_copies_that_do_not_go_together_are_another_model():
     config, weights = probe_model("llama", 0)
     moe = experts_of(config, UpcyclePhaseConfig(n_experts=4, granularity=2))
     plan, tokens = plan_upcycling(config, moe), boundary_tokens(config, 0)[:, :-1]
-    dense, upcycled = NumpyModel(config, weights)(tokens), NumpyModel(plan.target_config, apply(plan, weights))
+    dense, upcycled = NumpyModel(config, weights)(tokens), NumpyModel(plan.target_config, apply_numpy(plan, weights))
     for parts, same in ((2, True), (1, False)):
         experts_LNK = random_experts(plan.target_config, tokens, np.random.default_rng(0), parts)
         largest = np.abs(upcycled(tokens, experts_LNK).logits_BTV - dense.logits_BTV).max()
@@ -67,12 +67,12 @@ def scaled(tensor):
 def test_broken_claims_are_noticed():
     config, weights = probe_model("llama", 0)
     tokens = boundary_tokens(config, 0)
-    plan = plan_upcycling(config, EXPERTS)
+    plan = plan_upcycling(config, FOUR_EXPERTS)
     broken = changed(plan, "layers.0.mlp.experts.up_proj.weight", scaled)
     forced, summed = upcycling_claims(broken, weights, tokens, 0)
     assert not forced.passed
     assert not summed.passed
-    config, weights = probe_model("llama", 0, EXPERTS)
+    config, weights = probe_model("llama", 0, FOUR_EXPERTS)
     plan = plan_growth(config, larger_model(config))
     broken = changed(plan, "layers.0.self_attn.o_proj.weight", scaled)
     repeated, _ = growth_claims(broken, weights, tokens)
@@ -83,7 +83,7 @@ def test_broken_claims_are_noticed():
 
 def test_the_backends_executions():
     config, weights = probe_model("nano", 0)
-    plan = plan_upcycling(config, EXPERTS)
+    plan = plan_upcycling(config, FOUR_EXPERTS)
     dense = BackendPair.build(config, weights)
     upcycled = dense.apply_transfer(plan)
     assert execution_claim(plan, weights, upcycled.mlx, upcycled.torch).passed

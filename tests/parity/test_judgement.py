@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.small_models import EXPERTS, larger_model, probe_model, reference_tokens, rough_weights
+from support.small_models import FOUR_EXPERTS, larger_model, probe_model, reference_tokens, rough_weights
 
 from mlx_moe.config import MoEConfig
 from mlx_moe.errors import InputError
 from mlx_moe.presets import preset_names
 from mlx_moe.transfer.growth import plan_growth
-from mlx_moe.transfer.plan import apply
+from mlx_moe.transfer.plan import apply_numpy
 from parity import self_test
 from parity.compare import BackendPair
 from parity.judgement import judge, judge_tensor
@@ -28,7 +28,7 @@ def runner():
 @pytest.fixture(scope="module")
 def llama():
     """(reference, MLX, torch) of a model with experts, nothing wrong with either."""
-    config, weights = probe_model("llama", 0, EXPERTS)
+    config, weights = probe_model("llama", 0, FOUR_EXPERTS)
     pair, reference = BackendPair.build(config, weights), ReferenceForward(config, weights, reference_tokens(config, 0))
     return reference, reference.measure(pair.mlx), reference.measure(pair.torch)
 
@@ -36,10 +36,10 @@ def llama():
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", preset_names("architectures"))
 def test_no_false_alarm(name, seed):
-    config, weights = probe_model(name, seed, EXPERTS if seed % 2 else None)
+    config, weights = probe_model(name, seed, FOUR_EXPERTS if seed % 2 else None)
     if seed % 2:
         plan = plan_growth(config, larger_model(config), seed=seed)
-        config, weights = plan.target_config, apply(plan, weights)
+        config, weights = plan.target_config, apply_numpy(plan, weights)
     pair, reference = (
         BackendPair.build(config, weights),
         ReferenceForward(config, weights, reference_tokens(config, seed)),
@@ -189,7 +189,7 @@ def test_after_a_flip_all_is_judged_by_the_truths_routes():
 
 def test_margins(llama):
     reference, *_ = llama
-    logits_LNE = NumpyModel(reference.config, probe_model("llama", 0, EXPERTS)[1])(
+    logits_LNE = NumpyModel(reference.config, probe_model("llama", 0, FOUR_EXPERTS)[1])(
         reference.tokens_BT
     ).router_logits_LNE
     falling_LNE = -np.sort(-logits_LNE, axis=-1)

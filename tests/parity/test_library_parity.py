@@ -12,7 +12,7 @@ import safetensors.numpy
 import torch
 from support.any_models import save
 from support.small_models import rough_weights, small_model
-from test_against_transformers import llama_config, llama_weights
+from support.their_weights import llama_config, llama_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import parity.libraries.mlx_lm

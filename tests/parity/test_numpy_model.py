@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support.small_models import probe_model, rough_weights, small_model
-from test_against_transformers import gpt2_weights, llama_config, llama_weights, mixtral_weights
+from support.their_weights import gpt2_weights, llama_config, llama_weights, mixtral_weights
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,

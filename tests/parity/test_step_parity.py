@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.small_models import EXPERTS, probe_model, reference_tokens
+from support.small_models import FOUR_EXPERTS, probe_model, reference_tokens
 
 from parity.compare import BackendPair
 from parity.decoding import judge_decoding
@@ -20,7 +20,7 @@ def failed(judged):
     return [tensor.name for tensor in judged if not tensor.passed]
 
 
-@pytest.mark.parametrize(("name", "moe"), [("gpt2-post", None), ("smollm", EXPERTS)], ids=["dense", "experts"])
+@pytest.mark.parametrize(("name", "moe"), [("gpt2-post", None), ("smollm", FOUR_EXPERTS)], ids=["dense", "experts"])
 def test_no_false_alarm(name, moe):
     config, weights, reference, tokens = prepared(name, moe, seed=3)
     steps = judge_step(config, weights, tokens)
@@ -53,7 +53,7 @@ def test_a_wrong_gradient_is_named(module, attribute, change, first, monkeypatch
     """Of code whose outputs are right."""
     import importlib
 
-    config, weights, _, tokens = prepared("llama", EXPERTS)
+    config, weights, _, tokens = prepared("llama", FOUR_EXPERTS)
     owner = importlib.import_module(module)
     monkeypatch.setattr(owner, attribute, change(getattr(owner, attribute)))
     names = failed(judge_step(config, weights, tokens))
@@ -91,7 +91,7 @@ def test_routes_in_half_precision_are_the_truths(monkeypatch):
 
     best_experts = parity.numpy_model.best_experts
     monkeypatch.setattr(parity.numpy_model, "best_experts", lambda logits, k: best_experts(-logits, k))
-    config, weights, _, tokens = prepared("llama", EXPERTS)
+    config, weights, _, tokens = prepared("llama", FOUR_EXPERTS)
     scopes = {tensor.scope for tensor in judge_step(config, weights, tokens) if not tensor.passed}
     assert scopes == {"train"}
 

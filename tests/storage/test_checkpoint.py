@@ -20,7 +20,7 @@ from support.small_models import larger_model, rough_weights, small_model
 
 from mlx_moe.config import OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import initialize, normal, table
+from mlx_moe.parameters import initialize, normal, parameter_table
 from mlx_moe.storage import atomic, checkpoint
 from mlx_moe.storage.checkpoint import TrainerState, complete_in, create, keep_last, load, resolve, save
 from mlx_moe.storage.run_folder import RunFolder
@@ -107,7 +107,7 @@ def test_plain_safetensors_reads_the_names_of_the_table(saved):
     with safe_open(saved / "model.safetensors", framework="numpy") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
-    assert shapes == {parameter.name: parameter.shape for parameter in table(CONFIG)}
+    assert shapes == {parameter.name: parameter.shape for parameter in parameter_table(CONFIG)}
 
 
 def test_the_folder_holds_what_it_promises(saved):

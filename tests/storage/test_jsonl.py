@@ -3,7 +3,7 @@ import json
 import pytest
 
 from mlx_moe.storage.environment import library_versions
-from mlx_moe.storage.jsonl import append, read, rewind
+from mlx_moe.storage.jsonl import append, read, truncate_after
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_every_row_is_there_when_append_returns(path):
 
 def test_no_file_holds_no_rows(path):
     assert read(path) == []
-    rewind(path, 1, 0)
+    truncate_after(path, 1, 0)
     assert not path.exists()
 
 
@@ -38,11 +38,11 @@ def test_a_last_line_that_was_cut_off_is_left_out(path, keep):
     assert read(path) == [{"step": 1}]
 
 
-def test_rewind_drops_what_came_after(path):
+def test_truncating_drops_what_came_after(path):
     rows = [{"phase": phase, "step": step} for phase in (1, 2, 3) for step in (0, 5, 10)]
     for row in rows:
         append(path, row)
-    rewind(path, 2, 5)
+    truncate_after(path, 2, 5)
     assert read(path) == rows[:5]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -50,9 +50,9 @@ def test_rewind_drops_what_came_after(path):
 def test_a_boundary_belongs_to_the_birth_of_its_phase(path):
     append(path, {"event": "phase", "phase": 1, "step": 10})
     append(path, {"event": "boundary", "phase": 2})
-    rewind(path, 2, 0)
+    truncate_after(path, 2, 0)
     assert len(read(path)) == 2
-    rewind(path, 1, 10)
+    truncate_after(path, 1, 10)
     assert [row["event"] for row in read(path)] == ["phase"]
 
 
@@ -60,7 +60,7 @@ def test_after_a_rewind_a_cut_off_line_is_gone(path):
     append(path, {"phase": 1, "step": 1})
     with path.open("a") as stream:
         stream.write('{"phase": 1, "st')
-    rewind(path, 1, 1)
+    truncate_after(path, 1, 1)
     append(path, {"phase": 1, "step": 2})
     assert [row["step"] for row in read(path)] == [1, 2]
 

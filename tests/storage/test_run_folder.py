@@ -121,7 +121,7 @@ def test_a_folder_that_may_not_be_written(as_nobody):
     with tempfile.TemporaryDirectory() as parent:
         Path(parent).chmod(0o555)
         with as_nobody():
-            message = refusal(RunFolder(Path(parent) / "run").introduce, run, IDENTITY, data, {})
+            message = refusal(RunFolder(Path(parent) / "run").write_metadata, run, IDENTITY, data, {})
     assert message == f"cannot write {parent}/run: Permission denied; nothing was begun; name another folder with --out"
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_birth_is_crossed_over_again(whole, tmp_path):
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     start(short_run(), tmp_path / "run", n_phases=1)
     other = RunFolder(tmp_path / "run")
-    other.hold()
+    other.acquire_lock()
     assert "another process is training in" in refusal(go_on, tmp_path / "run")
     other.close()
     go_on(tmp_path / "run")
@@ -192,10 +192,10 @@ def test_a_run_that_began_in_the_place_of_a_new_one_stays(tmp_path):
     run = short_run()
     data = prepare(run.data)
     ours, theirs = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
-    ours.hold()  # there is no folder yet
+    ours.acquire_lock()  # there is no folder yet
     ours.check_new()
-    theirs.introduce(run.model_copy(update={"name": "theirs"}), IDENTITY, data, {}, is_new=True)
+    theirs.write_metadata(run.model_copy(update={"name": "theirs"}), IDENTITY, data, {}, is_new=True)
     theirs.close()
-    assert "has become a run in the meantime" in refusal(ours.introduce, run, IDENTITY, data, {}, True)
+    assert "has become a run in the meantime" in refusal(ours.write_metadata, run, IDENTITY, data, {}, True)
     ours.close()
     assert open_run(tmp_path / "run").name == "theirs"

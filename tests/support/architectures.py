@@ -4,8 +4,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mlx_moe.config import COMPONENTS, MoEConfig, UpcyclePhaseConfig
-from mlx_moe.parameters import table
+from mlx_moe.parameters import parameter_table
 from mlx_moe.presets import load_architecture
+from mlx_moe.transfer.growth import grow_config
 from parity.numpy_model import NumpyModel
 
 HEAD_DIM = 4
@@ -71,7 +72,7 @@ def weights(config, dtype=np.float64, seed=0):
     """Return weights without zeros or ones, even in norms; the residual stream has a mean."""
     generator = np.random.default_rng(seed)
     arrays = {}
-    for parameter in table(config):
+    for parameter in parameter_table(config):
         fan_in = 1 if len(parameter.shape) == 1 else parameter.shape[-1]
         offset = 1.0 if parameter.start == "ones" else 0.1
         arrays[parameter.name] = generator.normal(offset, 0.5, parameter.shape).astype(dtype) / np.sqrt(
@@ -96,3 +97,19 @@ def logit_difference(config, arrays, target, grown, seed=0):
     assert before.dtype == after.dtype == arrays["norm.weight"].dtype
     assert np.ptp(before) > 1e-3
     return np.abs(before - after).max()
+
+
+@st.composite
+def growths(draw, config):
+    """A target for `config`: integer and fractional widths, deeper where that is exact."""
+    if config.norm_position == "post" and config.normalization != "rmsnorm":
+        d_model = config.d_model * draw(st.integers(1, 3))
+    else:
+        d_model = config.d_model + draw(st.integers(0, 2 * config.d_model))
+    free = {}
+    if draw(st.booleans()):
+        free["n_kv_heads"] = config.n_kv_heads + draw(st.integers(0, 4))
+    if draw(st.booleans()):
+        free["d_ff"] = config.d_ff + draw(st.integers(0, 3 * config.d_ff))
+    more_layers = 0 if config.norm_position == "post" else draw(st.integers(0, 3))
+    return grow_config(config, d_model=d_model, n_layers=config.n_layers + more_layers, **free)

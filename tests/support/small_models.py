@@ -7,7 +7,7 @@ from mlx_moe.config import EngineConfig, MoEConfig, OptimizerConfig
 from mlx_moe.presets import preset_names
 from mlx_moe.training.backend import choose_backend
 from parity.small_models import (
-    EXPERTS,
+    FOUR_EXPERTS,
     TOKENS,
     boundary_tokens,
     larger_model,
@@ -19,7 +19,7 @@ from parity.small_models import (
 
 __all__ = [
     "BACKENDS",
-    "EXPERTS",
+    "FOUR_EXPERTS",
     "LIMIT_LOGITS",
     "MIXED",
     "TOKENS",
@@ -45,7 +45,7 @@ def every_model(**fields):
     return [
         pytest.param(small_model(name, moe=moe, **fields), id=f"{name}-{'experts' if moe else 'dense'}")
         for name in preset_names("architectures")
-        for moe in (None, EXPERTS)
+        for moe in (None, FOUR_EXPERTS)
     ] + [pytest.param(small_model("smollm", moe=MIXED, **fields), id="smollm-mixed")]
 
 

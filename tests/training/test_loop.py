@@ -83,7 +83,7 @@ def resume(train, backend):
         loaded = checkpoint.load(directory)
         trainer = build(backend, run, loaded.weights)
         trainer.load_optimizer_state(loaded.optimizer_state)
-        jsonl.rewind(directory / "metrics.jsonl", loaded.state.phase, loaded.state.step)
+        jsonl.truncate_after(directory / "metrics.jsonl", loaded.state.phase, loaded.state.step)
         return train(run, directory, trainer, loaded.state.step)
 
     return resume

@@ -17,7 +17,7 @@ from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.console import Console
 from mlx_moe.training.request import Options
-from mlx_moe.training.run import begin
+from mlx_moe.training.run import prepare_experiment
 
 BIN = Path(sys.executable).parent
 LAUNCH = {
@@ -111,7 +111,7 @@ def test_a_batch_must_come_in_equal_shares(tmp_path):
     run = load_run("demo", overrides=["training.batch_size=12", "engine.accumulation_steps=4"])
     folder = RunFolder(tmp_path / "run", SingleProcess(size=2))
     with pytest.raises(InputError, match=r"batch_size 12 does not come in 8 equal parts: 2 processes times .* take 16"):
-        begin(run, folder, choose_backend("torch"), 3, Options(), Console(quiet=True))
+        prepare_experiment(run, folder, choose_backend("torch"), 3, Options(), Console(quiet=True))
     assert not folder.path.exists()
 
 

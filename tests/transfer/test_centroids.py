@@ -10,7 +10,7 @@ from mlx_moe.errors import InputError
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.training.centroids import centroid_routers
 from mlx_moe.transfer.centroids import centroid_rows
-from mlx_moe.transfer.plan import apply
+from mlx_moe.transfer.plan import apply_numpy
 from mlx_moe.transfer.upcycling import plan_phase
 from parity.numpy_model import NumpyModel
 
@@ -63,7 +63,7 @@ def test_any_centroids_are_exact(how):
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (8, 8)).astype(np.int32)
     routers = centroid_routers(choose_backend("torch").streamed(config, arrays, "cpu"), phase, tokens_BT, seed=0)
     plan = plan_phase(config, phase, 0, routers)
-    upcycled = apply(plan, arrays)
+    upcycled = apply_numpy(plan, arrays)
     assert list(routers) == list(plan.target_config.expert_layers)
     for layer, rows_ED in routers.items():
         written = upcycled[f"layers.{layer}.mlp.router.weight"]

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from mlx_moe.transfer.certificate import MARGIN, Replay, probe
+from mlx_moe.transfer.certificate import ROUNDING_MARGIN, Replay, probe
 
 BATCH = np.random.default_rng(0).integers(0, 7, (3, 6)).astype(np.int32)
 TABLE = np.random.default_rng(1).normal(size=(7, 7)).astype(np.float32)
@@ -122,7 +122,7 @@ def test_a_limit_below_what_rounding_does_is_widened():
     assert not asked
     certificate = judge(last_logit, 3e-4)
     assert certificate.passed
-    assert certificate.limit_logit_difference == MARGIN * 3e-4
+    assert certificate.limit_logit_difference == ROUNDING_MARGIN * 3e-4
     assert json.loads(json.dumps(certificate.to_json()))["rounding_floor"] == 3e-4
     (tokens_BT,) = asked
     np.testing.assert_array_equal(tokens_BT[0], BATCH[np.argmax(certificate.logit_differences), :-1])

@@ -2,33 +2,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.architectures import architectures, logit_difference, logits, mixtures, small, tokens, upcyclings, weights
+from support.architectures import (
+    architectures,
+    growths,
+    logit_difference,
+    logits,
+    mixtures,
+    small,
+    tokens,
+    upcyclings,
+    weights,
+)
 
 from mlx_moe.config import MoEConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Axis, table
+from mlx_moe.parameters import Axis, parameter_table
 from mlx_moe.presets import load_architecture
 from mlx_moe.transfer.growth import grow_config, layer_sources, plan_growth
-from mlx_moe.transfer.plan import apply
+from mlx_moe.transfer.plan import apply_numpy
 from mlx_moe.transfer.upcycling import plan_phase
 
 few = settings(deadline=None, max_examples=300, derandomize=True, database=None)
-
-
-@st.composite
-def growths(draw, config):
-    """A target for `config`: integer and fractional widths, deeper where that is exact."""
-    if config.norm_position == "post" and config.normalization != "rmsnorm":
-        d_model = config.d_model * draw(st.integers(1, 3))
-    else:
-        d_model = config.d_model + draw(st.integers(0, 2 * config.d_model))
-    free = {}
-    if draw(st.booleans()):
-        free["n_kv_heads"] = config.n_kv_heads + draw(st.integers(0, 4))
-    if draw(st.booleans()):
-        free["d_ff"] = config.d_ff + draw(st.integers(0, 3 * config.d_ff))
-    more_layers = 0 if config.norm_position == "post" else draw(st.integers(0, 3))
-    return grow_config(config, d_model=d_model, n_layers=config.n_layers + more_layers, **free)
 
 
 @few
@@ -40,11 +34,15 @@ def test_growth_is_exact(data):
     target = data.draw(growths(config))
     seed = data.draw(st.integers(0, 99))
     plan = plan_growth(config, target, data.draw(st.sampled_from(["uneven", "even"])), seed)
-    assert [(tensor.target, tensor.shape) for tensor in plan.tensors] == [(p.name, p.shape) for p in table(target)]
+    assert [(tensor.target, tensor.shape) for tensor in plan.tensors] == [
+        (p.name, p.shape) for p in parameter_table(target)
+    ]
     for dtype, limit in ((np.float64, 1e-9), (np.float32, 2e-5)):
         arrays = weights(config, dtype, seed)
-        grown = apply(plan, arrays)
-        assert {name: array.shape for name, array in grown.items()} == {p.name: p.shape for p in table(target)}
+        grown = apply_numpy(plan, arrays)
+        assert {name: array.shape for name, array in grown.items()} == {
+            p.name: p.shape for p in parameter_table(target)
+        }
         assert {array.dtype for array in grown.values()} == {np.dtype(dtype)}
         assert logit_difference(config, arrays, target, grown, seed) < limit
 
@@ -58,7 +56,7 @@ def test_growth_after_upcycling_is_exact_under_any_router(data):
     growth = plan_growth(upcycling.target_config, target)
     for dtype, limit in ((np.float64, 1e-9), (np.float32, 2e-5)):
         arrays = weights(config, dtype)
-        assert logit_difference(config, arrays, target, apply(growth, apply(upcycling, arrays))) < limit
+        assert logit_difference(config, arrays, target, apply_numpy(growth, apply_numpy(upcycling, arrays))) < limit
 
 
 @pytest.mark.parametrize("normalization", ["layernorm", "rmsnorm"])
@@ -68,7 +66,7 @@ def test_ties_between_different_experts_stay_ties(normalization):
     arrays = weights(config, np.float32)
     for name, array in arrays.items():
         array *= "router" not in name
-    assert logit_difference(config, arrays, target, apply(plan_growth(config, target), arrays)) < 1e-5
+    assert logit_difference(config, arrays, target, apply_numpy(plan_growth(config, target), arrays)) < 1e-5
 
 
 @pytest.mark.parametrize("normalization", ["layernorm", "layernorm_nobias", "rmsnorm"])
@@ -76,7 +74,7 @@ def test_an_epsilon_that_does_not_grow_is_seen(normalization):
     config = small(normalization=normalization, norm_eps=1e-2)
     target = grow_config(config, d_model=10, n_layers=2)
     arrays = weights(config)
-    grown = apply(plan_growth(config, target), arrays)
+    grown = apply_numpy(plan_growth(config, target), arrays)
     assert logit_difference(config, arrays, target, grown) < 1e-12
     unscaled = target.model_copy(update={"norm_eps": config.norm_eps})
     assert logit_difference(config, arrays, unscaled, grown) > 1e-4
@@ -85,7 +83,7 @@ def test_an_epsilon_that_does_not_grow_is_seen(normalization):
 def test_copies_are_uneven_or_even_and_sum_to_one():
     config = small(weight_tying=False, moe=MoEConfig(n_experts=2, top_k=1).model_dump())
     target = grow_config(config, d_model=20, n_layers=2, n_kv_heads=5, d_ff=13)
-    readers = {p.name: axis for p in table(target) for axis in p.axes if axis.name.endswith("READ")}
+    readers = {p.name: axis for p in parameter_table(target) for axis in p.axes if axis.name.endswith("READ")}
     assert set(readers.values()) == {Axis.RESIDUAL_READ, Axis.Q_HEADS_READ, Axis.FFN_READ}
     for split in ("uneven", "even"):
         plan = plan_growth(config, target, split)
@@ -123,7 +121,7 @@ def gradient(config, arrays, name, places):
 def test_only_even_copies_have_the_same_gradients(split):
     config = small(normalization="rmsnorm", weight_tying=False)
     target = grow_config(config, d_model=12, n_layers=2)
-    grown = apply(plan_growth(config, target, split), weights(config))
+    grown = apply_numpy(plan_growth(config, target, split), weights(config))
     name = "layers.0.self_attn.o_proj.weight"
     first, second = (gradient(target, grown, name, [(row, column) for column in range(4)]) for row in (2, 8))
     assert np.allclose(first, second, atol=1e-6) == (split == "even")
@@ -136,7 +134,7 @@ def test_only_even_copies_have_the_same_gradients(split):
 def test_pads_are_read_and_live():
     config = small()
     target = grow_config(config, d_model=8, n_layers=2)
-    grown = apply(plan_growth(config, target), weights(config))
+    grown = apply_numpy(plan_growth(config, target), weights(config))
     assert np.all(grown["layers.0.self_attn.q_proj.weight"][:, 6:] != 0)
     assert np.all(grown["norm.weight"][6:] != 0)
     embedding_VD = grown["embed_tokens.weight"]
@@ -147,7 +145,7 @@ def test_new_blocks_follow_what_they_copy_and_write_zeros():
     assert layer_sources(7, 11) == [0, 0, 1, 1, 2, 3, 3, 4, 5, 5, 6]
     config = small(moe=MoEConfig(n_experts=2, top_k=1).model_dump())
     arrays = weights(config)
-    grown = apply(plan_growth(config, grow_config(config, d_model=6, n_layers=3)), arrays)
+    grown = apply_numpy(plan_growth(config, grow_config(config, d_model=6, n_layers=3)), arrays)
     assert layer_sources(2, 3) == [0, 0, 1]
     for name in ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.experts.down_proj.weight"):
         assert np.all(grown[f"layers.1.{name}"] == 0)
@@ -168,7 +166,7 @@ def test_new_blocks_are_of_the_kind_that_they_copy():
 def test_only_even_growth_copies_units_within_new_blocks(split):
     config = small(normalization="layernorm", bias=True, moe=MoEConfig(n_experts=2, top_k=1).model_dump())
     target = grow_config(config, d_model=6, n_layers=3, n_heads=2 * config.n_heads, d_ff=2 * config.d_ff)
-    grown = apply(plan_growth(config, target, split), weights(config))
+    grown = apply_numpy(plan_growth(config, target, split), weights(config))
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.experts.up_proj"):
         new = grown[f"layers.1.{name}.weight"]
         original, second = np.split(new, 2, axis=-2)
@@ -183,7 +181,7 @@ def test_a_plan_is_a_function_of_its_seed():
     config = small()
     target = grow_config(config, d_model=14, n_layers=2)
     arrays = weights(config, np.float32)
-    first, again, other = (apply(plan_growth(config, target, seed=seed), arrays) for seed in (0, 0, 1))
+    first, again, other = (apply_numpy(plan_growth(config, target, seed=seed), arrays) for seed in (0, 0, 1))
     for name, array in first.items():
         np.testing.assert_array_equal(array, again[name])
     name = "layers.0.self_attn.q_proj.weight"

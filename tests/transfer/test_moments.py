@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.architectures import architectures, logits, small, tokens, upcyclings, weights
-from test_growth import growths
+from support.architectures import architectures, growths, logits, small, tokens, upcyclings, weights
 
 from mlx_moe.config import MoEConfig, UpcyclePhaseConfig
 from mlx_moe.presets import load_architecture, preset_names
 from mlx_moe.transfer.growth import grow_config, plan_growth
-from mlx_moe.transfer.plan import AxisMap, Pad, TensorPlan, apply, carry_moments
+from mlx_moe.transfer.plan import AxisMap, Pad, TensorPlan, apply_numpy, carry_moments
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
 from parity.gradients import loss_and_gradients
 from parity.numpy_model import NumpyModel
@@ -61,7 +60,7 @@ def test_the_gradients_of_experts_sum_to_that_of_the_dense_ffn(architecture):
     config = tiny(architecture)
     plan = plan_upcycling(config, MoEConfig(n_experts=3, top_k=2), router_std=1.0)
     arrays = weights(config)
-    upcycled, generator = apply(plan, arrays), np.random.default_rng(0)
+    upcycled, generator = apply_numpy(plan, arrays), np.random.default_rng(0)
     for tensor in plan.tensors:
         if tensor.source is not None:
             place = tuple(generator.integers(arrays[tensor.source].shape))
@@ -87,8 +86,11 @@ def test_gradients_are_those_predicted_in_the_mean_over_copies(architecture, how
     plan, arrays = plan_phase(config, phase, seed=0), weights(config)
     tokens_BT1 = np.random.default_rng(0).integers(0, config.vocab_size, (2, 7))
     _, before = loss_and_gradients(NumpyModel(config, arrays), tokens_BT1)
-    _, after = loss_and_gradients(NumpyModel(plan.target_config, apply(plan, arrays)), tokens_BT1)
-    predicted, squares = apply(plan.moments(1), before), apply(plan.moments(2), {n: g**2 for n, g in before.items()})
+    _, after = loss_and_gradients(NumpyModel(plan.target_config, apply_numpy(plan, arrays)), tokens_BT1)
+    predicted, squares = (
+        apply_numpy(plan.moments(1), before),
+        apply_numpy(plan.moments(2), {n: g**2 for n, g in before.items()}),
+    )
     for tensor in plan.tensors:
         if tensor.source is None:
             continue
@@ -113,7 +115,7 @@ def test_a_carried_step_changes_the_loss_as_much(data):
         config = plan.target_config if data.draw(st.booleans()) else config
         plan = plan_growth(config, data.draw(growths(config)), data.draw(st.sampled_from(["uneven", "even"])))
     steps, means = weights(config, seed=1), weights(config, seed=2)
-    after_steps, after_means = apply(plan, steps), apply(plan.moments(1), means)
+    after_steps, after_means = apply_numpy(plan, steps), apply_numpy(plan.moments(1), means)
     new = {tensor.target for tensor in plan.tensors if tensor.source is None}
     inner = sum((after_steps[name] * after_means[name]).sum() for name in after_steps.keys() - new)
     assert inner == pytest.approx(sum((steps[name] * means[name]).sum() for name in steps), rel=1e-9)
@@ -125,7 +127,7 @@ def test_second_moments_go_by_the_square(split):
     plan = plan_growth(config, grow_config(config, d_model=14, n_layers=3, d_ff=12), split)
     means = weights(config)
     squares = {name: mean**2 for name, mean in means.items()}
-    after_means, after_squares = apply(plan.moments(1), means), apply(plan.moments(2), squares)
+    after_means, after_squares = apply_numpy(plan.moments(1), means), apply_numpy(plan.moments(2), squares)
     for name, mean in after_means.items():
         np.testing.assert_allclose(after_squares[name], mean**2, rtol=1e-12)
 
@@ -133,12 +135,12 @@ def test_second_moments_go_by_the_square(split):
 def test_what_is_new_starts_without_moments():
     config = small(moe=MoEConfig(n_experts=2, top_k=1).model_dump())
     plan = plan_growth(config, grow_config(config, d_model=8, n_layers=3))
-    moments = apply(plan.moments(1), weights(config))
+    moments = apply_numpy(plan.moments(1), weights(config))
     assert not any(moment.any() for name, moment in moments.items() if name.startswith("layers.1."))
     assert not moments["embed_tokens.weight"][:, 6:].any()
     assert not moments["layers.0.self_attn.q_proj.weight"][:, 6:].any()
     assert moments["layers.2.self_attn.q_proj.weight"][:, :6].all()
-    routers = apply(plan_upcycling(small(), MoEConfig()).moments(2), weights(small()))
+    routers = apply_numpy(plan_upcycling(small(), MoEConfig()).moments(2), weights(small()))
     assert not routers["layers.0.mlp.router.weight"].any()
 
 
@@ -161,7 +163,7 @@ def test_a_state_is_carried_as_far_as_the_optimizer_keeps_it():
     assert {name: array.shape for name, array in carried.items()} == shapes | {"step": ()}
     assert carried["step"] == 7
     assert carried["v.norm.weight"][:6].all()
-    expected = apply(plan.moments(1), weights(config))
+    expected = apply_numpy(plan.moments(1), weights(config))
     np.testing.assert_array_equal(carried["m.embed_tokens.weight"], expected["embed_tokens.weight"])
 
 
@@ -196,14 +198,14 @@ def compare(plan, arrays, projections=None):
 
     The source's gradient is known in two places of each tensor and NaN elsewhere, which the plan carries along.
     """
-    grown, generator = apply(plan, arrays), np.random.default_rng(0)
+    grown, generator = apply_numpy(plan, arrays), np.random.default_rng(0)
     known = {name: np.full_like(array, np.nan) for name, array in arrays.items()}
     for name, gradient in known.items():
         if projections is None or projection(name) in projections:
             for place in [tuple(generator.integers(gradient.shape)) for _ in range(2)]:
                 gradient[place] = slope(plan.source_config, arrays, name, place)
     checked = []
-    for name, predicted in apply(plan.moments(1), known).items():
+    for name, predicted in apply_numpy(plan.moments(1), known).items():
         places = np.argwhere(np.isfinite(predicted) & (predicted != 0))  # 0 is a pad, or new
         for place in map(tuple, generator.permutation(places)[:2]):
             actual = slope(plan.target_config, grown, name, place)

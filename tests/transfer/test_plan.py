@@ -4,7 +4,17 @@ from support.architectures import small, weights
 
 from mlx_moe.config import MoEConfig
 from mlx_moe.transfer.growth import grow_config, plan_growth
-from mlx_moe.transfer.plan import AxisMap, Pad, Plan, TensorPlan, apply, apply_streaming, blocks, fresh_tensor, made
+from mlx_moe.transfer.plan import (
+    AxisMap,
+    Pad,
+    Plan,
+    TensorPlan,
+    apply_lazily,
+    apply_numpy,
+    apply_streaming,
+    blocks,
+    fresh_tensor,
+)
 from mlx_moe.transfer.upcycling import plan_upcycling
 
 EXPERTS = small(moe={"n_experts": 3}, normalization="layernorm", bias=True)
@@ -20,7 +30,7 @@ PLANS = {
 
 def run(array, **tensor):
     plan = Plan(small(), small(), (TensorPlan("out", (), source="in", **tensor),))
-    return apply(plan, {"in": array})["out"]
+    return apply_numpy(plan, {"in": array})["out"]
 
 
 def test_maps_point_into_the_source_and_then_into_the_pad():
@@ -54,7 +64,7 @@ def test_the_target_shares_no_memory_with_the_source():
 def test_a_tensor_without_a_source_takes_the_dtype_of_the_others():
     tensor = fresh_tensor("out", (2, 3), "normal", 0.5)
     assert tensor.fresh().dtype == np.float32
-    out = apply(Plan(small(), small(), (tensor,)), {"in": np.ones(1)})["out"]
+    out = apply_numpy(Plan(small(), small(), (tensor,)), {"in": np.ones(1)})["out"]
     assert out.dtype == np.float64
     np.testing.assert_array_equal(out, tensor.fresh())
 
@@ -64,7 +74,7 @@ def test_a_tensor_without_a_source_takes_the_dtype_of_the_others():
 def test_in_pieces_it_is_the_same_bit_for_bit(name, size):
     plan = PLANS[name]
     arrays = weights(plan.source_config, np.float32)
-    whole = apply(plan, arrays)
+    whole = apply_numpy(plan, arrays)
     for tensor in plan.tensors:
         pieces = list(blocks(tensor, None if tensor.source is None else arrays[tensor.source], size))
         assert max(piece.size for piece in pieces) <= size
@@ -74,7 +84,7 @@ def test_in_pieces_it_is_the_same_bit_for_bit(name, size):
 def test_one_by_one_it_is_the_same():
     plan = PLANS["all of it"]
     arrays = weights(plan.source_config, np.float32)
-    whole, one_by_one, in_blocks = apply(plan, arrays), made(plan, arrays), apply_streaming(plan, arrays)
+    whole, one_by_one, in_blocks = apply_numpy(plan, arrays), apply_lazily(plan, arrays), apply_streaming(plan, arrays)
     assert list(one_by_one) == list(whole)
     for name, array in whole.items():
         np.testing.assert_array_equal(one_by_one[name], array)

@@ -8,10 +8,10 @@ from support.small_models import rough_weights, small_model
 from mlx_moe.config import MoEConfig, UpcyclePhaseConfig
 from mlx_moe.convert.probes import random_probes
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import table
+from mlx_moe.parameters import parameter_table
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.transfer.moe_layout import experts_of
-from mlx_moe.transfer.plan import apply
+from mlx_moe.transfer.plan import apply_numpy
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
 
 
@@ -21,11 +21,15 @@ def test_upcycling_is_exact_under_any_router(data):
     config = data.draw(architectures())
     plan = plan_phase(config, data.draw(upcyclings(config)), seed=0)
     target = plan.target_config
-    assert [(tensor.target, tensor.shape) for tensor in plan.tensors] == [(p.name, p.shape) for p in table(target)]
+    assert [(tensor.target, tensor.shape) for tensor in plan.tensors] == [
+        (p.name, p.shape) for p in parameter_table(target)
+    ]
     for dtype, limit in ((np.float64, 1e-9), (np.float32, 2e-5)):
         arrays = weights(config, dtype)
-        upcycled = apply(plan, arrays)
-        assert {name: array.shape for name, array in upcycled.items()} == {p.name: p.shape for p in table(target)}
+        upcycled = apply_numpy(plan, arrays)
+        assert {name: array.shape for name, array in upcycled.items()} == {
+            p.name: p.shape for p in parameter_table(target)
+        }
         assert logit_difference(config, arrays, target, upcycled) < limit
 
 
@@ -33,16 +37,16 @@ def test_experts_are_copies_and_routers_random():
     config = small(d_model=128, ffn_type="swiglu")
     arrays = weights(config, np.float32)
     moe = MoEConfig(n_experts=8)
-    upcycled = apply(plan_upcycling(config, moe), arrays)
+    upcycled = apply_numpy(plan_upcycling(config, moe), arrays)
     for tensor in ("up_proj.weight", "gate_proj.bias", "down_proj.bias"):
         for expert in upcycled[f"layers.1.mlp.experts.{tensor}"]:
             np.testing.assert_array_equal(expert, arrays[f"layers.1.mlp.{tensor}"])
     routers = [upcycled[f"layers.{layer}.mlp.router.weight"] for layer in (0, 1)]
     assert np.std(routers[0]) == pytest.approx(0.02, rel=0.1)
     assert not np.array_equal(*routers)
-    other = apply(plan_upcycling(config, moe, seed=1), arrays)
+    other = apply_numpy(plan_upcycling(config, moe, seed=1), arrays)
     assert not np.array_equal(routers[0], other["layers.0.mlp.router.weight"])
-    zero = apply(plan_upcycling(config, moe, "zero"), arrays)
+    zero = apply_numpy(plan_upcycling(config, moe, "zero"), arrays)
     assert not zero["layers.0.mlp.router.weight"].any()
 
 
@@ -52,7 +56,7 @@ def test_parts_of_a_copy_lie_side_by_side_and_share_a_router_row():
     phase = UpcyclePhaseConfig(n_experts=2, top_k=1, granularity=3, every=2)
     plan = plan_phase(config, phase, seed=0)
     assert plan.target_config.expert_layers == (1,)
-    upcycled = apply(plan, arrays)
+    upcycled = apply_numpy(plan, arrays)
     dense, experts = "layers.1.mlp.", "layers.1.mlp.experts."
     for expert in range(6):
         part = slice(2 * (expert % 3), 2 * (expert % 3) + 2)
@@ -110,7 +114,7 @@ def test_a_mixture_is_not_upcycled_again():
 def test_drop_draws_whole_neurons_anew(ffn_type):
     config = small(d_model=64, d_ff=120, ffn_type=ffn_type)
     arrays = weights(config, np.float32)
-    upcycled = apply(plan_upcycling(config, MoEConfig(n_experts=4), drop=0.25), arrays)
+    upcycled = apply_numpy(plan_upcycling(config, MoEConfig(n_experts=4), drop=0.25), arrays)
     sets = set()
     for layer in range(2):
         dense, experts = f"layers.{layer}.mlp.", f"layers.{layer}.mlp.experts."
@@ -141,7 +145,7 @@ def test_noise_is_relative_to_each_tensor():
     config = small(d_model=64, d_ff=120)
     arrays = weights(config, np.float32)
     plan = plan_upcycling(config, MoEConfig(n_experts=2), noise=0.1)
-    upcycled = apply(plan, arrays)
+    upcycled = apply_numpy(plan, arrays)
     for name in ("up_proj.weight", "up_proj.bias", "down_proj.weight"):
         dense = arrays[f"layers.0.mlp.{name}"]
         first, second = upcycled[f"layers.0.mlp.experts.{name}"] - dense
@@ -158,8 +162,8 @@ def test_neurons_that_are_drawn_anew_start_without_moments():
     kept, dropped = (
         plan_upcycling(config, MoEConfig(n_experts=2), **how).moments(1) for how in ({"noise": 0.1}, {"drop": 0.5})
     )
-    np.testing.assert_array_equal(apply(kept, arrays)[name][0], arrays["layers.0.mlp.up_proj.weight"] / 2)
-    assert not apply(dropped, arrays)[name].any()
+    np.testing.assert_array_equal(apply_numpy(kept, arrays)[name][0], arrays["layers.0.mlp.up_proj.weight"] / 2)
+    assert not apply_numpy(dropped, arrays)[name].any()
 
 
 LOSSY = [{"noise": 0.1}, {"drop": 0.5}, {"noise": 0.1, "drop": 0.5}]
@@ -171,7 +175,7 @@ def test_both_backends_make_the_same(how):
     config = small(ffn_type="swiglu", d_ff=6)
     arrays = weights(config, np.float32)
     plan = plan_phase(config, UpcyclePhaseConfig(n_experts=3, **how), seed=0)
-    expected = apply(plan, arrays)
+    expected = apply_numpy(plan, arrays)
     for backend in ("mlx", "torch"):
         trainer = choose_backend(backend).trainer(config, arrays, device="cpu")
         for name, array in trainer.apply_transfer(plan).weights().items():
