@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 
 import torch
@@ -101,8 +102,16 @@ def threads() -> int | None:
 
 
 def instructions() -> str | None:
-    """Name the instructions of products on the CPU, such as AVX512."""
-    return torch.backends.cpu.get_cpu_capability()
+    """Name the instructions of products on the CPU, such as AVX512, and the BLAS where it is not PyTorch's own.
+
+    The MLX backend loads OpenBLAS into the global symbol scope; a PyTorch that is loaded after it takes it, too.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    loaded = list(sys.modules)
+    mlx = sys.modules.get("mlx_moe.model")
+    if mlx is None or not mlx.FAST_BLAS.startswith("OpenBLAS") or loaded.index("torch") < loaded.index("mlx_moe.model"):
+        return capability
+    return f"{capability} with OpenBLAS"
 
 
 def set_threads(n: int) -> None:

@@ -6,6 +6,7 @@ A Rust panic is not an Exception, and prints a stack trace on standard error bef
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import tempfile
 import threading
@@ -65,9 +66,8 @@ class _HeldStderr:
             os.dup2(self._stderr, 2)
             os.close(self._stderr)
             self._stderr = None
-            if n_bytes := os.lseek(self._kept, 0, os.SEEK_CUR):
+            if n_bytes := os.fstat(self._kept).st_size:
                 text = os.pread(self._kept, n_bytes, 0)
-                os.lseek(self._kept, 0, os.SEEK_SET)
                 os.ftruncate(self._kept, 0)
                 if not self._panicked:
                     with contextlib.suppress(OSError):
@@ -76,10 +76,14 @@ class _HeldStderr:
 
 
 def _nameless_file() -> int:
+    """Return a file that is only appended to: Linux does not lock the position of one in memory between threads."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("stderr")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+        kept = os.memfd_create("stderr")
+    else:
+        with tempfile.TemporaryFile() as file:
+            kept = os.dup(file.fileno())
+    fcntl.fcntl(kept, fcntl.F_SETFL, fcntl.fcntl(kept, fcntl.F_GETFL) | os.O_APPEND)
+    return kept
 
 
 _stderr = _HeldStderr()

@@ -155,7 +155,7 @@ def test_deep_folders(tmp_path):
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl"])
 def test_a_line_is_bounded(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(sources, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
     path = tmp_path / f"a{ending}"
     path.write_text('{"text": "fine"}\n' + '{"text": "' + "x" * 2000)
     assert f"a{ending} line 2 has more than 1,000 bytes" in refusal(path)

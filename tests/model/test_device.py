@@ -5,6 +5,8 @@ contexts that its calls enter.
 """
 
 import importlib
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from support.small_models import BACKENDS, FOUR_EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
 
+import mlx_moe.model
 from mlx_moe.device import CPU, CUDA
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import choose_backend
@@ -118,3 +121,15 @@ def test_torch_takes_mps_on_request_only(name, label, monkeypatch):
 def test_mlx_takes_metal_where_there_is_one(name, label, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     assert importlib.import_module("mlx_moe.model.device").choose_device(name).label == label
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone resolves symbols in one scope")
+def test_whose_blas_pytorch_takes_is_in_its_instructions():
+    """Resume compares them, since another BLAS sums in another order."""
+    ask = "import torch_ref.device; print(torch_ref.device.instructions())"
+    capability = torch.backends.cpu.get_cpu_capability()
+    taken = f"{capability} with OpenBLAS" if mlx_moe.model.FAST_BLAS.startswith("OpenBLAS") else capability
+    for first, expected in (("mlx_moe.model", taken), ("torch", capability)):
+        code = f"import {first}; import mlx_moe.model; {ask}"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == expected

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from support.short_runs import AfterStep, assert_same_run, start
@@ -18,6 +21,13 @@ SIZE = [
     *("training.batch_size=4", "training.log_every=1", "training.eval_every=3", "training.checkpoint_every=3"),
     *("training.eval_sequences=8", "training.keep_checkpoints=1"),
 ]
+ROOT = Path(__file__).parents[2]
+UNTIL_KILLED = """
+import sys
+import conftest  # loads what these tests load, in their order, for the same BLAS
+from training.test_sequences import train_until_killed
+train_until_killed(*sys.argv[1:])
+"""
 SEQUENCES = {
     "grow-first": ["phases.large.d_model=32", "phases.large.n_layers=3", "phases.moe.n_experts=4"],
     "grow-twice": [
@@ -58,6 +68,25 @@ def test_interrupted_in_each_phase_it_ends_the_same(finished, tmp_path):
             start(run, tmp_path / "run", backend, console, n_phases=len(run.phases))
     start(run, tmp_path / "run", backend, n_phases=len(run.phases))
     assert_same_run(whole, tmp_path / "run")
+
+
+def test_killed_in_each_phase_it_ends_the_same(finished, tmp_path):
+    """A real process, ended by `kill -9` one step after a checkpoint of each phase."""
+    run, whole, backend = finished
+    preset = whole.parent.name.partition(f"-{backend}")[0]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    for phase in get_phases(run):
+        arguments = [preset, backend, str(phase.number), str(tmp_path / "run")]
+        result = subprocess.run([sys.executable, "-c", UNTIL_KILLED, *arguments], env=environment, check=False)
+        assert result.returncode == -signal.SIGKILL
+    start(run, tmp_path / "run", backend, n_phases=len(run.phases))
+    assert_same_run(whole, tmp_path / "run")
+
+
+def train_until_killed(preset, backend, phase, directory):
+    run = short(preset)
+    console = AfterStep((int(phase), 4), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    start(run, Path(directory), backend, console, n_phases=len(run.phases))
 
 
 def test_every_tool_takes_it(finished, mlxmoe):
