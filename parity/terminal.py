@@ -111,7 +111,7 @@ def _totals(verdicts: Sequence[ModelVerdict], comparisons: Sequence[ModelCompari
     scopes = tensors_by_scope(tensor for verdict in verdicts for tensor in verdict.tensors)
     modules = [*scopes["module"], *scopes["model"]]
     to_other, to_float32 = _worst(modules), max(modules, key=lambda tensor: tensor.ratio_to_float32)
-    facts = [
+    totals = [
         ("modules", f"{len(modules)} tensors: modules fed the reference's input; router logits and logits"),
         ("against the other", f"RMSE at most {to_other.ratio_to_other:.2f} times ({to_other.name}; "
          f"limit {_limit(TO_OTHER.rmse)})"),
@@ -121,7 +121,7 @@ def _totals(verdicts: Sequence[ModelVerdict], comparisons: Sequence[ModelCompari
     for scope, label in SCOPE_LABELS.items():
         if found := scopes[scope]:
             worst = _worst(found)
-            facts.append(
+            totals.append(
                 (
                     label,
                     f"{len(found)} tensors, RMSE at most {worst.ratio_to_other:.2f} times the other's ({worst.name})",
@@ -131,24 +131,24 @@ def _totals(verdicts: Sequence[ModelVerdict], comparisons: Sequence[ModelCompari
     if margins:
         closest = min(margins, key=lambda margin: margin.smallest / max(margin.error, 1e-30))
         flips = sum(verdict.flips for verdict in verdicts)
-        facts.append((
+        totals.append((
             "routing",
             f"margins down to {closest.smallest:.1e}, router errors up to {closest.error:.1e} there; {flips} ties "
             "decided by rounding, then judged with the reference's experts",
         ))  # fmt: skip
     if claims := [claim for comparison in comparisons for claim in comparison.claims]:
         holding = sum(claim.passed for claim in claims)
-        facts.append(
+        totals.append(
             ("transfers", f"{holding} of {len(claims)} claims hold: forced routes, growth by layer, plans, gradients")
         )
     impacts = [verdict.impact for verdict in verdicts]
-    facts.append((
+    totals.append((
         "MLX against PyTorch",
         f"at worst KL {max(impact.kl for impact in impacts):.0e} nats, same likeliest token "
         f"{100 * min(impact.top1_agreement for impact in impacts):.2f} %, "
         f"loss {max(abs(impact.loss_difference) for impact in impacts):.0e} apart",
     ))  # fmt: skip
-    return facts
+    return totals
 
 
 def _worst(tensors: Sequence[TensorVerdict]) -> TensorVerdict:

@@ -65,7 +65,7 @@ def render(record: RunRecord) -> str:
         expert_rows=[summary(one) for one in record.experts["checkpoints"]] if record.experts else [],
         expert_legend=SUMMARY_LEGEND,
         samples=_samples(record),
-        facts=_facts(record),
+        origin=_origin(record),
         config=read_text(record.path / CONFIG),
         data=_data(record),
     )
@@ -201,12 +201,12 @@ def _samples(record: RunRecord) -> list[Row]:
     ]
 
 
-def _facts(record: RunRecord) -> list[tuple[str, str]]:
+def _origin(record: RunRecord) -> list[tuple[str, str]]:
     environment, data = record.environment, record.data
-    facts = []
+    origin = []
     if environment:
         versions = [f"{name} {version}" for name, version in environment["libraries"].items() if version]
-        facts += [
+        origin += [
             ("command", shlex.join(["mlxmoe", *environment["command"][1:]])),
             ("code", f"git {environment['git_sha']}" if environment["git_sha"] else "no git"),
             ("backend", f"{environment['backend_reason']}; {environment['device']}, {environment['precision']}"),
@@ -214,13 +214,13 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
             ("platform", environment["platform"]),
         ]
     if data:
-        facts += [
+        origin += [
             ("data", f"{data['source']['description']}, split {data['split']}"),
             *((name, f"{split['documents']:,} documents, {split['tokens']:,} tokens; SHA-256 {split['sha256']}")
               for name, split in (("trained on", data["train"]), ("held out", data["validation"]))),
             ("tokenizer", f"{data['tokenizer']['spec']}, {data['tokenizer']['vocab_size']:,} tokens"),
         ]  # fmt: skip
-    return [*facts, ("seed", str(record.run.seed)), ("folder", str(record.path))]
+    return [*origin, ("seed", str(record.run.seed)), ("folder", str(record.path))]
 
 
 def _data(record: RunRecord) -> Row:

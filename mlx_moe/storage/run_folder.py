@@ -127,7 +127,7 @@ class RunFolder:
         return read_run(self.path, self._broadcast(lambda: read_mapping(self.path / CONFIG)))
 
     def identity(self) -> RunIdentity | None:
-        """Return the facts of the run's start; None if it has not begun, or predates this file."""
+        """Return how the run is trained; None if it has not begun, or predates this file."""
         saved = self._broadcast(self._identity)
         return None if saved is None else validate(RunIdentity, saved)
 

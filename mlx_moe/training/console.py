@@ -54,7 +54,7 @@ class Console:
         self._rich.print(table)
 
     def parameters(self, count: ParameterCount, architecture: str, flops: Flops | None = None) -> None:
-        facts = [
+        summary = [
             ("architecture", architecture),
             ("parameters", millions(count.total)),
             ("active per token", f"{millions(count.active)}, efficiency {100 * count.efficiency:.1f} %"),
@@ -63,11 +63,11 @@ class Console:
         if flops is not None:
             parts = ("projections", "attention", "router", "ffn", "head")
             shares = {part: getattr(flops, part) / flops.forward for part in parts}
-            facts += [
+            summary += [
                 ("FLOPs per token", f"{flops.forward / 1e6:,.2f} M forward, {flops.training / 1e6:,.2f} M to train"),
                 ("of these", ", ".join(f"{part} {100 * share:.1f} %" for part, share in shares.items() if share)),
             ]
-        self.summary(facts)
+        self.summary(summary)
 
     def step(self, row: dict[str, Any], n_steps: int) -> None:
         """Print a line of at most 80 columns; `load`: the busiest expert's over the mean, `val`: validation loss."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +10,7 @@ from mlx_moe.accounting import count_parameters
 from mlx_moe.config import RunConfig
 from mlx_moe.data.tokens import TokenData, fixed_windows
 from mlx_moe.inference.decoding import generate_text
-from mlx_moe.phases import Phase, get_phase
+from mlx_moe.phases import get_phase
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import Trainer
@@ -63,30 +63,32 @@ def phase_result(metrics: list[dict[str, Any]], phase: int, step: int) -> PhaseR
     )
 
 
-def report_phase(
-    run: RunConfig, phase: Phase, step: int, trainer: Trainer, data: TokenData, folder: RunFolder, console: Console
-) -> None:
-    """Print a finished phase's results, and write them to `history.jsonl` and `samples.md`."""
-    result = phase_result(folder.metrics(), phase.number, step)
-    facts = [
-        ("loss", _fall(result.first_loss, result.last_loss)),
-        ("validation", _fall(result.first_validation_loss, result.last_validation_loss)),
-        ("tokens", f"{result.tokens:,} in {result.seconds:.0f} s of steps"),
-    ]
-    row = {"event": "phase", "phase": phase.number, "step": step, **asdict(result)}
-    row["parameters"] = count_parameters(trainer.config).to_json()
-    probes = fixed_windows(data.validation, run.training.eval_sequences, trainer.config.context_length)
+def describe_model(trainer: Trainer, data: TokenData, n_sequences: int) -> dict[str, Any]:
+    """Return a phase's model for its row in `history.jsonl`: its size, its experts' load and what it writes."""
+    row: dict[str, Any] = {"parameters": count_parameters(trainer.config).to_json()}
+    probes = fixed_windows(data.validation, n_sequences, trainer.config.context_length)
     expert_load_LE = trainer.expert_load(probes[:, :-1])
     if expert_load_LE is not None:
         row["validation_expert_load"] = expert_load_LE.tolist()
         row["load_imbalance"] = load_imbalance(expert_load_LE)
         row["dead_experts"] = int((expert_load_LE == 0).sum())
-        facts.append(
+    row["samples"] = {prompt: generate_text(trainer, data.tokenizer, prompt, SAMPLE_TOKENS) for prompt in PROMPTS}
+    return row
+
+
+def report_phase(run: RunConfig, row: dict[str, Any], folder: RunFolder, console: Console) -> None:
+    """Print the row of a finished phase, and write it to `history.jsonl` and `samples.md`."""
+    summary = [
+        ("loss", _fall(row["first_loss"], row["last_loss"])),
+        ("validation", _fall(row["first_validation_loss"], row["last_validation_loss"])),
+        ("tokens", f"{row['tokens']:,} in {row['seconds']:.0f} s of steps"),
+    ]
+    if "load_imbalance" in row:
+        summary.append(
             ("expert load", f"max/mean {row['load_imbalance']:.2f} in the worst layer, {row['dead_experts']} dead")
         )
-    row["samples"] = {prompt: generate_text(trainer, data.tokenizer, prompt, SAMPLE_TOKENS) for prompt in PROMPTS}
-    console.title(f"{phase.title}, results")
-    console.summary(facts)
+    console.title(f"{get_phase(run, row['phase']).title}, results")
+    console.summary(summary)
     for prompt, continuation in row["samples"].items():
         console.line(f"  {prompt}{continuation}".replace("\n", " "))
     # The row comes last: without it, a resumed run reports the phase again.

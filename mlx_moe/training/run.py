@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mlx_moe.training.console import Console, millions
 from mlx_moe.training.from_checkpoint import check_model, weights_sha256
 from mlx_moe.training.loop import Session, train_phase
 from mlx_moe.training.memory import check_address_space, needed_bytes
-from mlx_moe.training.phase_summary import report_phase, summarize
+from mlx_moe.training.phase_summary import describe_model, phase_result, report_phase, summarize
 from mlx_moe.training.request import Options, RunRequest, resolve
 from mlx_moe.training.run_header import summary_rows
 from mlx_moe.training.stopping import Interruption, TrainingStopped, interruptions, stopping_at_once
@@ -241,7 +241,10 @@ class Experiment:
         reported = [row["phase"] for row in self.folder.history() if row["event"] == "phase"]
         if number not in reported:
             last = max(step, phase.config.steps)
-            report_phase(self.run, phase, last, trainer, self.data, self.folder, self.console)
+            result = phase_result(self.folder.metrics(), number, last)
+            model_row = describe_model(trainer, self.data, self.run.training.eval_sequences)
+            row = {"event": "phase", "phase": number, "step": last, **asdict(result), **model_row}
+            report_phase(self.run, row, self.folder, self.console)
         if interruption.came(trainer.world):
             raise interruption.stopped(
                 f"after phase {number}, which is saved; resume with: {self.folder.resume_command}"

@@ -46,7 +46,7 @@ def test_one_file_says_it_all(finished, mlxmoe, tmp_path):
             assert " ".join(continuation.split()) in text
     for said in ("2-moe 0", "log_every: 1", "torch", record.data["train"]["sha256"]):
         assert said in text
-    assert "Not whole" not in text
+    assert "Incomplete:" not in text
 
 
 def test_the_curves_hold_the_rows_of_the_run(finished):
@@ -101,7 +101,7 @@ def hostile_experts():
 def test_a_dense_run(dense, mlxmoe, tmp_path):
     assert mlxmoe("report", dense, "--out", tmp_path / "page.html").code == 0
     text = text_of((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert "Not whole" not in text  # it was begun with --phases 1
+    assert "Incomplete:" not in text  # it was begun with --phases 1
     assert "No boundary was crossed" in text
     assert "This run has no experts" in text
 
