@@ -133,7 +133,7 @@ class Model:
         return f"<Model {self.config.display_name}, {size}, {self.backend} on {self.device}>"
 
     def _next(self, trainer: Trainer, *done: str) -> Model:
-        """Return the model of another trainer, of which `done` came about."""
+        """Return the model of another trainer, with what was `done` added to the lineage."""
         model = Model.__new__(Model)
         model._backend, model._device, model._trainer = self._backend, self._device, trainer
         model.tokenizer, model.lineage = self.tokenizer, (*self.lineage, *done)
@@ -338,7 +338,12 @@ def train(
     _check_ids(np.asarray(data.train[:]), model.config.vocab_size)
     for name, split in (("train", data.train), ("validation", data.validation)):
         check_length(split, model.config.context_length, name)  # type: ignore[arg-type]
-    run = _run_config(model, data, steps, learning_rate, batch_size, seed, log_every, overrides or {})
+    settings = {
+        "seed": seed,
+        "phases": {"train": {"steps": steps, "learning_rate": learning_rate}},
+        "training": {"batch_size": batch_size, "log_every": log_every, "eval_every": steps, "checkpoint_every": steps},
+    }
+    run = _run_config(model, data, settings, overrides or {})
     console = _StepConsole(on_step)
     if out is not None:
         return _train_in_folder(model, data, run, Path(out), console)
@@ -348,11 +353,10 @@ def train(
         session = Session(run, data, model._backend, log, console, interruption)
         try:
             train_phase(session, get_phase(run, 1), trainer, 0)
-        except TrainingStopped as stopped:
+        except TrainingStopped:
             if interruption.number is None:
                 raise
             is_interrupted = True
-            del stopped
     n_done = max((row["step"] for row in log.rows), default=0)
     return TrainResult(model._next(trainer, f"trained for {n_done:,} steps"), log.rows, None, is_interrupted)
 
@@ -549,24 +553,13 @@ def _windows(data: Data, n_tokens: int, context_length: int) -> NDArray[np.int32
     return fixed_windows(data.train, -(-n_tokens // width), width)[:, :-1]
 
 
-def _run_config(
-    model: Model,
-    data: Data,
-    steps: int,
-    learning_rate: float,
-    batch_size: int,
-    seed: int,
-    log_every: int,
-    overrides: Mapping[str, Any],
-) -> RunConfig:
+def _run_config(model: Model, data: Data, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
     values = {
         "name": "python",
-        "seed": seed,
         "start": {"model": "python", "phases": [1], "lineage": list(model.lineage)},
         "model": model.config.model_dump(mode="json"),
         "data": data.source.model_dump(mode="json") if data.source else {"fit_vocabulary": False},
-        "phases": {"train": {"steps": steps, "learning_rate": learning_rate}},
-        "training": {"batch_size": batch_size, "log_every": log_every, "eval_every": steps, "checkpoint_every": steps},
+        **settings,
     }
     return validate(RunConfig, override(values, as_overrides(overrides)))
 
