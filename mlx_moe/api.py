@@ -7,10 +7,11 @@ B batch, T time, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -21,19 +22,23 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlx_moe.accounting import ParameterCount, count_parameters
+from mlx_moe.arguments import checked
 from mlx_moe.config import (
     DataConfig,
     GrowPhaseConfig,
     ModelConfig,
     PhaseConfig,
     RunConfig,
+    TrainPhaseConfig,
     UpcyclePhaseConfig,
     VerificationConfig,
 )
+from mlx_moe.data.sources import check_text
 from mlx_moe.data.tokenizers import Tokenizer, make_tokenizer
 from mlx_moe.data.tokens import TokenSplits, check_length, is_held_out, prepare
 from mlx_moe.errors import InputError, quoted
-from mlx_moe.parameters import Weights, initialize
+from mlx_moe.limits import MAX_NEW_TOKENS, MAX_VOCAB_SIZE
+from mlx_moe.parameters import Weights, initialize, shapes
 from mlx_moe.phases import became, get_phase, lineage_so_far
 from mlx_moe.presets import as_overrides, load_architecture, override
 from mlx_moe.storage import checkpoint
@@ -60,10 +65,11 @@ NO_TOKENIZER = "the model has no tokenizer; give one, such as mm.tokens(texts, t
 class Model:
     """A language model on one device of a backend.
 
-    `module` is the `nn.Module` of MLX or PyTorch itself. Change it by hand if you like: `logits`, `save`, and every
-    function that takes the model see the change.
+    `module` is the `nn.Module` of MLX or PyTorch itself. You may change the values of its weights: `logits`, `save` and
+    every function that takes the model see the change. A change of its structure is seen by calls of `module` alone.
     """
 
+    @checked("backend", "weights")
     def __init__(
         self,
         config: ModelConfig,
@@ -75,6 +81,7 @@ class Model:
         lineage: Sequence[str] = (),
     ):
         """Build a model from weights named as in `mlx_moe.parameters.parameter_table`. They are copied."""
+        _check_weights(config, weights)
         self._backend = backend if isinstance(backend, Backend) else choose_backend(backend)
         self._device = device
         self._trainer = self._backend.trainer(config, weights, device=device)
@@ -107,22 +114,30 @@ class Model:
         return count_parameters(self.config)
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """Return all weights by name, as float32 arrays of NumPy."""
-        return self._trainer.weights()
+        """Return all weights by name, as float32 arrays of NumPy.
+
+        Raises InputError where `module` was changed so that the weights are no longer those of `config`.
+        """
+        weights = self._trainer.weights()
+        _check_weights(self.config, weights)
+        return weights
 
     def logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Return the logits that follow each token: (T, V) for tokens (T,), (B, T, V) for tokens (B, T).
 
         Raises InputError for a token that the model does not have, and for more tokens than its context holds.
         """
-        tokens_BT = np.atleast_2d(np.asarray(tokens, np.int32))
+        ids = _integers(tokens)
+        if ids.ndim not in (1, 2) or not ids.size:
+            raise InputError(f"tokens of shape {ids.shape}; give (T,) or (B, T), at least one")
+        tokens_BT = np.atleast_2d(ids)
         _check_ids(tokens_BT, self.config.vocab_size)
         if tokens_BT.shape[1] > self.config.context_length:
             raise InputError(
                 f"{tokens_BT.shape[1]} tokens, and the model's context holds {self.config.context_length}; give fewer"
             )
-        logits_BTV = self._trainer.logits(tokens_BT)
-        return logits_BTV if np.ndim(tokens) == 2 else logits_BTV[0]
+        logits_BTV = self._trainer.logits(tokens_BT.astype(np.int32))
+        return logits_BTV if ids.ndim == 2 else logits_BTV[0]
 
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint that every command and `load` read. Raises InputError where the folder exists."""
@@ -192,6 +207,7 @@ class RunResult:
         return load(self.folder, backend, device)[0]
 
 
+@checked()
 def load(name: str | Path, backend: str = "auto", device: str = "auto") -> tuple[Model, Tokenizer | None]:
     """Load a model and its tokenizer.
 
@@ -212,6 +228,7 @@ def load(name: str | Path, backend: str = "auto", device: str = "auto") -> tuple
     return Model(source.config, source.weights, chosen, device, tokenizer=tokenizer, lineage=lineage), tokenizer
 
 
+@checked()
 def create(
     architecture: str = "nano",
     data: Data | None = None,
@@ -231,12 +248,18 @@ def create(
     if tokenizer is not None:
         fields = {"vocab_size": tokenizer.vocab_size} | fields
     config = load_architecture(architecture, **fields)
+    if tokenizer is not None and config.vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; give as many, or more"
+        )
+    _check_room(config)
     return Model(config, initialize(config, seed), backend, device, tokenizer=tokenizer)
 
 
+@checked("source")
 def tokens(
     source: str | Path | Texts | ArrayLike,
-    tokenizer: Tokenizer | str | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
     *,
     validation_fraction: float = 0.05,
     n_documents: int | None = None,
@@ -248,16 +271,28 @@ def tokens(
     a document; or token ids, as an array or as a list of documents. `tokenizer` is a `Tokenizer`, `char`, `bpe:VOCAB`,
     or the name or folder of one of Hugging Face's. Raises InputError where the text or the tokenizer cannot be had.
     """
+    tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    named = {"source": str(source)} if isinstance(source, str | Path) else {}
+    given = {"validation_fraction": validation_fraction, "n_documents": n_documents, "text_field": text_field}
+    validate(DataConfig, named | given)
     if isinstance(source, str | Path):
         return _named_source(str(source), tokenizer, validation_fraction, n_documents, text_field)
-    items = list(source) if isinstance(source, Sequence) else source
-    if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
+    is_ordered = isinstance(source, Iterable) and not isinstance(source, bytes | Mapping | Set | np.generic)
+    items: Any = source
+    if is_ordered and not (isinstance(items, np.ndarray) and items.dtype.kind in "iu"):
+        items = list(items)
+    if isinstance(items, list) and items and isinstance(items[0], str):
         return _of_texts(items[:n_documents], tokenizer, validation_fraction)
+    if isinstance(tokenizer, str):
+        raise InputError(
+            f"tokenizer = {quoted(tokenizer)}: token ids leave it no text to learn from; give a Tokenizer, or none"
+        )
     ids = _as_ids(items)
     n_held = min(max(1, round(len(ids) * validation_fraction)), len(ids) - 1)
     return Data(ids[:-n_held], ids[-n_held:], tokenizer if isinstance(tokenizer, Tokenizer) else None)
 
 
+@checked("text")
 def upcycle(
     model: Model,
     n_experts: int = 8,
@@ -278,6 +313,9 @@ def upcycle(
     from mlx_moe.training.centroids import centroid_routers, centroid_tokens
     from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING
 
+    known = [name for name in UpcyclePhaseConfig.model_fields if name not in TrainPhaseConfig.model_fields]
+    if unknown := sorted(settings.keys() - set(known)):
+        raise InputError(f"unknown setting {quoted(unknown[0])} of upcycle; known here: {', '.join(known)}")
     phase = validate(UpcyclePhaseConfig, {"n_experts": n_experts, "top_k": top_k, **settings})
     if (phase.router_init == "centroids") != (text is not None):
         raise InputError("router_init='centroids' and text go together: the model's states on a text are clustered")
@@ -291,6 +329,7 @@ def upcycle(
     return _transfer(model, "upcycle", phase, seed, routers, allow_lossy)
 
 
+@checked()
 def grow(
     model: Model,
     d_model: int | None = None,
@@ -308,11 +347,15 @@ def grow(
     copies; even ones stay equal for ever. Returns the model and the certificate. Raises `Error` where it is not
     lossless, unless `allow_lossy`; InputError where growth to that size is not exact.
     """
-    sizes = {"d_model": d_model or model.config.d_model, "n_layers": n_layers or model.config.n_layers}
+    sizes = {
+        "d_model": model.config.d_model if d_model is None else d_model,
+        "n_layers": model.config.n_layers if n_layers is None else n_layers,
+    }
     phase = validate(GrowPhaseConfig, {**sizes, "n_heads": n_heads, "d_ff": d_ff, "split": split})
     return _transfer(model, "grow", phase, seed, None, allow_lossy)
 
 
+@checked("data")
 def train(
     model: Model,
     data: Data | Texts | str | ArrayLike,
@@ -334,14 +377,15 @@ def train(
     resume; without it nothing is written. Ctrl-C finishes the step and returns. Raises InputError for settings or
     tokens that do not fit the model, `Error` where the loss is no longer finite.
     """
-    data = data if isinstance(data, Data) else _data_for(model, data)
+    data = _data_for(model, data)
     _check_ids(np.asarray(data.train[:]), model.config.vocab_size)
     for name, split in (("train", data.train), ("validation", data.validation)):
         check_length(split, model.config.context_length, name)  # type: ignore[arg-type]
+    every = max(1, steps)  # once, at the end
     settings = {
         "seed": seed,
         "phases": {"train": {"steps": steps, "learning_rate": learning_rate}},
-        "training": {"batch_size": batch_size, "log_every": log_every, "eval_every": steps, "checkpoint_every": steps},
+        "training": {"batch_size": batch_size, "log_every": log_every, "eval_every": every, "checkpoint_every": every},
     }
     run = _run_config(model, data, settings, overrides or {})
     console = _StepConsole(on_step)
@@ -361,6 +405,7 @@ def train(
     return TrainResult(model._next(trainer, f"trained for {n_done:,} steps"), log.rows, None, is_interrupted)
 
 
+@checked("overrides")
 def run(
     preset: str = "three-phase",
     *,
@@ -377,11 +422,15 @@ def run(
     from mlx_moe.training.request import RunRequest
     from mlx_moe.training.run import train_run
 
-    words = as_overrides(overrides) if isinstance(overrides, Mapping) else list(overrides)
+    known = [name for name in RunRequest.__dataclass_fields__ if name not in ("preset", "overrides", "out")]
+    if unknown := sorted(options.keys() - set(known)):
+        raise InputError(f"unknown option {quoted(unknown[0])} of run; known here: {', '.join(known)}")
+    words = as_overrides(overrides) if isinstance(overrides, Mapping) else _as_list(overrides, "overrides")
     folder = train_run(RunRequest(preset=preset, overrides=words, out=None if out is None else Path(out), **options))
     return RunResult(folder, _rows(folder, "metrics.jsonl"), _rows(folder, "history.jsonl"))
 
 
+@checked()
 def generate(model: Model, tokenizer: Tokenizer | None, prompt: str, max_new_tokens: int = 100, **sampling: Any) -> str:
     """Continue a text, and return it with what follows.
 
@@ -391,6 +440,7 @@ def generate(model: Model, tokenizer: Tokenizer | None, prompt: str, max_new_tok
     return "".join(stream(model, tokenizer, prompt, max_new_tokens, **sampling))
 
 
+@checked()
 def stream(
     model: Model, tokenizer: Tokenizer | None, prompt: str, max_new_tokens: int = 100, **sampling: Any
 ) -> Iterator[str]:
@@ -401,10 +451,16 @@ def stream(
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None:
         raise InputError(NO_TOKENIZER)
+    known = list(Sampling.__dataclass_fields__)
+    if unknown := sorted(sampling.keys() - set(known)):
+        raise InputError(f"unknown option {quoted(unknown[0])} of sampling; known here: {', '.join(known)}")
+    if not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise InputError(f"max_new_tokens = {max_new_tokens}: must be from 0 to {MAX_NEW_TOKENS:,}")
     pieces = stream_generate(model._trainer, tokenizer, prompt, max_new_tokens, validate(Sampling, sampling))
     yield from chain([prompt], pieces)
 
 
+@checked("source")
 def evaluate(model: Model, source: Texts | str | Path, *, max_bytes: int = 250_000) -> dict[str, float]:
     """Return loss (nats per token), perplexity and bits per byte of a model on text, and the tokens that they are over.
 
@@ -415,14 +471,22 @@ def evaluate(model: Model, source: Texts | str | Path, *, max_bytes: int = 250_0
 
     if model.tokenizer is None:
         raise InputError(NO_TOKENIZER)
+    if max_bytes < 1:
+        raise InputError(f"max_bytes = {max_bytes}: must be at least 1")
     if isinstance(source, str | Path):
         subset = pinned(validate(DataConfig, {"source": str(source), "n_documents": None}), max_bytes)
     else:
-        subset = Subset(list(source))
+        texts = _as_list(source, "source")
+        for number, text in enumerate(texts):
+            check_text(text, f"source[{number}]")
+        if not any(texts):
+            raise InputError(f"source = {quoted(texts)}: there is no text in it; give some")
+        subset = Subset(texts)
     nats, tokens_N = score(model._trainer, model.tokenizer, subset)
     return summary(nats, len(tokens_N), subset)
 
 
+@checked()
 def parity(model: Model, *, seed: int = 0) -> ModelComparison:
     """Compare both backends on a model's weights with a float64 model in NumPy. `passed` is the verdict."""
     from parity.compare import compare_model
@@ -430,6 +494,7 @@ def parity(model: Model, *, seed: int = 0) -> ModelComparison:
     return compare_model(model.config, model.weights(), seed)
 
 
+@checked()
 def save(model: Model, folder: str | Path, format: str | None = None) -> Path:
     """Write a model into a folder that does not exist, and return the folder.
 
@@ -462,7 +527,7 @@ class _StepConsole(Console):
 
     def step(self, row: Row, n_steps: int) -> None:
         if self._on_step is not None:
-            self._on_step(row)
+            self._on_step(dict(row))
 
 
 def _interruptions() -> Any:
@@ -486,11 +551,36 @@ def _transfer(
     return model._next(after, became(transfer, after.config)), certificate
 
 
+def _check_weights(config: ModelConfig, weights: Weights) -> None:
+    """Raise InputError unless weights in memory have a config's names and shapes."""
+    if not isinstance(weights, Mapping):
+        raise InputError(f"weights = {quoted(weights)}: give arrays by name, as model.weights() returns them")
+    expected = shapes(config)
+    if unlike := sorted(expected.keys() ^ weights.keys()):
+        what = "lack" if unlike[0] in expected else "have"
+        raise InputError(
+            f"the weights {what} {quoted(unlike[0])} ({len(unlike)} such), unlike the config; change values of weights "
+            "only, or make another config"
+        )
+    for name, shape in expected.items() if isinstance(weights, dict) else ():
+        if np.shape(weights[name]) != shape:
+            raise InputError(f"{name} has shape {np.shape(weights[name])}; the config asks for {shape}")
+
+
 def _data_for(model: Model, source: Any) -> Data:
-    is_text = isinstance(source, str | Path) or (isinstance(source, Sequence) and source and isinstance(source[0], str))
+    if isinstance(source, Data):
+        return source
+    source = source if isinstance(source, str | Path | Sequence | np.ndarray) else _as_list(source)
+    is_text = isinstance(source, str | Path) or (len(source) and isinstance(source[0], str))
     if is_text and model.tokenizer is None:
         raise InputError(NO_TOKENIZER)
-    return source if isinstance(source, Data) else tokens(source, model.tokenizer)
+    return tokens(source, model.tokenizer)
+
+
+def _as_list(source: Any, name: str = "data") -> list[Any]:
+    if not isinstance(source, Iterable):
+        raise InputError(f"{name} = {quoted(source)}: give texts, a named source, or what else {name} may be")
+    return list(source)
 
 
 def _named_source(
@@ -514,6 +604,8 @@ def _of_texts(texts: Texts, spec: Tokenizer | str | None, fraction: float) -> Da
     """Encode documents, each with an end of text; those are held out whose hash says so, or the last tokens."""
     if spec is None:
         raise InputError("texts need a tokenizer: char, bpe:VOCAB, or the name or folder of one of Hugging Face's")
+    for number, text in enumerate(texts):
+        check_text(text, f"texts[{number}]")
     tokenizer = spec if isinstance(spec, Tokenizer) else make_tokenizer(spec, lambda: iter(texts))
     splits: dict[bool, list[int]] = {False: [], True: []}
     for text, ids in zip(texts, tokenizer.encode_batch(list(texts)), strict=True):
@@ -527,15 +619,41 @@ def _of_texts(texts: Texts, spec: Tokenizer | str | None, fraction: float) -> Da
 
 
 def _as_ids(items: Any) -> NDArray[np.uint32]:
-    if isinstance(items, list) and items and not isinstance(items[0], int | np.integer):
-        items = np.concatenate([np.asarray(item).ravel() for item in items])
-    array = np.asarray(items)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) < 2:
+    if isinstance(items, list) and items and all(np.ndim(item) == 1 for item in items):
+        items = np.concatenate([_integers(item) for item in items])
+    ids = _integers(items)
+    if ids.ndim != 1 or len(ids) < 2:
+        raise InputError(f"tokens of shape {ids.shape}; give at least 2 in one dimension, or a list of documents")
+    if ids.min() < 0 or ids.max() >= MAX_VOCAB_SIZE:
+        bad = int(ids.min() if ids.min() < 0 else ids.max())
+        raise InputError(f"token {bad} is no id; they are from 0 to {MAX_VOCAB_SIZE - 1:,}")
+    return ids.astype(np.uint32)
+
+
+def _integers(tokens: Any) -> NDArray[Any]:
+    """Return tokens as an array of integers, or raise InputError."""
+    try:
+        array = np.asarray(tokens)
+    except (ValueError, OverflowError):  # lists of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "iu":
         raise InputError(
-            f"tokens of shape {array.shape} and dtype {array.dtype}; give a list of texts, a named source, or token "
-            "ids as a list or array of integers"
+            f"tokens = {quoted(tokens)}: give a list of texts, a named source, or token ids as integers, in a list or "
+            "an array"
         )
-    return array.astype(np.uint32)
+    return array
+
+
+def _check_room(config: ModelConfig) -> None:
+    """Raise InputError where a model's weights, drawn and then copied, are more than the memory of the machine."""
+    if not hasattr(os, "sysconf"):
+        return
+    needed, memory = 8 * count_parameters(config).total, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise InputError(
+            f"{count_parameters(config).total / 1e6:,.0f} M parameters need {needed / 1e9:.1f} GB to be drawn and "
+            f"built, and this machine has {memory / 1e9:.1f} GB; make the model smaller"
+        )
 
 
 def _check_ids(ids: NDArray[Any], vocab_size: int) -> None:
@@ -554,6 +672,13 @@ def _windows(data: Data, n_tokens: int, context_length: int) -> NDArray[np.int32
 
 
 def _run_config(model: Model, data: Data, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
+    for key in overrides:
+        section, _, rest = str(key).partition(".")
+        if section in ("model", "data", "start") or (section == "phases" and not rest.startswith("train.")):
+            raise InputError(
+                f"overrides {quoted(str(key))}: train takes the model and the data as they are, and has one phase, "
+                "phases.train; leave it out"
+            )
     values = {
         "name": "python",
         "start": {"model": "python", "phases": [1], "lineage": list(model.lineage)},

@@ -146,7 +146,7 @@ UNLIKE = {
         ),
     },
     "trainer.py": {
-        "MLX compiles, in a context": "Trainer._build Trainer._freeze Trainer._loss_of _float",
+        "MLX compiles, in a context": "Trainer._build Trainer._compiled Trainer._freeze Trainer._loss_of _float",
     },
     "transformer.py": {
         "MLX's dropout takes keys": "Block.__call__ Block.attend Block.feed_forward _with_keys",

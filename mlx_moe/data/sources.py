@@ -290,16 +290,19 @@ def _text(value: object, where: str, field: str) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{where}: field {_names([field])} holds {type(value).__name__}, not text; {FIELD_HINT}")
-    if len(value) > MAX_LINE_BYTES:
-        raise InputError(
-            f"{where}: field {_names([field])} has {len(value):,} characters; at most {MAX_LINE_BYTES:,}; split it"
-        )
-    _check_pieces(value, f"{where}: field {_names([field])}")
-    if not is_unicode(value):
-        raise InputError(
-            f"{where}: field {_names([field])} is not valid Unicode (half of a surrogate pair); fix or drop it"
-        )
+    check_text(value, f"{where}: field {_names([field])}")
     return value
+
+
+def check_text(text: object, where: str) -> None:
+    """Raise InputError unless a document is text that a tokenizer can take."""
+    if not isinstance(text, str):
+        raise InputError(f"{where} is {type(text).__name__}, not text; leave it out")
+    if len(text) > MAX_LINE_BYTES:
+        raise InputError(f"{where} has {len(text):,} characters; at most {MAX_LINE_BYTES:,}; split it")
+    _check_pieces(text, where)
+    if not is_unicode(text):
+        raise InputError(f"{where} is not valid Unicode (half of a surrogate pair); fix or drop it")
 
 
 def _not_blank(documents: Iterator[str], n: int | None, name: str) -> Iterator[str]:

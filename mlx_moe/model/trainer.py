@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -49,8 +50,26 @@ class Trainer:
         self._optimizer_config, self._engine = optimizer, engine
         with running_on(self.device):
             self._model = self._build(weights)
-        self._loss = mx.compile(self._loss_of, inputs=[self._model.state])
-        self._logits = mx.compile(lambda tokens_BT: self._model(tokens_BT)[0], inputs=[self._model.state])
+        self._loss = self._compiled(self._loss_of)
+        self._logits = self._compiled(lambda tokens_BT: self._model(tokens_BT)[0])
+
+    def _compiled(self, forward: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        """Compile a forward pass.
+
+        While MLX traces it, the model holds placeholders; an error would leave them there in place of its weights.
+        """
+        graph, modules = mx.compile(forward, inputs=[self._model.state]), self._model.modules()
+
+        def call(tokens_BT: mx.array) -> mx.array:
+            before = [dict(module) for module in modules]
+            try:
+                return graph(tokens_BT)
+            except BaseException:
+                for module, contents in zip(modules, before, strict=True):
+                    dict.update(module, contents)
+                raise
+
+        return call
 
     def _build(self, weights: Weights | dict[str, mx.array]) -> Transformer:
         model = Transformer(self.config)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mlx_moe.config import ModelConfig, RunConfig
 from mlx_moe.data.sources import BUILTIN
 from mlx_moe.errors import InputError, quoted
@@ -98,7 +100,15 @@ def as_overrides(values: Mapping[str, Any]) -> list[str]:
     for key, value in values.items():
         if isinstance(value, str) and not is_unicode(value):
             raise InputError(f"{key} {quoted(value)} is not UTF-8, as a config must be; rename it")
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, Path):
+            return str(value)
+        raise InputError(f"a config has numbers, text and lists, not {type(value).__name__}: {quoted(value)}")
+
+    return [f"{key}={json.dumps(value, default=plain)}" for key, value in values.items()]
 
 
 def _read_preset(kind: Literal["architectures", "runs"], name: Any) -> dict[str, Any]:
