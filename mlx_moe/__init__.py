@@ -30,19 +30,21 @@ if TYPE_CHECKING:
     from mlx_moe.api import train as train
     from mlx_moe.api import upcycle as upcycle
     from mlx_moe.errors import Error as Error
+    from mlx_moe.errors import InputError as InputError
 
 _OF_API = (
     *("Data", "Model", "RunResult", "TrainResult", "create", "evaluate", "generate", "grow", "load", "parity", "run"),
     *("save", "stream", "tokens", "train", "upcycle"),
 )
-__all__ = ["Error", *_OF_API]
+_ERRORS = ("Error", "InputError")
+__all__ = [*_ERRORS, *_OF_API]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Error":
-        from mlx_moe.errors import Error
+    if name in _ERRORS:
+        from mlx_moe import errors
 
-        return Error
+        return getattr(errors, name)
     if name in _OF_API:
         from mlx_moe import api
 

@@ -154,8 +154,27 @@ class Model:
         model.tokenizer, model.lineage = self.tokenizer, (*self.lineage, *done)
         return model
 
+    def _finite_weights(self) -> dict[str, NDArray[np.float32]]:
+        weights = self.weights()
+        if bad := [name for name, array in weights.items() if not np.isfinite(array).all()]:
+            raise InputError(f"{bad[0]} holds NaN or Inf ({len(bad)} such); load the model again")
+        return weights
+
     def _checkpoint(self, path: Path) -> Checkpoint:
-        return Checkpoint(path, self.config, TrainerState(1, 0, self.backend, lineage=self.lineage), self.weights())
+        state = TrainerState(1, 0, self.backend, lineage=self.lineage)
+        return Checkpoint(path, self.config, state, self._finite_weights())
+
+    def _tokenizer(self, given: Tokenizer | None = None) -> Tokenizer:
+        """Return the tokenizer given, or else the model's own. Raises InputError where it is larger than the model."""
+        tokenizer = given or self.tokenizer
+        if tokenizer is None:
+            raise InputError(NO_TOKENIZER)
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise InputError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {self.config.vocab_size}; take the "
+                "tokenizer that it was trained with"
+            )
+        return tokenizer
 
 
 @dataclass(frozen=True)
@@ -407,13 +426,13 @@ def train(
 
 @checked("overrides")
 def run(
-    preset: str = "three-phase",
+    preset: str | None = None,
     *,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     out: str | Path | None = None,
     **options: Any,
 ) -> RunResult:
-    """Train the phases of a run in a folder, as `mlxmoe train` does.
+    """Train the phases of a run in a folder, as `mlxmoe train` does. Without a `preset` it is three-phase.
 
     `overrides` are config keys with their values, such as `{"phases.dense.steps": 50}`. `options` are those of
     `mlx_moe.training.request.RunRequest`: phases, source, data, tokenizer, steps, seed, backend, device, resume and so
@@ -426,7 +445,12 @@ def run(
     if unknown := sorted(options.keys() - set(known)):
         raise InputError(f"unknown option {quoted(unknown[0])} of run; known here: {', '.join(known)}")
     words = as_overrides(overrides) if isinstance(overrides, Mapping) else _as_list(overrides, "overrides")
-    folder = train_run(RunRequest(preset=preset, overrides=words, out=None if out is None else Path(out), **options))
+    if isinstance(phases := options.get("phases"), int | Sequence) and not isinstance(phases, str):
+        options["phases"] = ",".join(map(str, phases if isinstance(phases, Sequence) else [phases]))
+    for name in ("source", "data", "tokenizer"):
+        options |= {name: str(options[name])} if isinstance(options.get(name), Path) else {}
+    request = validate(RunRequest, {"preset": preset, "overrides": words, "out": out, **options})
+    folder = train_run(request)
     return RunResult(folder, _rows(folder, "metrics.jsonl"), _rows(folder, "history.jsonl"))
 
 
@@ -448,9 +472,7 @@ def stream(
     from mlx_moe.inference.decoding import stream_generate
     from mlx_moe.inference.sampling import Sampling
 
-    tokenizer = tokenizer or model.tokenizer
-    if tokenizer is None:
-        raise InputError(NO_TOKENIZER)
+    tokenizer = model._tokenizer(tokenizer)
     known = list(Sampling.__dataclass_fields__)
     if unknown := sorted(sampling.keys() - set(known)):
         raise InputError(f"unknown option {quoted(unknown[0])} of sampling; known here: {', '.join(known)}")
@@ -469,8 +491,7 @@ def evaluate(model: Model, source: Texts | str | Path, *, max_bytes: int = 250_0
     """
     from mlx_moe.analysis.evaluation import Subset, pinned, score, summary
 
-    if model.tokenizer is None:
-        raise InputError(NO_TOKENIZER)
+    tokenizer = model._tokenizer()
     if max_bytes < 1:
         raise InputError(f"max_bytes = {max_bytes}: must be at least 1")
     if isinstance(source, str | Path):
@@ -482,16 +503,19 @@ def evaluate(model: Model, source: Texts | str | Path, *, max_bytes: int = 250_0
         if not any(texts):
             raise InputError(f"source = {quoted(texts)}: there is no text in it; give some")
         subset = Subset(texts)
-    nats, tokens_N = score(model._trainer, model.tokenizer, subset)
+    nats, tokens_N = score(model._trainer, tokenizer, subset)
     return summary(nats, len(tokens_N), subset)
 
 
 @checked()
 def parity(model: Model, *, seed: int = 0) -> ModelComparison:
-    """Compare both backends on a model's weights with a float64 model in NumPy. `passed` is the verdict."""
+    """Compare both backends on a model's weights with a float64 model in NumPy. `passed` is the verdict.
+
+    Raises InputError where a weight holds NaN or Inf.
+    """
     from parity.compare import compare_model
 
-    return compare_model(model.config, model.weights(), seed)
+    return compare_model(model.config, model._finite_weights(), seed)
 
 
 @checked()
@@ -695,9 +719,11 @@ def _train_in_folder(model: Model, data: Data, run: RunConfig, out: Path, consol
     from mlx_moe.storage.run_folder import TOKENIZER, check_new
     from mlx_moe.training.request import Options
     from mlx_moe.training.run import train_phases
+    from mlx_moe.training.trackers import check_installed
 
     folder = absolute(out)
     check_new(folder)
+    check_installed(run.training.tracker)
     tokenizer = data.tokenizer or model.tokenizer
     if tokenizer is None or (data.source is None and data.texts is None):
         raise InputError(

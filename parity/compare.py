@@ -60,10 +60,11 @@ class BackendPair:
 
     @staticmethod
     def build(config: ModelConfig, weights: Weights) -> BackendPair:
-        """Return the model on the CPU, where both backends compute in full float32.
+        """Return the model on the CPU, without dropout, where both backends compute in full float32.
 
         Raises InputError where a backend is not installed.
         """
+        config = config.model_copy(update={"dropout": 0.0})  # each backend draws its own
         trainers = [
             choose_backend(name).trainer(config, weights, OptimizerConfig(), "cpu") for name in ("mlx", "torch")
         ]

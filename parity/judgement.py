@@ -5,6 +5,8 @@ B batch, T time, N tokens (B·T), L layers with experts, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from mlx_moe.training.backend import Tokens
@@ -64,6 +66,9 @@ def judge_tensor(
     """Judge a tensor by the other backend's error and, except in half precision, by that of plain float32."""
     float32, faults, in_half = expected.float32, [], scope == "half"
     for backend, error, other_backend, other in (("MLX", mlx, "torch", torch), ("torch", torch, "MLX", mlx)):
+        if not math.isfinite(error.rmse):  # two errors that are both infinite would have the ratio 1
+            faults.append(f"{backend}'s error is not finite, at {list(error.place)}: {error.found:.7g}")
+            continue
         for standard, words, tolerance in (
             (float32, "plain float32", TO_FLOAT32),
             (other, other_backend, TO_OTHER_IN_HALF if in_half else TO_OTHER),

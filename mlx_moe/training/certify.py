@@ -88,5 +88,9 @@ class ChangedModel(Error):
     """A transfer changed the model, and that was not allowed."""
 
     def __init__(self, certificate: Certificate):
-        super().__init__("the transfer changed the model")
+        super().__init__(
+            f"the transfer changed the model: its logits by {certificate.max_logit_difference:.1e} (limit "
+            f"{certificate.limit_logit_difference:.1e}), its loss by {abs(certificate.loss_jump):.1e} (limit "
+            f"{certificate.limit_loss_jump:.1e}); to take it as it is: allow_lossy=True"
+        )
         self.certificate = certificate

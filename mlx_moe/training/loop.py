@@ -210,7 +210,8 @@ def _not_finite(log: RunLog, phase: Phase, step: int, what: str) -> TrainingStop
     if step == 0:
         drawn_with = ["model.init_std"] if phase.is_from_scratch else []
         drawn_with += [f"phases.{phase.name}.{key}" for key in DRAWN_WITH if hasattr(phase.config, key)]
-        remedy = f"the weights it begins with are too large: lower what drew them ({', '.join(drawn_with)})"
+        remedy = "the weights it begins with are too large or not finite"
+        remedy += f": lower what drew them ({', '.join(drawn_with)})" if drawn_with else "; take another model"
     return TrainingStopped(
         f"the {what} at step {step} of phase {phase.number}; {log.last_saved()}; {remedy}", exit_code=1
     )
