@@ -79,8 +79,14 @@ def differences(before: RunIdentity, now: RunIdentity) -> list[str]:
 def changed_settings(before: RunIdentity, now: RunIdentity) -> list[str]:
     """List the config settings changed since the run began, a few words each."""
     was, is_now = by_path(before.config), by_path(now.config)
-    return [
+    changed = [
         f"{key} {quoted(is_now[key])}, was {quoted(was[key])}"
         for key in was
         if key in is_now and was[key] != is_now[key]
     ]
+    phases, phases_before = (list(identity.config.get("phases", {})) for identity in (now, before))
+    if phases != phases_before:
+        to_add = f" (trained to phase {now.last_phase}; --phases {len(phases)} trains all)"
+        more = to_add if len(phases) > now.last_phase else ""
+        changed.insert(0, f"phases {', '.join(phases)}, was {', '.join(phases_before)}{more}")
+    return changed

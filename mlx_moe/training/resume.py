@@ -54,4 +54,5 @@ def resume_run(path: Path, backend: str, device: str, has_phases: bool) -> Resum
     place = identity.device if same_backend and device == "auto" else device
     too_many = (identity.threads or 0) > max(MOST_THREADS, os.cpu_count() or 1)  # the system may refuse to start them
     threads = None if has_own_threads or too_many else identity.threads
-    return Resumed(run, chosen, identity.last_phase, place, identity.allow_lossy, threads)
+    last_phase = min(identity.last_phase, len(run.phases))  # the config may have lost phases since
+    return Resumed(run, chosen, last_phase, place, identity.allow_lossy, threads)

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import yaml
 from support.short_runs import SIZE
 
 from mlx_moe.storage import checkpoint, jsonl
@@ -146,6 +147,26 @@ def test_a_phase_that_is_made_shorter_keeps_its_steps(cut, mlxmoe):
     (cut / "config.yaml").write_text(config.replace("steps: 6\n", "steps: 4\n"))
     assert "phase 2: nothing left to train after step 5" in resumed(mlxmoe, cut)
     assert jsonl.read(cut / "history.jsonl")[-1]["step"] == 5
+
+
+def edit_phases(run, edit):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    edit(config["phases"])
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def test_a_phase_that_is_removed_is_not_trained(cut, whole, mlxmoe):
+    identity = json.loads((cut / "run.json").read_text())
+    (cut / "run.json").write_text(json.dumps(identity | {"last_phase": 3}))
+    edit_phases(cut, lambda phases: phases.pop("large_moe"))
+    assert "phases dense, moe, was dense, moe, large_moe" in resumed(mlxmoe, cut)
+    assert_same_weights(cut, whole)
+
+
+def test_a_phase_that_is_added_is_named(cut, mlxmoe):
+    edit_phases(cut, lambda phases: phases.update(larger=phases["large_moe"] | {"d_model": 64}))
+    said = resumed(mlxmoe, cut)
+    assert "phases dense, moe, large_moe, larger, was dense, moe, large_moe (trained to phase 2; --phases 4" in said
 
 
 @pytest.mark.parametrize("is_link", [False, True])
