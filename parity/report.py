@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.storage.atomic import signature
-from mlx_moe.storage.environment import library_versions
+from mlx_moe.training.environment import library_versions
 from mlx_moe.transfer.certificate import Certificate
 from parity.tolerances import TO_FLOAT32, TO_OTHER, TO_OTHER_IN_HALF, Tolerance
 

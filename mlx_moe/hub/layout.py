@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError, brief_name, quoted
-from mlx_moe.parameters import Weights, parameter_table, shapes
-from mlx_moe.storage.tensor_files import STORED_DTYPES, StoredTensor, StoredWeights
+from mlx_moe.parameters import LazyWeights, Weights, parameter_table, shapes
+from mlx_moe.storage.tensor_files import STORED_DTYPES, StoredTensor
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt2")
 PREFIXES = {family: "" if family == "gpt2" else "model." for family in FAMILIES}  # as mlx-lm reads them
@@ -168,7 +168,7 @@ def _check_dtype(folder: Path, name: str, stored: StoredTensor) -> None:
         raise InputError(f"{folder}: {name} holds {stored.dtype}; save it as one of {', '.join(STORED_DTYPES)}")
 
 
-def unpack(found: list[tuple[TensorMapping, StoredTensor]], config: ModelConfig) -> StoredWeights:
+def unpack(found: list[tuple[TensorMapping, StoredTensor]], config: ModelConfig) -> LazyWeights:
     """Return our tensors by name; views of the file where one holds the same array."""
     expected = shapes(config)
     holders: dict[str, list[tuple[TensorMapping, StoredTensor]]] = {name: [] for name in expected}
@@ -185,4 +185,4 @@ def unpack(found: list[tuple[TensorMapping, StoredTensor]], config: ModelConfig)
             experts[holder.expert] = holder.part(name, stored.read(), expected)
         return experts
 
-    return StoredWeights(expected, read)
+    return LazyWeights(expected, read)

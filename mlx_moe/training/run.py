@@ -21,13 +21,13 @@ from mlx_moe.parameters import Weights, initialize, merge_lora, parameter_table,
 from mlx_moe.phases import Phase, get_phase, get_phases, phase_config, phase_state, start_phase, trained_model
 from mlx_moe.processes import ProcessGroup, SingleProcess
 from mlx_moe.storage import checkpoint
-from mlx_moe.storage.environment import environment, library_versions
 from mlx_moe.storage.identity import RunIdentity, changed_settings, differences
 from mlx_moe.storage.run_folder import CONFIG, HISTORY, METRICS, RunFolder, resume_command
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.centroids import centroid_routers, centroid_tokens
 from mlx_moe.training.certify import PROBE_TOKENS, certify
 from mlx_moe.training.console import Console, millions
+from mlx_moe.training.environment import environment, library_versions
 from mlx_moe.training.from_checkpoint import check_model, weights_sha256
 from mlx_moe.training.loop import Session, train_phase
 from mlx_moe.training.memory import check_address_space, needed_bytes
