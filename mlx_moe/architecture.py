@@ -25,8 +25,8 @@ from mlx_moe.limits import (
     MIN_FLOAT,
 )
 
-# Component names known to both backends. A new component is one function in each backend's `layers` or `attention`, and
-# its name here.
+# Component names known to both backends, each a function in their `layers` or `attention`. CONTRIBUTING.md, "Recipes",
+# lists what else a new component needs.
 COMPONENTS: dict[str, list[str]] = {
     "normalization": ["layernorm", "layernorm_nobias", "rmsnorm"],
     "activation": ["gelu", "gelu_tanh", "silu", "relu", "leaky_relu"],
