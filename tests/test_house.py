@@ -161,7 +161,9 @@ UNLIKE = {
     "loss.py": {
         "PyTorch knows whether gradients are needed; only its loss is compiled apart": "cross_entropy",
         "gradients by mx.custom_function": "_forward _backward _sum _chunk_size _chunks wait_for",
-        "gradients by torch.autograd.Function": "_CrossEntropy _likelihood _compiled_likelihood _add_product",
+        "gradients by torch.autograd.Function": (
+            "_CrossEntropy _nll_and_gradient _compiled_nll_and_gradient _add_product"
+        ),
     },
     "moe.py": {
         "products take groups of rows, or the ends of groups": "ExpertLinear.__call__ Experts.__call__",

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.accounting import count_parameters
-from mlx_moe.analysis.run_reader import read_config
+from mlx_moe.analysis.run_reader import read_run_config
 from mlx_moe.config import DataConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import held_out
@@ -148,7 +148,7 @@ def check(path: Path, options: EvaluationOptions) -> None:
 def find_checkpoints(path: Path) -> list[Path]:
     """A run's every checkpoint, or the one model that a path means. Raises InputError where there is none."""
     if (path / CONFIG).is_file():
-        read_config(path)
+        read_run_config(path)
         if not (found := list(checkpoint.complete_in(path))):
             raise InputError(f"{path} has no checkpoint yet; train on: {resume_command(path)}")
         return found

@@ -36,7 +36,7 @@ def least_parameters(config: ModelConfig) -> int:
     return total
 
 
-def check_described(
+def check_config_fits_files(
     file: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], one_tensor_each: bool
 ) -> None:
     """Raise InputError if config.json describes more than the files hold; `one_tensor_each`: per expert."""

@@ -183,7 +183,7 @@ class RunFolder:
         except locks.Busy:
             raise InputError(f"another process is training in {self.path}; wait for it, or stop it first") from None
 
-    def check_new(self) -> None:
+    def check_not_begun(self) -> None:
         """Raise InputError if another process has begun a run in the folder meanwhile."""
         if self.is_begun:
             raise self._taken()

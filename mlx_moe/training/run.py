@@ -67,7 +67,7 @@ def train_phases(
             check_address_space(experiment.run, phases, backend, options.device)
             folder.acquire_lock()
             if options.is_new:
-                folder.check_new()
+                folder.check_not_begun()
             rows = folder.metrics()
             phase, trainer, step = experiment.resume_or_init()
             is_done = phase == last_phase and phase >= 1 and step >= phase_config(run, phase).steps
