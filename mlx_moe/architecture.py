@@ -224,7 +224,7 @@ class ModelConfig(Frozen):
 
     @property
     def n_matrix_elements(self) -> int:
-        """Number of elements of all matrices: everything but norms, biases and adapters."""
+        """Number of elements of all matrices: everything but norms, biases and adapters. Needs no table of them."""
         D, Q, G = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         n_ffn_matrices = 3 if self.ffn_type == "swiglu" else 2
         n_mixtures = len(self.expert_layers)

@@ -103,6 +103,12 @@ def parameter_table(config: ModelConfig) -> list[Parameter]:
     return [row for parameter in _table(config) for row in _adapted(parameter, config.lora)]
 
 
+def layer_of(name: str) -> int | None:
+    """Return the index of the layer of a parameter or module; None outside the blocks."""
+    place, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if place == "layers" else None
+
+
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter, by name, in the order of the table."""
     return {parameter.name: parameter.shape for parameter in parameter_table(config)}

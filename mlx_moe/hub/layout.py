@@ -102,7 +102,9 @@ def _llama(config: ModelConfig, name: str, family: str) -> Iterator[TensorMappin
         yield TensorMapping(prefix + name, (name,))
         return
     module = place.removesuffix(".weight")
-    theirs = f"{prefix}{block}{EXPERT_TENSORS[family].get(module)}.weight"
+    if module not in EXPERT_TENSORS[family]:  # Granite's up_proj is part of its gate_proj
+        return
+    theirs = f"{prefix}{block}{EXPERT_TENSORS[family][module]}.weight"
     if "{}" in theirs:
         for expert in range(config.moe.n_experts):
             yield TensorMapping(theirs.format(expert), (name,), expert)
@@ -110,7 +112,7 @@ def _llama(config: ModelConfig, name: str, family: str) -> Iterator[TensorMappin
         yield TensorMapping(
             theirs, (name, name.replace("gate_proj", "up_proj")), axis=int(module.startswith("experts."))
         )
-    elif module in EXPERT_TENSORS[family]:
+    else:
         yield TensorMapping(theirs, (name,))
 
 

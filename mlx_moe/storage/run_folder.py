@@ -298,6 +298,10 @@ class RunFolder:
                 raise InputError(f"{error}; {self._remedy()}") from None
             checkpoint.keep_last(path.parent, keep)
 
+    @property
+    def keeps_checkpoints(self) -> bool:
+        return True
+
     def best_validation_loss(self, phase: str) -> float:
         """Return the lowest validation loss in a phase's folder, nats per token; inf before the first."""
         folder = checkpoint.folder(self.path, phase, 0).parent

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from support.checkpoints import create
 from support.published_models import our_logits, random_tokens, save
 from support.small_models import rough_weights, small_model
 
@@ -145,7 +146,7 @@ def test_no_tensor_is_in_memory_as_a_whole_more_than_once(tmp_path):
     largest = 4 * max(np.prod(parameter.shape) for parameter in parameter_table(plan.target_config))
     tracemalloc.start()
     try:
-        checkpoint.create(tmp_path / "out", plan.target_config, source.state, apply_streaming(plan, source.weights))
+        create(tmp_path / "out", plan.target_config, source.state, apply_streaming(plan, source.weights))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
