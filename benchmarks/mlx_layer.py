@@ -27,7 +27,7 @@ from mlx_moe.model.moe import MoE, choose_experts, gate_weights
 
 
 class MlxLm(nn.Module):
-    """mlx-lm's SwitchMLP behind our router."""
+    """SwitchMLP of mlx-lm behind our router."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""nanoGPT's model and training loop on CPU, written from its published `model.py` and `train.py`, as a reference.
+"""Model and training loop of nanoGPT on CPU, written from its published `model.py` and `train.py`, as a reference.
 
     python benchmarks/nanogpt.py --data tinyshakespeare.txt
 

@@ -25,8 +25,8 @@ from mlx_moe.limits import (
     MIN_FLOAT,
 )
 
-# Component names known to both backends. A new component is one function in each backend's `layers` or `attention`, and
-# its name here.
+# Component names known to both backends, each a function in their `layers` or `attention`. CONTRIBUTING.md, "Recipes",
+# lists what else a new component needs.
 COMPONENTS: dict[str, list[str]] = {
     "normalization": ["layernorm", "layernorm_nobias", "rmsnorm"],
     "activation": ["gelu", "gelu_tanh", "silu", "relu", "leaky_relu"],
@@ -224,7 +224,7 @@ class ModelConfig(Frozen):
 
     @property
     def n_matrix_elements(self) -> int:
-        """Number of elements of all matrices: everything but norms, biases and adapters."""
+        """Number of elements of all matrices: everything but norms, biases and adapters. Needs no table of them."""
         D, Q, G = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         n_ffn_matrices = 3 if self.ffn_type == "swiglu" else 2
         n_mixtures = len(self.expert_layers)

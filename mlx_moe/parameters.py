@@ -8,7 +8,7 @@ file.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
@@ -18,10 +18,27 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import LoRAConfig, ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError
-from mlx_moe.storage.tensor_files import StoredWeights
 
 Arrays = dict[str, NDArray[np.float32]]
 Weights = Mapping[str, NDArray[np.float32]]  # in memory, or read lazily from a file
+
+
+class LazyWeights(Mapping[str, NDArray[np.float32]]):
+    """Arrays that are read or computed anew on each access, and not cached."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], NDArray[np.float32]]):
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Axis(Enum):
@@ -86,6 +103,12 @@ def parameter_table(config: ModelConfig) -> list[Parameter]:
     return [row for parameter in _table(config) for row in _adapted(parameter, config.lora)]
 
 
+def layer_of(name: str) -> int | None:
+    """Return the index of the layer of a parameter or module; None outside the blocks."""
+    place, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if place == "layers" else None
+
+
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter, by name, in the order of the table."""
     return {parameter.name: parameter.shape for parameter in parameter_table(config)}
@@ -123,7 +146,7 @@ def merge_lora(config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weig
         a, b = (weights[f"{module}.lora_{which}"].astype(np.float64) for which in "ab")
         return (weights[name] + scale * (b @ a)).astype(np.float32)
 
-    return plain, StoredWeights(shapes(plain), read)
+    return plain, LazyWeights(shapes(plain), read)
 
 
 def _start(parameter: Parameter, config: ModelConfig, seed: int) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from mlx_moe.hub.models import open_model
 from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.training.backend import choose_backend
-from mlx_moe.training.certify import permuted, rounding_floor
+from mlx_moe.training.certify import permute_units, rounding_floor
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.certificate import ROUNDING_MARGIN, max_difference
 
@@ -69,9 +69,9 @@ def _checker(source: Checkpoint, found: dict[str, tuple[float, float]]) -> Calla
             judged = float(np.median(difference_B) if source.config.moe else np.max(difference_B))
             limit = LIMIT
             if judged > LIMIT:
-                reordered = backend.streamed(source.config, permuted(source.config, source.weights), "cpu")
+                permuted = backend.streamed(source.config, permute_units(source.config, source.weights), "cpu")
                 at = int(np.abs(difference_B - judged).argmin())
-                limit = max(LIMIT, ROUNDING_MARGIN * rounding_floor(ours, reordered, tokens_BT[[at]]))
+                limit = max(LIMIT, ROUNDING_MARGIN * rounding_floor(ours, permuted, tokens_BT[[at]]))
             found[library] = (judged, limit)
             if not judged <= limit:
                 raise InputError(

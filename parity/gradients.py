@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.config import OptimizerConfig
-from mlx_moe.parameters import optimizer_groups, parameter_table
+from mlx_moe.parameters import layer_of, optimizer_groups, parameter_table
 from mlx_moe.training.backend import Tokens
 from parity.numpy_model import ACTIVATIONS, Array, ForwardTrace, NumpyModel, erf, softmax
 
@@ -116,7 +116,7 @@ class _Backward:
     def _sublayer(self, name: str, dy_BTD: Array) -> Array:
         if name.endswith("self_attn"):
             return self._attention(name, dy_BTD)
-        if int(name.split(".")[1]) in self._config.expert_layers:
+        if layer_of(name) in self._config.expert_layers:
             return self._moe(name, dy_BTD)
         return self._ffn(name, dy_BTD)
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
+from mlx_moe.parameters import layer_of
 
 Array = NDArray[Any]
 Module = Callable[..., Array]
@@ -96,7 +97,7 @@ class NumpyModel:
         elif kind == "self_attn":
             output = self._attention(name, x)
         elif kind == "mlp":
-            has_experts = int(name.split(".")[1]) in self.config.expert_layers
+            has_experts = layer_of(name) in self.config.expert_layers
             output = self._moe(name, x, *forced) if has_experts else self._hidden(name, x, self.module)
         elif kind == "shared_expert":
             output = self._hidden(name, x, self.module)

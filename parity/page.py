@@ -86,7 +86,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class LibrarySection:
-    """mlx-lm against transformers."""
+    """Comparison of mlx-lm with transformers."""
 
     library: LibraryReport
     tables: list[TensorTable]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.parameters import Weights
+from mlx_moe.parameters import Weights, layer_of
 from mlx_moe.training.backend import Tokens, Trainer
 from parity.numpy_model import Array, ModuleCall, NumpyModel, best_experts, run_modules
 from parity.report import TensorError
@@ -118,7 +118,7 @@ class ReferenceForward:
     def _rounded(self, name: str, call: ModuleCall) -> tuple[Array, ...]:
         """Return the reference's inputs in float32, as a backend takes them; a MoE gets the reference's routes, too."""
         inputs = call.inputs
-        if name.endswith(".mlp") and (layer := int(name.split(".")[1])) in self.config.expert_layers:
+        if name.endswith(".mlp") and (layer := layer_of(name)) in self.config.expert_layers:
             inputs = (inputs[0], self.experts_LNK[self.config.expert_layers.index(layer)])
         return tuple(array if array.dtype.kind == "i" else array.astype(np.float32) for array in inputs)
 

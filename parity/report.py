@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.storage.atomic import signature
-from mlx_moe.storage.environment import library_versions
+from mlx_moe.training.environment import library_versions
 from mlx_moe.transfer.certificate import Certificate
 from parity.tolerances import TO_FLOAT32, TO_OTHER, TO_OTHER_IN_HALF, Tolerance
 
@@ -328,7 +328,7 @@ def agreement(comparisons: Sequence[ModelComparison]) -> str:
 
 @dataclass(frozen=True)
 class LibraryTensorVerdict:
-    """mlx-lm's error in one tensor, judged by that of transformers in float32."""
+    """Error of mlx-lm in one tensor, judged by that of transformers in float32."""
 
     name: str
     mlx: TensorError
@@ -435,7 +435,7 @@ class KeyUsage:
 
 @dataclass(frozen=True)
 class LibraryReport:
-    """mlx-lm against transformers on one Hugging Face folder."""
+    """Comparison of mlx-lm with transformers on one Hugging Face folder."""
 
     folder: str
     model_type: str

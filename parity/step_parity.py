@@ -20,8 +20,8 @@ from mlx_moe.device import BackendName
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import PrecisionName
 from mlx_moe.training.backend import Tokens, choose_backend
+from mlx_moe.transfer.permutation import plan_permutation
 from mlx_moe.transfer.plan import Plan, apply_numpy
-from mlx_moe.transfer.reordering import plan_permutation
 from parity.decoding import settled_positions
 from parity.gradients import Gradients, adamw_step, loss_and_gradients
 from parity.judgement import judge_tensor
@@ -149,9 +149,9 @@ class StepReference:
 
     def _float32(self, order: Plan, exact: Step) -> dict[tuple[str, str], TensorError]:
         """Return the errors of a plain float32 step, with the units of the model in another order."""
-        reordered = NumpyModel(self._config, apply_numpy(order, self._weights), np.float32)
-        _, gradients = loss_and_gradients(reordered, self._tokens_BT1, self._experts_LNK)
-        found = _adamw(reordered, gradients, apply_numpy(order, self._squares))
+        permuted = NumpyModel(self._config, apply_numpy(order, self._weights), np.float32)
+        _, gradients = loss_and_gradients(permuted, self._tokens_BT1, self._experts_LNK)
+        found = _adamw(permuted, gradients, apply_numpy(order, self._squares))
         expected = {kind: apply_numpy(order, _of_kind(exact, kind)) for kind in (GRADIENT, WEIGHT)}
         return {(kind, name): TensorError.between(array, expected[kind][name]) for (kind, name), array in found.items()}
 

@@ -14,6 +14,19 @@ from support.short_runs import SIZE
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("mlx_moe", "torch_ref", "parity")
 FILES = [Path("cli.py"), *sorted(path.relative_to(ROOT) for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
+# The packages and modules of mlx_moe, highest layer first. Each imports from lower layers only, never from its own.
+LAYERS = (
+    ("api", "commands"),
+    ("model", "analysis", "convert"),
+    ("training",),
+    ("inference", "hub", "phases", "presets"),
+    ("transfer", "data", "accounting"),
+    ("storage", "precision"),
+    ("parameters", "rotations"),
+    ("config",),
+    ("architecture", "validation", "terminal", "extras", "address_space"),
+    ("errors", "limits", "device", "processes", "kernel_sizes", "html"),
+)
 MIRRORED = sorted(path.name for path in (ROOT / "torch_ref").glob("*.py"))
 
 
@@ -57,6 +70,37 @@ def test_imports_point_down(file):
     place = next(place for place in forbidden if file.is_relative_to(place))
     wrong = {name for name in imports(file) for package in forbidden[place] if is_below(name, package)}
     assert not wrong
+
+
+def layer_of(name):
+    """Return the number of a module's layer, from the highest; the package itself, `import mlx_moe`, is above all."""
+    part = name.partition(".")[2].partition(".")[0]
+    return next((number for number, layer in enumerate(LAYERS) if part in layer), -1)
+
+
+def test_every_module_is_in_one_layer():
+    found = {file.with_suffix("").parts[1] for file in FILES if file.parts[0] == "mlx_moe"} - {"__init__"}
+    assert sorted(part for layer in LAYERS for part in layer) == sorted(found)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.parts[0] == "mlx_moe"], ids=str)
+def test_imports_lead_to_lower_layers(file):
+    """Imports for type checkers count, too."""
+    own = module_name(file)
+    package = ".".join(own.split(".")[:2])
+    names = {name for name in imports(file) if is_below(name, "mlx_moe") and not is_below(name, package)}
+    # `from mlx_moe import errors` gives `mlx_moe` beside `mlx_moe.errors`; the latter decides.
+    wrong = {name for name in names - {"mlx_moe"} if layer_of(name) <= layer_of(own)}
+    assert not wrong
+
+
+def test_the_listing_shows_the_layers():
+    """ARCHITECTURE.md lists what mlx_moe consists of in the order of the layers."""
+    listing = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("```")[1]
+    listed = re.findall(r"^mlx_moe/(\w+)", listing, re.MULTILINE)
+    numbers = [layer_of(f"mlx_moe.{part}") for part in listed]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(range(len(LAYERS)))
 
 
 def test_the_floor_loads_no_framework():
@@ -117,7 +161,9 @@ UNLIKE = {
     "loss.py": {
         "PyTorch knows whether gradients are needed; only its loss is compiled apart": "cross_entropy",
         "gradients by mx.custom_function": "_forward _backward _sum _chunk_size _chunks wait_for",
-        "gradients by torch.autograd.Function": "_CrossEntropy _likelihood _compiled_likelihood _add_product",
+        "gradients by torch.autograd.Function": (
+            "_CrossEntropy _nll_and_gradient _compiled_nll_and_gradient _add_product"
+        ),
     },
     "moe.py": {
         "products take groups of rows, or the ends of groups": "ExpertLinear.__call__ Experts.__call__",

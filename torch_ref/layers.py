@@ -40,7 +40,7 @@ def standard_ffn(project: ProjectionFunction, activate: Activation) -> Tensor:
 
 
 def swiglu_ffn(project: ProjectionFunction, activate: Activation) -> Tensor:
-    """Shazeer 2020; SwiGLU where the activation is SiLU."""
+    """Gated FFN (Shazeer 2020); SwiGLU where the activation is SiLU."""
     return activate(project("gate_proj")) * project("up_proj")
 
 

@@ -33,7 +33,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, needs_gradients: bool, compiled: bool
     ) -> Tensor:
         n_chunks = -(-len(x_ND) * len(weight_VD) // TORCH_LOGITS["gpu" if x_ND.is_cuda else "cpu"])
-        likelihood = _compiled_likelihood() if compiled else _likelihood
+        nll_and_gradient = _compiled_nll_and_gradient() if compiled else _nll_and_gradient
         weight = weight_VD.to(x_ND.dtype)
         loss = torch.zeros((), device=x_ND.device)
         grad_x_ND = torch.empty_like(x_ND) if needs_gradients else x_ND
@@ -41,7 +41,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.empty_like(weight_VD) if trains_weight else None
         chunks = zip(x_ND.chunk(n_chunks), targets_N.chunk(n_chunks), grad_x_ND.chunk(n_chunks), strict=True)
         for i, (x, targets, grad_x) in enumerate(chunks):
-            chunk_loss, grad_logits_NV = likelihood(x @ weight.mT, targets, needs_gradients)
+            chunk_loss, grad_logits_NV = nll_and_gradient(x @ weight.mT, targets, needs_gradients)
             loss += chunk_loss
             if needs_gradients:
                 torch.mm(grad_logits_NV, weight, out=grad_x)
@@ -64,7 +64,7 @@ class _CrossEntropy(torch.autograd.Function):
         )
 
 
-def _likelihood(logits_NV: Tensor, targets_N: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
+def _nll_and_gradient(logits_NV: Tensor, targets_N: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
     """Return the sum of −log softmax at the targets in float32, and its gradient, if needed, in the logits' dtype."""
     log_probability_NV = logits_NV.log_softmax(dim=-1, dtype=torch.float32)
     targets_N1 = targets_N[:, None]
@@ -75,8 +75,8 @@ def _likelihood(logits_NV: Tensor, targets_N: Tensor, needs_gradient: bool) -> t
 
 
 @cache
-def _compiled_likelihood() -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
-    return torch.compile(_likelihood)
+def _compiled_nll_and_gradient() -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
+    return torch.compile(_nll_and_gradient)
 
 
 def _add_product(sum_VD: Tensor, grad_logits_VN: Tensor, x_ND: Tensor, is_first: bool) -> None:

@@ -59,7 +59,7 @@ class TrainingStep:
         return partial(self.metrics, self._train_on_parts(parts, seeds))
 
     def _train_on_parts(self, parts: Sequence[Array], seeds: Sequence[int]) -> StepOutput:
-        load_LE = self._load_of_batch(parts, seeds) if self.settings.model.moe and len(parts) > 1 else None
+        load_LE = self._expert_load_of_batch(parts, seeds) if self.settings.model.moe and len(parts) > 1 else None
         loss_scale = self.loss_scale.scale
         gradients, losses = self._trained, list[Array]()
         for part, seed in zip(parts, seeds, strict=True):
@@ -77,7 +77,7 @@ class TrainingStep:
     def losses(self, tokens_BT1: Array, load_LE: Array | None) -> tuple[Array, Array, Array | None]:
         """Return the loss with its auxiliary terms (), all reported losses (2 + L,), and the load (L, E) of experts.
 
-        Balance is asked of the whole batch: `load_LE` is its load; None if `tokens_BT1` are all of it.
+        The balance loss uses the load of the whole batch: `load_LE`, or None if `tokens_BT1` are all of it.
         """
         x_BTD, routings = self._parallel_model(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
         compiled = self.settings.engine.compile
@@ -118,17 +118,17 @@ class TrainingStep:
         return step_metrics(losses, load_LE, float(to_numpy(output.grad_norm)))
 
     @torch.no_grad()
-    def load(self, tokens_BT1: Array) -> Array:
+    def expert_load(self, tokens_BT1: Array) -> Array:
         """Return the share of each layer's assignments that each expert takes in a part of the batch, (L, E)."""
         _, routings = self._model(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
         return expert_loads(routings)
 
-    def _load_of_batch(self, parts: Sequence[Array], seeds: Sequence[int]) -> Array:
+    def _expert_load_of_batch(self, parts: Sequence[Array], seeds: Sequence[int]) -> Array:
         """Return the load over all parts and processes."""
         found = list[Array]()
         for part, seed in zip(parts, seeds, strict=True):
             self._seed_dropout(seed)
-            found.append(self.load(part))
+            found.append(self.expert_load(part))
         return self._world.mean(torch.stack(found).mean(dim=0))
 
     def _seed_dropout(self, seed: int) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.device import Device
-from mlx_moe.parameters import Arrays, Weights, optimizer_table, parameter_table
+from mlx_moe.parameters import Arrays, LazyWeights, Weights, optimizer_table, parameter_table
 from mlx_moe.precision import choose_precision, without_loss_scale
-from mlx_moe.storage.tensor_files import StoredWeights
 from mlx_moe.training.backend import Logits, RoutedLogits, Tokens, local_batch
 from mlx_moe.training.step_settings import StepSettings, required
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
@@ -169,4 +168,4 @@ def apply_plan(plan: TensorPlan, source: dict[str, Tensor]) -> Tensor:
 
 def lazy(arrays: dict[str, Tensor]) -> Weights:
     """Return arrays that are fetched from the device when they are asked for."""
-    return StoredWeights(arrays, lambda name: to_numpy(arrays[name]))
+    return LazyWeights(arrays, lambda name: to_numpy(arrays[name]))

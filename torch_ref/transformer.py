@@ -127,7 +127,7 @@ class Transformer(nn.Module):
 
 
 class Decoder:
-    """`mlx_moe.training.backend.Decoder` on PyTorch."""
+    """`mlx_moe.inference.decoder.Decoder` on PyTorch."""
 
     def __init__(self, model: Transformer, device: Device):
         self._model = model

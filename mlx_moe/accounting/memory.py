@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from mlx_moe.accounting.parameters import counted_table, layer_of
+from mlx_moe.accounting.parameters import counted_table
 from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.device import BackendName, DeviceKind
 from mlx_moe.kernel_sizes import (
@@ -27,7 +27,7 @@ from mlx_moe.kernel_sizes import (
     MLX_UPDATED_AT_ONCE,
     TORCH_LOGITS,
 )
-from mlx_moe.parameters import FFN_INPUTS, Parameter
+from mlx_moe.parameters import FFN_INPUTS, Parameter, layer_of
 
 FLOAT = 4
 
@@ -173,13 +173,13 @@ class _Sizes(NamedTuple):
 def _sizes(config: ModelConfig) -> _Sizes:
     rows = [(parameter, number, math.prod(parameter.shape)) for parameter, number in counted_table(config)]
     trained = [row for row in rows if row[0].is_trained]
-    inside = [row for row in trained if layer_of(row[0]) is not None]
+    inside = [row for row in trained if layer_of(row[0].name) is not None]
     largest = sorted(
         (size for _, number, size in trained for _ in range(min(number, METAL_COMMAND_BUFFERS))), reverse=True
     )
     blocks = [0] * config.n_layers
     for parameter, _, size in inside:
-        blocks[layer_of(parameter) or 0] += size
+        blocks[layer_of(parameter.name) or 0] += size
     return _Sizes(
         all=_total(rows),
         trained=_total(trained),

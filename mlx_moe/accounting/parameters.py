@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.parameters import Axis, Parameter, parameter_table
+from mlx_moe.parameters import Axis, Parameter, layer_of, parameter_table
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,8 @@ def counted_table(config: ModelConfig) -> list[tuple[Parameter, int]]:
     layers = [number for number in (config.n_layers - n_mixtures, n_mixtures) if number]
     moe = config.moe and config.moe.model_copy(update={"layers": (1,) if len(layers) == 2 else None})
     short = config.model_copy(update={"n_layers": len(layers), "moe": moe})
-    rows = [(parameter, layer_of(parameter)) for parameter in parameter_table(short)]
+    rows = [(parameter, layer_of(parameter.name)) for parameter in parameter_table(short)]
     return [(parameter, 1 if layer is None else layers[layer]) for parameter, layer in rows]
-
-
-def layer_of(parameter: Parameter) -> int | None:
-    """Return the index of a parameter's layer; None outside the blocks."""
-    place, _, rest = parameter.name.partition(".")
-    return int(rest.partition(".")[0]) if place == "layers" else None
 
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:

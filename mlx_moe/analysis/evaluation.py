@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.accounting import count_parameters
-from mlx_moe.analysis.run_reader import read_config
+from mlx_moe.analysis.run_reader import read_run_config
 from mlx_moe.config import DataConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import held_out
@@ -44,7 +44,7 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class Subset:
-    """The first documents of validation, as text: the same for every tokenizer."""
+    """First documents of the validation split, as text: the same for every tokenizer."""
 
     documents: list[str]
 
@@ -146,9 +146,9 @@ def check(path: Path, options: EvaluationOptions) -> None:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """A run's every checkpoint, or the one model that a path means. Raises InputError where there is none."""
+    """Return all checkpoints of a run, or the one model that a path means. Raises InputError where there is none."""
     if (path / CONFIG).is_file():
-        read_config(path)
+        read_run_config(path)
         if not (found := list(checkpoint.complete_in(path))):
             raise InputError(f"{path} has no checkpoint yet; train on: {resume_command(path)}")
         return found
@@ -159,7 +159,7 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def pinned(config: DataConfig, max_bytes: int) -> Subset:
-    """The first documents of the validation split up to so many bytes, the last of them cut to fit.
+    """Return the first documents of the validation split, at most `max_bytes`; the last document is cut to fit.
 
     Raises InputError where nothing is held out.
     """
@@ -176,7 +176,7 @@ def pinned(config: DataConfig, max_bytes: int) -> Subset:
 
 
 def score(trainer: Trainer, tokenizer: Tokenizer, subset: Subset) -> tuple[float, NDArray[np.int32]]:
-    """(nats in all, tokens (N,)) of a subset, where every token, the ends of documents too, is predicted once.
+    """Return the total loss of a subset in nats and its tokens (N,), each predicted once, ends of documents included.
 
     The text goes through in stretches of the context's length; the first follows an end of text.
     """
@@ -208,7 +208,7 @@ def as_csv(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _stretches(ids: NDArray[np.int32], context_length: int) -> Iterator[NDArray[np.int32]]:
-    """Windows (B, T + 1), each beginning with the last token of the one before; the rest is one shorter window."""
+    """Yield windows (B, T + 1), each beginning with the last token of the one before; the last window is shorter."""
     n_whole = (len(ids) - 1) // context_length
     starts = np.arange(n_whole) * context_length
     windows = ids[starts[:, None] + np.arange(context_length + 1)]
@@ -246,7 +246,7 @@ def _evaluation(
 
 
 def _data_config(loaded: Checkpoint, options: EvaluationOptions) -> DataConfig:
-    """The run's own data, or what `--data` names; all of it, with the model's tokenizer where a split needs one."""
+    """Return the config of the run's data, or of `--data`: all of it, with the model's tokenizer for a split by token."""
     if options.data is not None:
         fields: dict[str, Any] = {"source": options.data, "text_field": options.text_field, "n_documents": None}
         return validate(DataConfig, fields | {"tokenizer": str(loaded.tokenizer_folder)})
@@ -254,7 +254,7 @@ def _data_config(loaded: Checkpoint, options: EvaluationOptions) -> DataConfig:
 
 
 def _run_of(path: Path) -> Path:
-    """The run that a checkpoint is in. Raises InputError where it is in none."""
+    """Return the folder of a checkpoint's run. Raises InputError for a checkpoint outside a run."""
     for parent in path.resolve().parents:
         if (parent / CONFIG).is_file():
             return parent
@@ -262,7 +262,7 @@ def _run_of(path: Path) -> Path:
 
 
 def _generations(trainer: Trainer, tokenizer: Tokenizer, options: EvaluationOptions) -> str:
-    """Markdown: every prompt continued at every temperature, with seed 0."""
+    """Return Markdown: each prompt continued at each temperature, with seed 0."""
     parts = []
     for temperature in TEMPERATURES:
         parts.append("### Greedy\n\n" if temperature == 0 else f"### Temperature {temperature}\n\n")

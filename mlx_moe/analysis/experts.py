@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.analysis.expert_table import show
-from mlx_moe.analysis.run_reader import EXPERTS_FILE, read_config
+from mlx_moe.analysis.run_reader import EXPERTS_FILE, read_run_config
 from mlx_moe.config import GrowPhaseConfig, ModelConfig, RunConfig
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.data.tokens import TokenData, fixed_windows, prepare
@@ -61,7 +61,7 @@ class TakenToken:
 
 def report_experts(path: Path, out: Path, backend: Backend, device: str, n_sequences: int) -> None:
     """Write the result of `analyse` to a file, and print a table."""
-    read_config(path)
+    read_run_config(path)
     with writing(out, EXPERTS_FILE, "experts") as partial:
         report = {"generator": signature("experts")} | analyse(path, backend, device, n_sequences)
         partial.write_text(json.dumps(report) + "\n", encoding="utf-8")
@@ -80,7 +80,7 @@ def analyse(path: Path, backend: Backend, device: str, n_sequences: int) -> dict
 
     Raises InputError if the run has no such checkpoint, or its data is unavailable.
     """
-    run = read_config(path)
+    run = read_run_config(path)
     found = [
         folder
         for phase in get_phases(run)

@@ -129,7 +129,7 @@ def read_record(path: Path) -> RunRecord:
     Unreadable parts are omitted and listed in `unread`. Raises InputError if that leaves no config, or no row of
     `metrics.jsonl`.
     """
-    run = read_config(path)
+    run = read_run_config(path)
     unread = list[str]()
     phases = _phases(run, _log(path / METRICS, records.MetricsRow, unread), unread)
     if not phases:
@@ -150,7 +150,7 @@ def read_record(path: Path) -> RunRecord:
     )
 
 
-def read_config(path: Path) -> RunConfig:
+def read_run_config(path: Path) -> RunConfig:
     """Return a run's config. Raises InputError if it is missing or unreadable."""
     file = path / CONFIG
     try:

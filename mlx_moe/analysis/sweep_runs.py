@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_moe.analysis import sweep_worker
-from mlx_moe.analysis.run_reader import read_config
+from mlx_moe.analysis.run_reader import read_run_config
 from mlx_moe.analysis.sweep_results import (
     ELSEWHERE,
     FAILED,
@@ -356,7 +356,7 @@ def _check_run(run: PlannedRun, folder: Path) -> None:
     """Raise InputError if a run's folder holds something else: another run, or a user's files."""
     if (folder / CONFIG).is_file():
         try:
-            there = by_path(read_config(folder).model_dump(mode="json"))
+            there = by_path(read_run_config(folder).model_dump(mode="json"))
         except InputError:
             return  # reported by its own process and row
         planned = by_path(run.config.model_dump(mode="json"))

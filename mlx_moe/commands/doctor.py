@@ -12,9 +12,9 @@ from mlx_moe.config import ModelConfig, OptimizerConfig
 from mlx_moe.errors import InputError, one_line
 from mlx_moe.extras import how_to_install
 from mlx_moe.parameters import initialize
-from mlx_moe.storage.environment import library_versions
 from mlx_moe.training.backend import TRAINERS, Backend, choose_backend, is_installed
 from mlx_moe.training.console import Console
+from mlx_moe.training.environment import library_versions
 
 
 def diagnose() -> int:

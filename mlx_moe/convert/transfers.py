@@ -22,7 +22,7 @@ from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.training.backend import Backend, Tokens
 from mlx_moe.training.centroids import centroid_routers, centroid_tokens
-from mlx_moe.training.certify import ChangedModel, certify_streamed, permuted
+from mlx_moe.training.certify import ChangedModel, certify_streamed, permute_units
 from mlx_moe.training.console import Console
 from mlx_moe.transfer.certificate import Certificate
 from mlx_moe.transfer.moe_layout import experts_of
@@ -128,7 +128,7 @@ def transfer_checkpoint(
         began = time.perf_counter()
         models = (
             backend.streamed(source.config, source.weights, device),
-            backend.streamed(source.config, permuted(source.config, source.weights), device),
+            backend.streamed(source.config, permute_units(source.config, source.weights), device),
             backend.streamed(plan.target_config, written, device),
         )
         certificate = certify_streamed(limits, *models, probes_BT1)

@@ -127,7 +127,6 @@ def batch(
     seed: int,
     phase: int,
     step: int,
-    rank: int = 0,
     batch_size: int,
     context_length: int,
 ) -> NDArray[np.int32]:
@@ -136,8 +135,8 @@ def batch(
     Raises InputError for fewer than context_length + 1 tokens.
     """
     check_length(tokens, context_length)
-    # Phase, rank and step have separate fields of 8, 16 and 40 bits, so all streams differ.
-    key = np.array([seed % 2**64, phase << 56 | rank << 40 | step], dtype=np.uint64)
+    # Phase and step have separate fields of 8 and 56 bits, so all streams differ.
+    key = np.array([seed % 2**64, phase << 56 | step], dtype=np.uint64)
     # Use raw numbers, since NumPy may change its distributions; the modulo bias is below 2⁻³⁰.
     starts = np.random.Philox(key=key).random_raw(batch_size) % np.uint64(len(tokens) - context_length)
     return _windows(tokens, starts.astype(np.int64), context_length)

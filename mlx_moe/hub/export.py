@@ -23,11 +23,11 @@ from mlx_moe.hub.layout import find, layout, unpack
 from mlx_moe.hub.models import ORIGIN, with_finite_weights
 from mlx_moe.hub.read_config import read_config
 from mlx_moe.hub.sizes import check_room
-from mlx_moe.parameters import shapes
+from mlx_moe.parameters import LazyWeights, shapes
 from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.reading import read_mapping
-from mlx_moe.storage.tensor_files import SHARD_BYTES, StoredWeights, open_tensors, write_tensors
+from mlx_moe.storage.tensor_files import SHARD_BYTES, open_tensors, write_tensors
 from mlx_moe.storage.tokenizer_files import copy_tokenizer
 from mlx_moe.terminal import plain_markdown
 from mlx_moe.transfer.registry import TRANSFERS
@@ -60,7 +60,7 @@ def fill(
     (folder / "README.md").write_text(_card(source, name), encoding="utf-8")
     theirs = {name: holder.shape(shapes(source.config)) for name, holder in holders.items()}
     # several of their tensors are slices of one of our expert tensors
-    weights = StoredWeights(source.weights, lru_cache(1)(source.weights.__getitem__))
+    weights = LazyWeights(source.weights, lru_cache(1)(source.weights.__getitem__))
     write_tensors(folder, theirs, lambda name: [holders[name].pack(weights)], shard_bytes)
     _read_back(source, name, folder)
     if check is not None:
@@ -73,7 +73,7 @@ def _normalized_for_format(source: Checkpoint, name: str) -> Checkpoint:
     config = formats.normalize_for_format(source.config, name)
     zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes(config).items() if name not in source.weights}
     names = [*source.weights, *zeros]
-    weights = StoredWeights(names, lambda name: zeros[name] if name in zeros else source.weights[name])
+    weights = LazyWeights(names, lambda name: zeros[name] if name in zeros else source.weights[name])
     return replace(source, config=config, weights=weights)
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError, brief_name, quoted
-from mlx_moe.parameters import Weights, parameter_table, shapes
-from mlx_moe.storage.tensor_files import STORED_DTYPES, StoredTensor, StoredWeights
+from mlx_moe.parameters import LazyWeights, Weights, parameter_table, shapes
+from mlx_moe.storage.tensor_files import STORED_DTYPES, StoredTensor
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt2")
 PREFIXES = {family: "" if family == "gpt2" else "model." for family in FAMILIES}  # as mlx-lm reads them
@@ -102,7 +102,9 @@ def _llama(config: ModelConfig, name: str, family: str) -> Iterator[TensorMappin
         yield TensorMapping(prefix + name, (name,))
         return
     module = place.removesuffix(".weight")
-    theirs = f"{prefix}{block}{EXPERT_TENSORS[family].get(module)}.weight"
+    if module not in EXPERT_TENSORS[family]:  # Granite's up_proj is part of its gate_proj
+        return
+    theirs = f"{prefix}{block}{EXPERT_TENSORS[family][module]}.weight"
     if "{}" in theirs:
         for expert in range(config.moe.n_experts):
             yield TensorMapping(theirs.format(expert), (name,), expert)
@@ -110,7 +112,7 @@ def _llama(config: ModelConfig, name: str, family: str) -> Iterator[TensorMappin
         yield TensorMapping(
             theirs, (name, name.replace("gate_proj", "up_proj")), axis=int(module.startswith("experts."))
         )
-    elif module in EXPERT_TENSORS[family]:
+    else:
         yield TensorMapping(theirs, (name,))
 
 
@@ -168,7 +170,7 @@ def _check_dtype(folder: Path, name: str, stored: StoredTensor) -> None:
         raise InputError(f"{folder}: {name} holds {stored.dtype}; save it as one of {', '.join(STORED_DTYPES)}")
 
 
-def unpack(found: list[tuple[TensorMapping, StoredTensor]], config: ModelConfig) -> StoredWeights:
+def unpack(found: list[tuple[TensorMapping, StoredTensor]], config: ModelConfig) -> LazyWeights:
     """Return our tensors by name; views of the file where one holds the same array."""
     expected = shapes(config)
     holders: dict[str, list[tuple[TensorMapping, StoredTensor]]] = {name: [] for name in expected}
@@ -185,4 +187,4 @@ def unpack(found: list[tuple[TensorMapping, StoredTensor]], config: ModelConfig)
             experts[holder.expert] = holder.part(name, stored.read(), expected)
         return experts
 
-    return StoredWeights(expected, read)
+    return LazyWeights(expected, read)

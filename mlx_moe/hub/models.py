@@ -15,11 +15,11 @@ from mlx_moe.hub.foreign import ADAPTER, read_settings
 from mlx_moe.hub.layout import find, unpack
 from mlx_moe.hub.read_config import read_config
 from mlx_moe.hub.resolve import model_name
-from mlx_moe.parameters import Weights
+from mlx_moe.parameters import LazyWeights, Weights
 from mlx_moe.storage import checkpoint
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.storage.reading import is_folder
-from mlx_moe.storage.tensor_files import StoredWeights, check_finite, open_tensors
+from mlx_moe.storage.tensor_files import check_finite, open_tensors
 
 ORIGIN = "huggingface"  # in place of the backend, for weights that neither backend trained
 
@@ -53,7 +53,7 @@ def with_finite_weights(source: Checkpoint, remedy: str = "get the model anew") 
             checked.add(name)
         return array
 
-    return replace(source, weights=StoredWeights(source.weights, read))
+    return replace(source, weights=LazyWeights(source.weights, read))
 
 
 def is_model_folder(path: Path) -> bool:

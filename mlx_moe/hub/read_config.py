@@ -8,11 +8,11 @@ from typing import Any
 
 from mlx_moe.config import ModelConfig
 from mlx_moe.errors import InputError
-from mlx_moe.hub.config_reader import REQUIRED, Keys
+from mlx_moe.hub.config_keys import REQUIRED, Keys
 from mlx_moe.hub.foreign import CONFIG, read_settings
 from mlx_moe.hub.layout import FAMILIES, OWN_TENSOR_EACH
 from mlx_moe.hub.rope_keys import read_rope
-from mlx_moe.hub.sizes import check_described
+from mlx_moe.hub.sizes import check_config_fits_files
 from mlx_moe.storage.tensor_files import StoredTensor, n_elements
 from mlx_moe.validation import validate
 
@@ -58,7 +58,7 @@ def read_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[str,
         config = validate(ModelConfig, {"architecture": family, **fields})
     except InputError as error:
         raise InputError(f"{file}: {'; '.join(error.lines)}") from None
-    check_described(file, config, tensors, family in OWN_TENSOR_EACH)
+    check_config_fits_files(file, config, tensors, family in OWN_TENSOR_EACH)
     return family, config
 
 

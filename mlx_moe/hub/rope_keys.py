@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.hub.config_reader import Keys
+from mlx_moe.hub.config_keys import Keys
 
 # Parameters of each kind of scaling, in their names and ours.
 SCALINGS: dict[str, dict[str, str]] = {

@@ -8,15 +8,15 @@ import numpy as np
 
 from mlx_moe.data.tokenizers import Tokenizer
 from mlx_moe.errors import InputError, quoted
+from mlx_moe.inference.decoder import LanguageModel
 from mlx_moe.inference.detokenizer import IncrementalDetokenizer
 from mlx_moe.inference.sampling import GREEDY, Sampling, sample_token
 from mlx_moe.storage.checkpoint import Checkpoint
 from mlx_moe.storage.reading import is_unicode
-from mlx_moe.training.backend import Trainer
 
 
 def stream_generate(
-    trainer: Trainer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
 ) -> Iterator[str]:
     """Yield the text that follows a prompt, piece by piece, until the end of text.
 
@@ -24,7 +24,7 @@ def stream_generate(
     """
     ids = encode_prompt(tokenizer, prompt)
     detokenizer = IncrementalDetokenizer(tokenizer, ids)
-    for token in _continue(trainer, tokenizer, ids, max_new_tokens, sampling):
+    for token in _continue(model, tokenizer, ids, max_new_tokens, sampling):
         if piece := detokenizer.add(token):
             yield piece
     if piece := detokenizer.finish():
@@ -32,18 +32,18 @@ def stream_generate(
 
 
 def generate_text(
-    trainer: Trainer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
 ) -> str:
     """Return the text that follows a prompt. A prompt without tokens stands for the start of a text.
 
     Raises InputError where the logits hold NaN or Inf.
     """
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    return tokenizer.decode(list(_continue(trainer, tokenizer, ids, max_new_tokens, sampling)))
+    return tokenizer.decode(list(_continue(model, tokenizer, ids, max_new_tokens, sampling)))
 
 
 def generate_tokens(
-    trainer: Trainer,
+    model: LanguageModel,
     prompt: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -56,13 +56,13 @@ def generate_tokens(
     `suppress_tokens` are never drawn. When the context is full, the later half of it is read again into a new cache.
     Raises InputError where the logits hold NaN or Inf.
     """
-    context_length = trainer.config.context_length
+    context_length = model.config.context_length
     generator = np.random.default_rng(sampling.seed)
     tokens, previous_tokens = list(prompt), set(prompt)
-    decoder, unread = trainer.decoder(), tokens[-context_length:]
+    decoder, unread = model.decoder(), tokens[-context_length:]
     for _ in range(max_new_tokens):
         if decoder.length + len(unread) > context_length:
-            decoder, unread = trainer.decoder(), tokens[-max(1, context_length // 2) :]
+            decoder, unread = model.decoder(), tokens[-max(1, context_length // 2) :]
         logits_V = decoder(np.array([unread], dtype=np.int32))[0]
         token = sample_token(logits_V, sampling, generator, previous_tokens, suppress_tokens)
         if token in stop_tokens:
@@ -97,10 +97,10 @@ def load_tokenizer(loaded: Checkpoint) -> Tokenizer:
 
 
 def _continue(
-    trainer: Trainer, tokenizer: Tokenizer, ids: Sequence[int], max_new_tokens: int, sampling: Sampling
+    model: LanguageModel, tokenizer: Tokenizer, ids: Sequence[int], max_new_tokens: int, sampling: Sampling
 ) -> Iterator[int]:
     """Yield tokens that the tokenizer has, up to its end of text; a model may have more, to fill up its vocabulary."""
-    missing = [token for token in range(trainer.config.vocab_size) if token not in tokenizer.ids]
+    missing = [token for token in range(model.config.vocab_size) if token not in tokenizer.ids]
     return generate_tokens(
-        trainer, ids, max_new_tokens, sampling, stop_tokens=(tokenizer.eot_id,), suppress_tokens=missing
+        model, ids, max_new_tokens, sampling, stop_tokens=(tokenizer.eot_id,), suppress_tokens=missing
     )

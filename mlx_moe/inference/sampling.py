@@ -20,7 +20,7 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; by default the likeliest one. Raises InputError where a value is out of range.
+    """Settings that choose the next token; by default the likeliest. Raises InputError for a value out of range.
 
     temperature: divides the logits; 0 takes the likeliest token, and the other filters but the penalty do nothing.
     top_k: draw from the k likeliest tokens; None from all.

@@ -35,7 +35,7 @@ def standard_ffn(project: ProjectionFunction, activate: Activation) -> mx.array:
 
 
 def swiglu_ffn(project: ProjectionFunction, activate: Activation) -> mx.array:
-    """Shazeer 2020; SwiGLU where the activation is SiLU."""
+    """Gated FFN (Shazeer 2020); SwiGLU where the activation is SiLU."""
     return activate(project("gate_proj")) * project("up_proj")
 
 

@@ -72,7 +72,7 @@ class TrainingStep:
         return partial(self.metrics, output)
 
     def _train_on_parts(self, parts: Sequence[Array], seeds: Sequence[int]) -> StepOutput:
-        load_LE = self._load_of_batch(parts, seeds) if self.settings.model.moe and len(parts) > 1 else None
+        load_LE = self._expert_load_of_batch(parts, seeds) if self.settings.model.moe and len(parts) > 1 else None
         loss_scale = mx.array(self.loss_scale.scale)
         gradients, losses = None, list[Array]()
         for part, seed in zip(parts, seeds, strict=True):
@@ -95,7 +95,7 @@ class TrainingStep:
     def losses(self, tokens_BT1: Array, load_LE: Array | None) -> tuple[Array, Array, Array | None]:
         """Return the loss with its auxiliary terms (), all reported losses (2 + L,), and the load (L, E) of experts.
 
-        Balance is asked of the whole batch: `load_LE` is its load; None if `tokens_BT1` are all of it.
+        The balance loss uses the load of the whole batch: `load_LE`, or None if `tokens_BT1` are all of it.
         """
         x_BTD, routings = self._model(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
         loss = tokens_loss = cross_entropy(x_BTD, self._model.head, tokens_BT1[:, 1:], needs_gradients=True)
@@ -141,17 +141,17 @@ class TrainingStep:
         load_LE = None if output.load_LE is None else np.array(output.load_LE)
         return step_metrics(losses, load_LE, float(np.array(output.grad_norm)))
 
-    def load(self, tokens_BT1: Array) -> Array:
+    def expert_load(self, tokens_BT1: Array) -> Array:
         """Return the share of each layer's assignments that each expert takes in a part of the batch, (L, E)."""
         _, routings = self._model(tokens_BT1[:, :-1], dtype=self._dtype, hidden_only=True)
         return expert_loads(routings)
 
-    def _load_of_batch(self, parts: Sequence[Array], seeds: Sequence[int]) -> Array:
+    def _expert_load_of_batch(self, parts: Sequence[Array], seeds: Sequence[int]) -> Array:
         """Return the load over all parts and processes."""
         found = list[Array]()
         for part, seed in zip(parts, seeds, strict=True):
             self._seed_dropout(seed)
-            found.append(self._load_graph(part))
+            found.append(self._expert_load_graph(part))
             mx.eval(found)
         return self._world.mean(mx.stack(found).mean(axis=0))
 
@@ -168,7 +168,7 @@ class TrainingStep:
         compiled = partial(mx.compile, inputs=state, outputs=state)
         self._one_graph = compiled(self._train_in_one_graph)
         self._gradients_graph = compiled(self.gradients)
-        self._load_graph = compiled(self.load)
+        self._expert_load_graph = compiled(self.expert_load)
         self._clip_graph = mx.compile(self.clip)
         self._updates: list[tuple[list[str], Callable[[Gradients], None]]] = []
         for group, rule in zip(groups, self.optimizer.optimizers, strict=True):

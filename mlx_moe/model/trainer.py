@@ -21,9 +21,8 @@ from mlx_moe.model.moe import expert_loads
 from mlx_moe.model.optimizers import load_optimizer_state, state_tensors
 from mlx_moe.model.step import TrainingStep
 from mlx_moe.model.transformer import Decoder, Transformer
-from mlx_moe.parameters import Arrays, Weights, optimizer_table, parameter_table
+from mlx_moe.parameters import Arrays, LazyWeights, Weights, optimizer_table, parameter_table
 from mlx_moe.precision import choose_precision, without_loss_scale
-from mlx_moe.storage.tensor_files import StoredWeights
 from mlx_moe.training.backend import Logits, RoutedLogits, Tokens, local_batch
 from mlx_moe.training.step_settings import StepSettings, required
 from mlx_moe.transfer.plan import Plan, TensorPlan, carry_moments
@@ -198,7 +197,7 @@ def apply_plan(plan: TensorPlan, source: dict[str, mx.array]) -> mx.array:
 
 def lazy(arrays: dict[str, mx.array]) -> Weights:
     """Return arrays that are fetched from the device when they are asked for."""
-    return StoredWeights(arrays, lambda name: np.array(arrays[name]))
+    return LazyWeights(arrays, lambda name: np.array(arrays[name]))
 
 
 def _float(scalar: mx.array) -> float:

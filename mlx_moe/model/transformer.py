@@ -143,7 +143,7 @@ class Transformer(nn.Module):
 
 
 class Decoder:
-    """`mlx_moe.training.backend.Decoder` on MLX."""
+    """`mlx_moe.inference.decoder.Decoder` on MLX."""
 
     def __init__(self, model: Transformer, device: Device):
         self.device = device

@@ -29,7 +29,6 @@ from mlx_moe.parameters import Arrays, Weights, merge_lora, shapes
 from mlx_moe.storage import locks
 from mlx_moe.storage.atomic import (
     clean_leftovers,
-    creating,
     culprit,
     flush,
     make_folder,
@@ -169,23 +168,6 @@ def save(
         raise InputError(f"cannot write checkpoint {path}: {error.strerror or error}; nothing of it was kept") from None
 
 
-def create(
-    path: Path,
-    config: ModelConfig,
-    state: TrainerState,
-    blocks: Blocks,
-    tokenizer: Path | None = None,
-    check: Callable[[Weights], None] | None = None,
-) -> None:
-    """Write a checkpoint outside a run, to a path that is free, block by block, without optimizer state.
-
-    `tokenizer`: a folder to copy in; `check` may inspect the written weights and raise. Raises InputError as
-    `creating`.
-    """
-    with creating(path) as partial:
-        fill(partial, config, state, blocks, tokenizer, check)
-
-
 def fill(
     folder: Path,
     config: ModelConfig,
@@ -195,7 +177,10 @@ def fill(
     check: Callable[[Weights], None] | None = None,
     optimizer_state: Weights | None = None,
 ) -> None:
-    """Write a checkpoint's files and manifest into a folder that is not visible yet."""
+    """Write a checkpoint's files and manifest into a folder that is not visible yet.
+
+    `tokenizer`: a folder to copy in; `check` may inspect the written weights and raise.
+    """
     model = folder / MODEL
     hashes = {MODEL: write_file(model, shapes(config), blocks, hashed=check is None)}
     if check is not None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol
 
 import numpy as np
 
@@ -63,8 +63,18 @@ def check_new(path: Path) -> None:
         raise InputError(f"{path} is no folder; name another place with --out")
 
 
-if TYPE_CHECKING:
-    from mlx_moe.data.tokens import TokenData
+class SavedTokenizer(Protocol):
+    def save(self, folder: Path) -> None: ...
+
+
+class TokenizedData(Protocol):
+    """The tokens of a run as its folder records them: origin, hashes and tokenizer (`data.tokens.TokenData`)."""
+
+    @property
+    def provenance(self) -> dict[str, Any]: ...
+
+    @property
+    def tokenizer(self) -> SavedTokenizer: ...
 
 
 class Tracker(Protocol):
@@ -142,7 +152,7 @@ class RunFolder:
         """Return whether the folder contains a run."""
         return bool(self._broadcast(lambda: (self.path / CONFIG).is_file()))
 
-    def check_data(self, data: TokenData) -> None:
+    def check_data(self, data: TokenizedData) -> None:
         """Raise InputError if the tokens differ from those that the run began with: its weights would not fit them."""
         hashes = [data.provenance[split]["sha256"] for split in ("train", "validation")]
         if hashes != self._broadcast(lambda: hashes):
@@ -173,14 +183,19 @@ class RunFolder:
         except locks.Busy:
             raise InputError(f"another process is training in {self.path}; wait for it, or stop it first") from None
 
-    def check_new(self) -> None:
+    def check_not_begun(self) -> None:
         """Raise InputError if another process has begun a run in the folder meanwhile."""
         if self.is_begun:
             raise self._taken()
 
     @rank_zero_only
     def write_metadata(
-        self, run: RunConfig, identity: RunIdentity, data: TokenData, environment: dict[str, Any], is_new: bool = False
+        self,
+        run: RunConfig,
+        identity: RunIdentity,
+        data: TokenizedData,
+        environment: dict[str, Any],
+        is_new: bool = False,
     ) -> None:
         """Write a new run's metadata. Once identity and config are on disk, a killed run can be resumed.
 
@@ -282,6 +297,10 @@ class RunFolder:
             except InputError as error:
                 raise InputError(f"{error}; {self._remedy()}") from None
             checkpoint.keep_last(path.parent, keep)
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        return True
 
     def best_validation_loss(self, phase: str) -> float:
         """Return the lowest validation loss in a phase's folder, nats per token; inf before the first."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mlx_moe.errors import InputError, brief_name, one_line
+from mlx_moe.parameters import LazyWeights
 from mlx_moe.storage.reading import NOT_JSON, own_file, read_mapping
 from mlx_moe.storage.regular_files import is_git_lfs, open_regular
 
@@ -59,26 +60,8 @@ class StoredTensor:
         return np.require(stored, np.float32, "A")  # files need not align tensors
 
 
-class StoredWeights(Mapping[str, NDArray[np.float32]]):
-    """Arrays that are read anew on each access, and not cached."""
-
-    def __init__(self, names: Iterable[str], read: Callable[[str], NDArray[np.float32]]):
-        self._names, self._read = dict.fromkeys(names), read
-
-    def __getitem__(self, name: str) -> NDArray[np.float32]:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def stored_weights(tensors: Mapping[str, StoredTensor]) -> StoredWeights:
-    return StoredWeights(tensors, lambda name: tensors[name].read())
+def stored_weights(tensors: Mapping[str, StoredTensor]) -> LazyWeights:
+    return LazyWeights(tensors, lambda name: tensors[name].read())
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -23,6 +23,7 @@ from mlx_moe.config import EngineConfig, ModelConfig, OptimizerConfig
 from mlx_moe.device import BackendName, Device
 from mlx_moe.errors import InputError
 from mlx_moe.extras import how_to_install, is_installed
+from mlx_moe.inference.decoder import Decoder
 from mlx_moe.parameters import Arrays, Weights
 from mlx_moe.precision import Precision, PrecisionName
 from mlx_moe.processes import ProcessGroup, SingleProcess
@@ -64,15 +65,6 @@ class RoutedLogits:
         """Return the logits with each layer's routing: router logits (N, E) and experts (N, K)."""
         router_logits, experts = zip(*routings, strict=True) if (routings := list(routings)) else ((), ())
         return cls(logits_BTV, np.array(router_logits), np.array([np.asarray(nk, np.int64) for nk in experts]))
-
-
-class Decoder(Protocol):
-    """A model with a key-value cache."""
-
-    length: int  # tokens in the cache
-
-    def __call__(self, tokens_BT: Tokens) -> NDArray[np.float32]:
-        """Append tokens. Returns the logits (B, V) after the last one."""
 
 
 def local_batch(world: ProcessGroup, tokens_BT1: Tokens) -> Tokens:

@@ -13,8 +13,8 @@ from mlx_moe.parameters import Weights
 from mlx_moe.training.backend import Logits, StreamedModel, Tokens, Trainer
 from mlx_moe.transfer.certificate import Certificate, Replay, max_difference, probe
 from mlx_moe.transfer.growth import layer_sources
+from mlx_moe.transfer.permutation import plan_permutation
 from mlx_moe.transfer.plan import apply_lazily
-from mlx_moe.transfer.reordering import plan_permutation
 
 PROBE_TOKENS = 256  # logits of all 8,192 tokens of a published model's context would take 1.6 GB
 
@@ -41,24 +41,25 @@ def certify(
 def certify_streamed(
     limits: VerificationConfig,
     before: StreamedModel,
-    reordered: StreamedModel,
+    permuted: StreamedModel,
     after: StreamedModel,
     probes_BT1: Tokens,
 ) -> Certificate:
-    """Certify a transfer between streamed models; `reordered` is `before` with permuted units, to measure rounding."""
+    """Certify a transfer between streamed models; `permuted`: `before` with permuted units, to measure rounding."""
     replay = partial(replay_routing, before, after) if before.config.moe and after.config.moe else None
-    models, floor = (before.each_logits, after.each_logits), partial(rounding_floor, before, reordered)
+    models, floor = (before.each_logits, after.each_logits), partial(rounding_floor, before, permuted)
     return probe(*models, probes_BT1, limits.max_logit_difference, limits.max_loss_jump, replay, floor)
 
 
-def rounding_floor(model: Trainer | StreamedModel, reordered: Trainer | StreamedModel, tokens_BT: Tokens) -> float:
-    """Return the largest logit difference between a model and its reordered copy, with the same experts."""
+def rounding_floor(model: Trainer | StreamedModel, permuted: Trainer | StreamedModel, tokens_BT: Tokens) -> float:
+    """Return the largest logit difference between a model and its permuted copy, with the same experts."""
     one = model.routed_logits(tokens_BT)
-    other = reordered.routed_logits(tokens_BT, one.experts_LNK if model.config.moe else None)
+    other = permuted.routed_logits(tokens_BT, one.experts_LNK if model.config.moe else None)
     return max_difference(one.logits_BTV, other.logits_BTV)
 
 
-def permuted(config: ModelConfig, weights: Weights) -> Weights:
+def permute_units(config: ModelConfig, weights: Weights) -> Weights:
+    """Return the weights with the units of the model permuted, lazily."""
     return apply_lazily(plan_permutation(config), weights)
 
 

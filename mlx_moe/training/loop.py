@@ -88,7 +88,7 @@ def train_phase(session: Session, phase: Phase, trainer: Trainer, step: int) -> 
                 with stopwatch.stopped():
                     loss = _validation_loss(log, phase, step, trainer, validation, training.batch_size)
                 row["validation_loss"] = loss
-                to_save = to_save or loss < lowest
+                to_save = to_save or (log.keeps_checkpoints and loss < lowest)
                 lowest = min(loss, lowest)
             if row:
                 log.log_step(row)

@@ -21,13 +21,13 @@ from mlx_moe.parameters import Weights, initialize, merge_lora, parameter_table,
 from mlx_moe.phases import Phase, get_phase, get_phases, phase_config, phase_state, start_phase, trained_model
 from mlx_moe.processes import ProcessGroup, SingleProcess
 from mlx_moe.storage import checkpoint
-from mlx_moe.storage.environment import environment, library_versions
 from mlx_moe.storage.identity import RunIdentity, changed_settings, differences
 from mlx_moe.storage.run_folder import CONFIG, HISTORY, METRICS, RunFolder, resume_command
 from mlx_moe.training.backend import Backend, Trainer
 from mlx_moe.training.centroids import centroid_routers, centroid_tokens
 from mlx_moe.training.certify import PROBE_TOKENS, certify
 from mlx_moe.training.console import Console, millions
+from mlx_moe.training.environment import environment, library_versions
 from mlx_moe.training.from_checkpoint import check_model, weights_sha256
 from mlx_moe.training.loop import Session, train_phase
 from mlx_moe.training.memory import check_address_space, needed_bytes
@@ -67,7 +67,7 @@ def train_phases(
             check_address_space(experiment.run, phases, backend, options.device)
             folder.acquire_lock()
             if options.is_new:
-                folder.check_new()
+                folder.check_not_begun()
             rows = folder.metrics()
             phase, trainer, step = experiment.resume_or_init()
             is_done = phase == last_phase and phase >= 1 and step >= phase_config(run, phase).steps

@@ -14,6 +14,10 @@ from mlx_moe.storage.checkpoint import TrainerState
 class RunLog(Protocol):
     """Log of a training; `storage.run_folder.RunFolder` is one. All losses in nats per token."""
 
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Return whether `save` keeps what it gets; if not, a new lowest validation loss needs no checkpoint."""
+
     def best_validation_loss(self, phase: str) -> float:
         """Return the lowest validation loss among a phase's checkpoints; inf before the first."""
 
@@ -41,13 +45,17 @@ class RunLog(Protocol):
 
 @dataclass
 class MemoryLog:
-    """A log in memory; it saves no checkpoints."""
+    """A log in memory; it keeps no checkpoints."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def keeps_checkpoints(self) -> bool:
+        return False
+
     def best_validation_loss(self, phase: str) -> float:
-        return -math.inf  # makes no new best, so that no checkpoint is due
+        return math.inf
 
     def truncate_metrics(self, phase: int) -> None:
         self.rows = [row for row in self.rows if row["phase"] < phase]

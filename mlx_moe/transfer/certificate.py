@@ -1,7 +1,7 @@
 """Certificate that a transfer is lossless: both models' logits and losses on the same tokens.
 
-The limit of the logits' differences is at least MARGIN times the rounding floor, if that is measured: the difference
-between two float32 evaluations of the model before, with sums in different orders (`reordering.py`).
+The limit of the logits' differences is at least ROUNDING_MARGIN times the rounding floor, if that is measured: the
+difference between two float32 evaluations of the model before, with sums in different orders (`permutation.py`).
 docs/mathematics.md derives the margin, √2 expected times 2.8 for the variation of maxima, and reports measurements:
 upcycling 0.4 to 0.8, growth 0.7 to 1.6 floors.
 
@@ -80,8 +80,8 @@ def probe(
 
     To save memory, sequences are processed one by one, and positions summed one at a time in float64. If the logits of
     a sequence differ by more than the limit, `replay` is called with its tokens (1, T); if the difference still exceeds
-    the limit, so is `rounding_floor`, with the sequence that differs most, and the limit is raised to MARGIN times
-    that. Losses are always of each model's own choices.
+    the limit, so is `rounding_floor`, with the sequence that differs most, and the limit is raised to ROUNDING_MARGIN
+    times that. Losses are always of each model's own choices.
     """
     differences, free_differences, losses, agreements = [], [], [], []
     flips, router_difference = 0, 0.0

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_moe.config import ModelConfig
-from mlx_moe.parameters import Weights, normal
-from mlx_moe.storage.tensor_files import Blocks, StoredWeights
+from mlx_moe.parameters import LazyWeights, Weights, normal
+from mlx_moe.storage.tensor_files import Blocks
 from mlx_moe.transfer.expert_noise import ExpertNoise
 
 BLOCK = 1 << 19  # elements; intermediate results take a few times that
@@ -134,10 +134,10 @@ class Plan:
         return replace(self, tensors=tuple(tensor.moments(power) for tensor in self.tensors))
 
 
-def apply_lazily(plan: Plan, weights: Weights) -> StoredWeights:
+def apply_lazily(plan: Plan, weights: Weights) -> LazyWeights:
     """Return the target's weights, computed lazily."""
     tensors = {tensor.target: tensor for tensor in plan.tensors}
-    return StoredWeights(tensors, lambda name: _whole(tensors[name], weights))
+    return LazyWeights(tensors, lambda name: _whole(tensors[name], weights))
 
 
 def apply_streaming(plan: Plan, weights: Weights) -> Blocks:

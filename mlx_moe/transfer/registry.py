@@ -58,8 +58,16 @@ def _plan_growth(config: ModelConfig, phase: GrowPhaseConfig, seed: int, routers
 
 
 TRANSFERS = {
-    "upcycle": Transfer("upcycling", "upcycled", "", _upcycled, plan_phase, lambda config: config.moe is None, True),
-    "grow": Transfer("growth", "grown", "larger ", _grown, _plan_growth),
+    "upcycle": Transfer(
+        noun="upcycling",
+        participle="upcycled",
+        adjective="",
+        target=_upcycled,
+        plan=plan_phase,
+        applies_to=lambda config: config.moe is None,
+        gives_experts=True,
+    ),
+    "grow": Transfer(noun="growth", participle="grown", adjective="larger ", target=_grown, plan=_plan_growth),
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_moe.config import ModelConfig, MoEConfig, UpcyclePhaseConfig
 from mlx_moe.errors import InputError
-from mlx_moe.parameters import Axis, Parameter, normal, parameter_table
+from mlx_moe.parameters import Axis, Parameter, layer_of, normal, parameter_table
 from mlx_moe.transfer.centroids import Routers
 from mlx_moe.transfer.expert_noise import ExpertNoise
 from mlx_moe.transfer.moe_layout import experts_of, segments_of
@@ -97,7 +97,8 @@ class _Upcycling:
         n_copies = n_experts // self.n_parts
         kind: Literal["constant", "normal"] = "normal" if self.router_std else "constant"
         rows = fresh_tensor(parameter.name, (n_copies, d_model), kind, self.router_std, self.seed)
-        given = self.routers.get(int(parameter.name.split(".")[1]))
+        layer = layer_of(parameter.name)
+        given = None if layer is None else self.routers.get(layer)
         if given is not None:
             rows = replace(rows, pads=(Pad(0, n_copies, "given", values=given),))
         if self.n_parts == 1:

@@ -34,7 +34,7 @@ def logits(folder: Path, tokens_BT: Tokens) -> Logits:
 
 
 class LibraryModel:
-    """The model of a folder in float32 on the CPU, its config with these changes."""
+    """Model of a folder in float32 on the CPU; `changes` replace keys of its config."""
 
     def __init__(self, folder: Path, changes: Mapping[str, Any] | None = None):
         with opened_for_library(folder) as found, mx.stream(mx.cpu):
@@ -48,16 +48,17 @@ class LibraryModel:
             return np.array(self._model(mx.array(tokens_BT)))
 
     def routed_logits(self, tokens_BT: Tokens, routes: RouterChoices = ()) -> tuple[Array, RouterChoices]:
-        """Logits, and the experts (N, K) that every router would choose, in turn; `routes` take the place of that.
+        """Return the logits, and the experts (N, K) that each router would choose, in turn.
 
-        Where mlx-lm chooses in a way that is not known here, and without routes, there are other than as many.
+        `routes` replace these choices; without them none are returned. Where mlx-lm chooses in a way that is not known
+        here, there are fewer or more choices than routes.
         """
         with _choosing(routes) as choices:
             logits_BTV = self.logits(tokens_BT)
         return logits_BTV, [np.array(chosen, np.int64) for chosen, _ in choices]
 
     def logits_in_chunks(self, tokens_BT: Tokens, lengths: Sequence[int], routes: RouterChoices = ()) -> Array:
-        """The same with a cache, so many tokens at a time."""
+        """Return the logits (B, T, V) computed with a cache, in chunks of these lengths."""
         places, parts = np.cumsum(lengths)[:-1].tolist(), []
         routes_of_parts = zip(*(np.split(route, places, axis=1) for route in routes), strict=True)
         with mx.stream(mx.cpu):
@@ -70,7 +71,7 @@ class LibraryModel:
     def logits_after_padding(
         self, tokens_BT: Tokens, padding: Sequence[int], routes: RouterChoices = ()
     ) -> Array | None:
-        """The same with so many tokens of padding before each row; None where mlx-lm's cache knows no padding."""
+        """Return the logits (B, T, V) with `padding` tokens before each row; None if mlx-lm's cache knows no padding."""
         if any(type(cache) is not KVCache for cache in make_prompt_cache(self._model)):
             return None
         longest = max(padding) + tokens_BT.shape[1]
@@ -88,7 +89,7 @@ class LibraryModel:
         return np.stack([row[n : n + tokens_BT.shape[1]] for row, n in zip(padded_BTV, padding, strict=True)])
 
     def generate(self, tokens_BT: Tokens, n_tokens: int) -> Tokens:
-        """Greedily, one token at a time with a cache; (B, T + n_tokens)."""
+        """Return the tokens continued greedily, one at a time with a cache, (B, T + n_tokens)."""
         with mx.stream(mx.cpu):
             cache, found = make_prompt_cache(self._model), [mx.array(tokens_BT)]
             for _ in range(n_tokens):
@@ -101,9 +102,7 @@ class LibraryModel:
     def trace(
         self, tokens_BT: Tokens, names: Collection[str], routes: RouterChoices = ()
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        """Logits; and of each of these modules the first array that goes in and the first that comes out, in the order
-        in which they finish.
-        """
+        """Return the logits, and each module's first input and first output, in the order in which the modules finish."""
         found: dict[str, tuple[mx.array, mx.array]] = {}
         modules = {id(module): name for name, module in self._model.named_modules() if name in names}
 
@@ -131,7 +130,7 @@ class LibraryModel:
             return np.array(output[0] if isinstance(output, tuple) else output)
 
     def dropped(self) -> tuple[str, ...]:
-        """The tensors of the files that mlx-lm's `sanitize` leaves out: sent through it with a number for each."""
+        """Return the tensors of the files that mlx-lm's `sanitize` leaves out: each is sent through it as a number."""
         if not hasattr(self._model, "sanitize"):
             return ()
         step = 1000  # apart, since a `sanitize` may add 1 to a norm
@@ -153,7 +152,7 @@ def fields(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _choosing(routes: RouterChoices) -> Iterator[list[tuple[mx.array, mx.array]]]:
-    """Every choice of experts, a router's own and the one taken, which is that of `routes`; nothing without routes.
+    """Yield a list that collects each choice of experts: the router's own, and that of `routes`; empty without routes.
 
     A router is what calls `argpartition` along the last axis, and reads the first k (kth = k − 1) or the last (−k).
     """
@@ -190,7 +189,7 @@ def _choosing(routes: RouterChoices) -> Iterator[list[tuple[mx.array, mx.array]]
 
 @contextmanager
 def _watched(classes: Iterable[type], begin: Callable[[], int], note: Callable[..., None]) -> Iterator[None]:
-    """Tell `note` of every call of an instance of these classes, with what `begin` gave before it."""
+    """Call `note` after each call of an instance of these classes, with the result of `begin` before it."""
 
     def watching(call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

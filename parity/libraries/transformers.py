@@ -38,7 +38,7 @@ def logits(folder: Path, tokens_BT: Tokens) -> Logits:
 
 
 class LibraryModel:
-    """The model of a folder in float32 on the CPU; or `exact`, in float64 throughout, by the plainest of its code."""
+    """Model of a folder in float32 on the CPU; with `exact`, in float64 throughout, by the plainest of its code."""
 
     def __init__(self, folder: Path, exact: bool = False):
         self._exact = exact
@@ -77,7 +77,7 @@ class LibraryModel:
     def routed_logits(
         self, tokens_BT: Tokens, routes: Sequence[NDArray[np.int64]] = ()
     ) -> tuple[Array, list[RouterChoice]]:
-        """Logits and what every router would choose, in turn; experts `routes` (B, T, K) take the place of that."""
+        """Return the logits and what each router would choose, in turn; `routes` (B, T, K) replace these choices."""
         with _Choices(self.n_experts, routes) as choices:
             return self.logits(tokens_BT), choices.made
 
@@ -97,7 +97,7 @@ class LibraryModel:
         return self._logits_of(model, tokens_BT)
 
     def parameter_names(self) -> set[str]:
-        """Tied ones by one name only."""
+        """Return the names of all parameters; tied ones have one name."""
         return {name for name, _ in self._model.named_parameters()}
 
     def module_names(self) -> set[str]:
@@ -106,8 +106,9 @@ class LibraryModel:
     def trace(
         self, tokens_BT: Tokens, names: Collection[str], routes: Sequence[NDArray[np.int64]] = ()
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        """Logits; and of each of these modules the first array that goes in and the first that comes out, in the order
-        in which they finish. Modules that run more than once are left out.
+        """Return the logits, and each module's first input and first output, in the order in which the modules finish.
+
+        Modules that run more than once are left out.
         """
         found: dict[str, list[tuple[Array, Array]]] = {}
         routers_before: dict[str, int] = {}
@@ -171,7 +172,7 @@ class LibraryModel:
 
 
 def _n_described(folder: Path) -> int:
-    """Values in the parameters and buffers of the model that transformers makes of config.json, none of them made."""
+    """Return the number of values in the model that transformers builds from config.json, without allocating them."""
     with torch.device("meta"), no_init_weights():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
@@ -179,7 +180,7 @@ def _n_described(folder: Path) -> int:
 
 
 class _Choices(TorchFunctionMode):
-    """Notes every choice of experts, and puts `routes` in its place as far as there are any.
+    """Recorder of each choice of experts; `routes`, as far as they are given, replace the choices.
 
     A router is what takes the `topk` of rows of scores, one for each expert.
     """
@@ -207,7 +208,7 @@ class _Choices(TorchFunctionMode):
 
 
 def _in_float64() -> TorchFunctionMode:
-    """Where code asks for float32, as norms, softmaxes and rotations do, it gets float64."""
+    """Return a mode that gives float64 where code asks for float32, as norms, softmaxes and rotations do."""
 
     class Float64(TorchFunctionMode):
         def __torch_function__(
@@ -224,7 +225,7 @@ def _widened(value: Any) -> Any:
 
 
 def _first(values: list[Any]) -> Tensor | None:
-    """The first tensor among values and tuples of values."""
+    """Return the first tensor among values and tuples of values."""
     for value in values:
         if isinstance(value, tuple):
             value = _first(list(value))

@@ -208,14 +208,13 @@ PINNED_STARTS = [499, 799, 619, 366]
 def test_no_two_draws_share_a_stream():
     tokens = np.arange(2**20, dtype=np.uint32)
     seen = set()
-    values = [0, 1, 2, 3, 255, 256, 65535]
+    steps = [0, 1, 2, 3, 255, 256, 65535, 65536, 2**24, 2**32, 2**40 - 1]
     for seed in (0, 1, 2**63, 2**64 - 1):
         for phase in (0, 1, 2, 3):
-            for rank in values:
-                for step in [*values, 65536, 2**24, 2**32, 2**40 - 1]:
-                    draw = {"seed": seed, "phase": phase, "rank": rank, "step": step}
-                    seen.add(batch(tokens, **draw, batch_size=4, context_length=1).tobytes())
-    assert len(seen) == 4 * 4 * len(values) * (len(values) + 4)
+            for step in steps:
+                draw = {"seed": seed, "phase": phase, "step": step}
+                seen.add(batch(tokens, **draw, batch_size=4, context_length=1).tobytes())
+    assert len(seen) == 4 * 4 * len(steps)
 
 
 def test_windows_cover_all_positions_evenly():

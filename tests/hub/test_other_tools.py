@@ -11,6 +11,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+from support.checkpoints import create
 from support.published_models import random_tokens, save_tokenizer
 from support.small_models import rough_weights, small_model
 
@@ -34,7 +35,7 @@ def exported(tmp_path_factory):
     (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     state = TrainerState(2, 0, "torch")
     weights = rough_weights(config, 0)
-    checkpoint.create(folder / "ours", config, state, lambda name: [weights[name]], folder / "tokenizer")
+    create(folder / "ours", config, state, lambda name: [weights[name]], folder / "tokenizer")
     assert export(checkpoint.load(folder / "ours"), folder / "theirs", "mixtral") == "mixtral"
     return folder / "theirs"
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from support.checkpoints import create
 from support.published_models import our_logits, random_tokens, save
 from support.small_models import rough_weights, small_model
 
@@ -22,7 +23,7 @@ from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import creating
 from mlx_moe.storage.checkpoint import TrainerState
 from mlx_moe.training.backend import Backend, choose_backend
-from mlx_moe.training.certify import ChangedModel, certify_streamed, permuted, rounding_floor
+from mlx_moe.training.certify import ChangedModel, certify_streamed, permute_units, rounding_floor
 from mlx_moe.transfer.growth import grow_config, plan_growth
 from mlx_moe.transfer.plan import apply_numpy, apply_streaming
 from mlx_moe.transfer.upcycling import plan_phase, plan_upcycling
@@ -114,11 +115,11 @@ def test_large_logits_are_judged_by_what_rounding_does(config, backend):
     plan = plan_growth(config, grow_config(config, d_model=72, n_layers=3))
     grown = apply_numpy(plan, weights)
     before = backend.streamed(config, weights, "cpu")
-    reordered = backend.streamed(config, permuted(config, weights), "cpu")
+    permuted = backend.streamed(config, permute_units(config, weights), "cpu")
 
     def certificate(after):
         after = backend.streamed(plan.target_config, after, "cpu")
-        return certify_streamed(VerificationConfig(), before, reordered, after, random_probes(config, 4))
+        return certify_streamed(VerificationConfig(), before, permuted, after, random_probes(config, 4))
 
     found = certificate(grown)
     assert found.max_logit_difference > 1e-4
@@ -131,7 +132,7 @@ def test_large_logits_are_judged_by_what_rounding_does(config, backend):
 def test_the_floor_of_rounding_is_small_but_not_zero(backend):
     for config in (DENSE, MIXTURE):
         weights = rough_weights(config, 0)
-        models = [backend.streamed(config, each, "cpu") for each in (weights, permuted(config, weights))]
+        models = [backend.streamed(config, each, "cpu") for each in (weights, permute_units(config, weights))]
         assert 1e-8 < rounding_floor(*models, random_probes(config, 2)[:, :-1]) < 1e-5
 
 
@@ -145,7 +146,7 @@ def test_no_tensor_is_in_memory_as_a_whole_more_than_once(tmp_path):
     largest = 4 * max(np.prod(parameter.shape) for parameter in parameter_table(plan.target_config))
     tracemalloc.start()
     try:
-        checkpoint.create(tmp_path / "out", plan.target_config, source.state, apply_streaming(plan, source.weights))
+        create(tmp_path / "out", plan.target_config, source.state, apply_streaming(plan, source.weights))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

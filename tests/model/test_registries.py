@@ -19,8 +19,11 @@ from support.small_models import (
 import mlx_moe.model.attention
 import mlx_moe.model.layers
 import mlx_moe.model.transformer
+import parity.gradients
+import parity.numpy_model
 import torch_ref.attention
 import torch_ref.layers
+from mlx_moe.accounting import flops, memory
 from mlx_moe.config import COMPONENTS
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import FFN_INPUTS
@@ -50,6 +53,22 @@ def test_components_are_what_both_backends_know(kind):
     assert len(set(COMPONENTS[kind])) == len(COMPONENTS[kind])
     for registry in registries(kind):
         assert sorted(registry) == sorted(COMPONENTS[kind])
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        parity.numpy_model.ACTIVATIONS,
+        parity.gradients.SLOPES,
+        flops.ACTIVATION,
+        memory.MLX_KEPT_NEURONS["cpu"],
+        memory.MLX_KEPT_NEURONS["gpu"],
+        memory.MLX_WAITING_NEURONS,
+    ],
+    ids=["values", "slopes", "flops", "kept-cpu", "kept-gpu", "waiting"],
+)
+def test_every_table_of_activations_has_all_of_them(table):
+    assert sorted(table) == sorted(COMPONENTS["activation"])
 
 
 def test_every_ffn_type_has_its_projections():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.checkpoints import create
 from support.short_runs import checkpoint_folder as folder
 from support.small_models import larger_model, rough_weights, small_model
 
@@ -22,7 +23,7 @@ from mlx_moe.config import OptimizerConfig
 from mlx_moe.errors import InputError
 from mlx_moe.parameters import initialize, normal, parameter_table
 from mlx_moe.storage import atomic, checkpoint
-from mlx_moe.storage.checkpoint import TrainerState, complete_in, create, keep_last, load, resolve, save
+from mlx_moe.storage.checkpoint import TrainerState, complete_in, keep_last, load, resolve, save
 from mlx_moe.storage.run_folder import RunFolder
 from mlx_moe.training.backend import choose_backend
 from mlx_moe.transfer.growth import plan_growth

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from mlx_moe.storage.environment import library_versions
 from mlx_moe.storage.jsonl import append, read, truncate_after
+from mlx_moe.training.environment import library_versions
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_after_a_rewind_a_cut_off_line_is_gone(path):
 
 
 def test_versions_of_what_is_missing_are_none(monkeypatch):
-    monkeypatch.setattr("mlx_moe.storage.environment.LIBRARIES", ("numpy", "no-such-library"))
+    monkeypatch.setattr("mlx_moe.training.environment.LIBRARIES", ("numpy", "no-such-library"))
     versions = library_versions()
     assert versions["numpy"]
     assert versions["no-such-library"] is None

@@ -193,7 +193,7 @@ def test_a_run_that_began_in_the_place_of_a_new_one_stays(tmp_path):
     data = prepare(run.data)
     ours, theirs = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     ours.acquire_lock()  # there is no folder yet
-    ours.check_new()
+    ours.check_not_begun()
     theirs.write_metadata(run.model_copy(update={"name": "theirs"}), IDENTITY, data, {}, is_new=True)
     theirs.close()
     assert "has become a run in the meantime" in refusal(ours.write_metadata, run, IDENTITY, data, {}, True)

@@ -38,7 +38,7 @@ def mixtral_weights(config, weights):
 
 
 def gpt2_weights(config, weights):
-    """Their linear maps are stored as (in, out), and one of them yields queries, keys and values."""
+    """GPT-2's linear maps are stored as (in, out), and one of them yields queries, keys and values."""
     theirs = {
         "transformer.wte.weight": weights["embed_tokens.weight"],
         "transformer.wpe.weight": weights["embed_positions.weight"],

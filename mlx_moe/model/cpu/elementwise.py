@@ -19,7 +19,7 @@ import numpy as np
 
 
 class Sigmoid(NamedTuple):
-    """h(x) = x·above(x²) / below(x²) for 0 ≤ x ≤ end, and ½ beyond; lowest powers first.
+    """Rational function h(x) = x·above(x²) / below(x²) for 0 ≤ x ≤ end, and ½ beyond; lowest powers first.
 
     Fitted to a relative error below 3e-8, by least squares reweighted towards the largest; evaluated in float32, 4e-7.
     """
@@ -129,7 +129,7 @@ def _activation(value: Sigmoid, derivative: Sigmoid) -> Callable[[mx.array], mx.
 
 
 def _sigmoid(h: Sigmoid, x: mx.array, bits: mx.Dtype = mx.int32) -> mx.array:
-    """h(|x|)."""
+    """Return h(|x|)."""
     x = _size(x, h.end, bits)
     return fusion_barrier(x * _polynomial(h.above, x * x) / _polynomial(h.below, x * x))
 

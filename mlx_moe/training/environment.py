@@ -7,10 +7,9 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from mlx_moe.training.backend import Backend, Trainer
+from mlx_moe.training.backend import Backend, Trainer
 
 LIBRARIES = ("mlxmoe", "mlx", "mlx-lm", "torch", "numpy", "tokenizers", "safetensors", "datasets", "transformers")
 

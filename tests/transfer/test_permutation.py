@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.architectures import architectures, logit_difference, small, weights
 
+from mlx_moe.transfer.permutation import plan_permutation
 from mlx_moe.transfer.plan import apply_numpy
-from mlx_moe.transfer.reordering import plan_permutation
 
 
 @settings(deadline=None, max_examples=50, derandomize=True, database=None)
