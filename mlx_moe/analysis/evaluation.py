@@ -246,7 +246,7 @@ def _evaluation(
 
 
 def _data_config(loaded: Checkpoint, options: EvaluationOptions) -> DataConfig:
-    """Return the config of the run's data, or of `--data`: all of it, with the model's tokenizer for a split by token."""
+    """Return the config of the run's data, or of `--data`: all of it, the model's tokenizer for a split by token."""
     if options.data is not None:
         fields: dict[str, Any] = {"source": options.data, "text_field": options.text_field, "n_documents": None}
         return validate(DataConfig, fields | {"tokenizer": str(loaded.tokenizer_folder)})

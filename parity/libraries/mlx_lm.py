@@ -71,7 +71,7 @@ class LibraryModel:
     def logits_after_padding(
         self, tokens_BT: Tokens, padding: Sequence[int], routes: RouterChoices = ()
     ) -> Array | None:
-        """Return the logits (B, T, V) with `padding` tokens before each row; None if mlx-lm's cache knows no padding."""
+        """Return the logits (B, T, V) with `padding` tokens before each row; None if the cache knows no padding."""
         if any(type(cache) is not KVCache for cache in make_prompt_cache(self._model)):
             return None
         longest = max(padding) + tokens_BT.shape[1]
@@ -102,7 +102,7 @@ class LibraryModel:
     def trace(
         self, tokens_BT: Tokens, names: Collection[str], routes: RouterChoices = ()
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        """Return the logits, and each module's first input and first output, in the order in which the modules finish."""
+        """Return the logits, and each module's first input and first output, in the order in which modules finish."""
         found: dict[str, tuple[mx.array, mx.array]] = {}
         modules = {id(module): name for name, module in self._model.named_modules() if name in names}
 

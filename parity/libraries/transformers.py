@@ -106,7 +106,7 @@ class LibraryModel:
     def trace(
         self, tokens_BT: Tokens, names: Collection[str], routes: Sequence[NDArray[np.int64]] = ()
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        """Return the logits, and each module's first input and first output, in the order in which the modules finish.
+        """Return the logits, and each module's first input and first output, in the order in which modules finish.
 
         Modules that run more than once are left out.
         """
