@@ -23,7 +23,7 @@ LAYERS = (
     ("transfer", "data", "accounting"),
     ("storage", "precision"),
     ("parameters", "rotations"),
-    ("config",),
+    ("arguments", "config"),
     ("architecture", "validation", "terminal", "extras", "address_space"),
     ("errors", "limits", "device", "processes", "kernel_sizes", "html"),
 )
