@@ -177,7 +177,7 @@ class Model:
         return tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Data(TokenSplits):
     """Tokens to train on and tokens held out, and how to make more of them.
 
@@ -397,8 +397,8 @@ def train(
     tokens that do not fit the model, `Error` where the loss is no longer finite.
     """
     data = _data_for(model, data)
-    _check_ids(np.asarray(data.train[:]), model.config.vocab_size)
     for name, split in (("train", data.train), ("validation", data.validation)):
+        _check_ids(np.asarray(split[:]), model.config.vocab_size)
         check_length(split, model.config.context_length, name)  # type: ignore[arg-type]
     every = max(1, steps)  # once, at the end
     settings = {

@@ -57,6 +57,7 @@ OF_A_MODEL = {
     "phases.train.steps = 0": lambda m, data: mm.train(m, data, 0),
     "model = None": lambda m, data: mm.train(None, data, 1),
     "data = None": lambda m, data: mm.train(m, None, 1),
+    "token 999 ": lambda m, data: mm.train(m, [1] * 1900 + [999] * 100, 1),
     "on_step = 3": lambda m, data: mm.train(m, data, 1, on_step=3),
     "'model.d_model'": lambda m, data: mm.train(m, data, 1, overrides={"model.d_model": 64}),
     "overrides = ": lambda m, data: mm.train(m, data, 1, overrides=["a=1"]),
