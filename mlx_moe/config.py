@@ -111,6 +111,15 @@ class TrainPhaseConfig(PhaseConfig):
 
     transfer: None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _says_its_transfer(cls, values: Any) -> Any:
+        for kind in (UpcyclePhaseConfig, GrowPhaseConfig) if isinstance(values, dict) else ():
+            if alien := [key for key in values if key in kind.model_fields and key not in cls.model_fields]:
+                transfer = kind.model_fields["transfer"].default
+                raise ValueError(f"{alien[0]} belongs to a phase with transfer: {transfer}; name that, or leave it out")
+        return values
+
 
 class UpcyclePhaseConfig(PhaseConfig, ExpertsConfig):
     """A phase that turns a dense model's FFNs into experts, then trains.

@@ -63,6 +63,8 @@ def _explain(kind: type[Any], fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "too_short":
         message = f"must have at least {fault['ctx']['min_length']} of them"
+    elif fault["type"] == "too_long":
+        message = f"must have at most {fault['ctx']['max_length']} of them"
     elif fault["type"] == "less_than_equal":
         message = f"must be at most {fault['ctx']['le']:.15g}"
     elif fault["type"] == "greater_than_equal":  # pydantic writes 1e-30 with all its zeros

@@ -84,11 +84,15 @@ REFUSED = {
     "a misspelt phase": (["phases.mo.steps=3"], "no phase 'mo' in the run; did you mean 'moe'"),
     "an unknown transfer": (["phases.moe.transfer=shrink"], "transfer must be upcycle or grow"),
     "no transfer": (["phases.large_moe.transfer=null"], "phases.large_moe: only the first phase has no transfer"),
+    "a size without a transfer": (
+        ["phases.large_moe.transfer=null", "phases.large_moe.d_model=8"],
+        "phases.large_moe: d_model belongs to a phase with transfer: grow",
+    ),
     "nothing before it": (["phases.dense=null"], "phases.moe.transfer upcycle: the first phase has no model before it"),
     "none left": (["phases.dense=null", "phases.moe=null", "phases.large_moe=null"], "at least 1"),
     "a key of another transfer": (["phases.large_moe.n_experts=4"], "unknown key 'phases.large_moe.n_experts'"),
     "a name that is no folder": (["phases.a-b.transfer=grow"], "letters, digits and underscores"),
-    "too many": ([f"phases.p{i}.transfer=grow" for i in range(32)], "at most 32"),
+    "too many": ([f"phases.p{i}.transfer=grow" for i in range(32)], "must have at most 32 of them"),
 }
 
 
