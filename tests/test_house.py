@@ -188,7 +188,7 @@ UNLIKE = {
     "streaming.py": {
         "PyTorch's arrays move to a device": "StreamedModel._array",
         "MLX runs a generator's steps in contexts, and copies its head by parts": (
-            "StreamedModel._through StreamedModel._logits"
+            "StreamedModel._run_layer StreamedModel._logits"
         ),
     },
     "trainer.py": {

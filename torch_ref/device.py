@@ -104,7 +104,7 @@ def threads() -> int | None:
 def instructions() -> str | None:
     """Name the instructions of products on the CPU, such as AVX512, and the BLAS where it is not PyTorch's own.
 
-    The MLX backend loads OpenBLAS into the global symbol scope; a PyTorch that is loaded after it takes it, too.
+    If the MLX backend was imported first, PyTorch uses its OpenBLAS, which stands in the global symbol scope.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     loaded = list(sys.modules)

@@ -34,19 +34,19 @@ class StreamedModel:
         self._device = torch_device(choose_device(device))
 
     def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
-        normed_BTD, _ = self._below_the_head(tokens_BT, None)
+        normed_BTD, _ = self._final_hidden_states(tokens_BT, None)
         head_VD = self._array(head(self.config, self._weights))
         return (F.linear(normed_TD, head_VD).cpu().numpy() for normed_TD in normed_BTD)
 
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
-        normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
+        normed_BTD, routings = self._final_hidden_states(tokens_BT, experts_LNK)
         logits_BTV = F.linear(normed_BTD, self._array(head(self.config, self._weights))).cpu().numpy()
         found = [(routing.logits_NE.cpu().numpy(), routing.experts_NK.cpu().numpy()) for routing in routings]
         return RoutedLogits.stack(logits_BTV, found)
 
     @torch.no_grad()
     def ffn_inputs(self, tokens_BT: Tokens, layers: Collection[int]) -> Iterator[NDArray[np.float32]]:
-        x_BTD = self._embedded(tokens_BT)
+        x_BTD = self._embed(tokens_BT)
         for layer in range(max(layers) + 1):
             block = self._block(layer)
             x_BTD = block.attend(x_BTD)
@@ -54,12 +54,14 @@ class StreamedModel:
                 yield block.ffn_input(x_BTD).flatten(0, 1).cpu().numpy()
             x_BTD, _ = block.feed_forward(x_BTD)
 
-    def _embedded(self, tokens_BT: Tokens) -> Tensor:
+    def _embed(self, tokens_BT: Tokens) -> Tensor:
         return self._array(embed(self.config, self._weights, tokens_BT))
 
     @torch.no_grad()
-    def _below_the_head(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None) -> tuple[Tensor, list[Routing]]:
-        x_BTD, routings = self._embedded(tokens_BT), []
+    def _final_hidden_states(
+        self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None
+    ) -> tuple[Tensor, list[Routing]]:
+        x_BTD, routings = self._embed(tokens_BT), []
         forced = forced_experts(self.config, experts_LNK)
         for layer in range(self.config.n_layers):
             experts_NK = self._array(forced[layer]) if layer in forced else None

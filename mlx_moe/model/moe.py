@@ -94,6 +94,8 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
+    """All experts of a layer; their weights are (E, out, in)."""
+
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
         n_experts, d_model, d_ff = moe.n_experts, config.d_model, config.expert_d_ff

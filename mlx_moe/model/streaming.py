@@ -38,26 +38,26 @@ class StreamedModel:
 
     @on_its_device
     def each_logits(self, tokens_BT: Tokens) -> Iterator[Logits]:
-        normed_BTD, _ = self._below_the_head(tokens_BT, None)
+        normed_BTD, _ = self._final_hidden_states(tokens_BT, None)
         head_VD, sequences = head(self.config, self._weights), list(normed_BTD)
         return (self._logits(normed_TD, head_VD) for normed_TD in sequences)
 
     @on_its_device
     def routed_logits(self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None = None) -> RoutedLogits:
-        normed_BTD, routings = self._below_the_head(tokens_BT, experts_LNK)
+        normed_BTD, routings = self._final_hidden_states(tokens_BT, experts_LNK)
         logits_BTV = self._logits(normed_BTD, head(self.config, self._weights))
         found = [(np.array(routing.logits_NE), np.array(routing.experts_NK)) for routing in routings]
         return RoutedLogits.stack(logits_BTV, found)
 
     def ffn_inputs(self, tokens_BT: Tokens, layers: Collection[int]) -> Iterator[NDArray[np.float32]]:
-        x_BTD = self._embedded(tokens_BT)
+        x_BTD = self._embed(tokens_BT)
         for layer in range(max(layers) + 1):
-            x_BTD, read_ND = self._through(layer, x_BTD)
+            x_BTD, read_ND = self._run_layer(layer, x_BTD)
             if layer in layers:
                 yield read_ND
 
     @on_its_device
-    def _through(self, layer: int, x_BTD: mx.array) -> tuple[mx.array, NDArray[np.float32]]:
+    def _run_layer(self, layer: int, x_BTD: mx.array) -> tuple[mx.array, NDArray[np.float32]]:
         """Return the residual stream after a layer, and the inputs (N, D) of its FFN."""
         block = self._block(layer)
         x_BTD = block.attend(x_BTD)
@@ -67,13 +67,13 @@ class StreamedModel:
         mx.clear_cache()  # frees the layer
         return x_BTD, read_ND
 
-    def _embedded(self, tokens_BT: Tokens) -> mx.array:
+    def _embed(self, tokens_BT: Tokens) -> mx.array:
         return mx.array(embed(self.config, self._weights, tokens_BT))
 
-    def _below_the_head(
+    def _final_hidden_states(
         self, tokens_BT: Tokens, experts_LNK: NDArray[np.int64] | None
     ) -> tuple[mx.array, list[Routing]]:
-        x_BTD, routings = self._embedded(tokens_BT), []
+        x_BTD, routings = self._embed(tokens_BT), []
         forced = forced_experts(self.config, experts_LNK)
         for layer in range(self.config.n_layers):
             experts_NK = mx.array(forced[layer], mx.int32) if layer in forced else None

@@ -253,6 +253,7 @@ def _check_size(config: ModelConfig, grown: dict[str, int]) -> None:
 
 
 def _check_post_norm(config: ModelConfig, grown: dict[str, int]) -> None:
+    """Raise InputError if a post-norm model would become deeper, or, without RMSNorm, wider by a fraction."""
     if grown["n_layers"] > config.n_layers:
         raise InputError(
             f"post-norm blocks cannot be deepened exactly: a new block that adds nothing still normalises the residual "

@@ -11,12 +11,18 @@ from mlx_moe.model.cpu.elementwise import column_sums, fusion_barrier, row_sums,
 
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
-    """Return (x − mean) / √(variance + ε) over the last axis, times the weight, plus the bias."""
+    """Return (x − mean) / √(variance + ε) over the last axis, times the weight, plus the bias.
+
+    x (..., D), weight and bias (D,), float32.
+    """
     return _norm(eps, centred=True)(x, weight, *([] if bias is None else [bias]))[0]
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """Return x / √(mean of x² + ε) over the last axis, times the weight."""
+    """Return x / √(mean of x² + ε) over the last axis, times the weight.
+
+    x (..., D), weight (D,), float32.
+    """
     return _norm(eps, centred=False)(x, weight)[0]
 
 
