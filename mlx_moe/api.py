@@ -288,7 +288,8 @@ def tokens(
 
     `source` is `stories`, `tinystories` or a path (.txt, .jsonl, .parquet, or a folder of them); a list of texts, each
     a document; or token ids, as an array or as a list of documents. `tokenizer` is a `Tokenizer`, `char`, `bpe:VOCAB`,
-    or the name or folder of one of Hugging Face's. Raises InputError where the text or the tokenizer cannot be had.
+    or the name or folder of one of Hugging Face's. Tokens of a named source stay in a cache, `$MLXMOE_CACHE` or
+    `~/.cache/mlxmoe`. Raises InputError where the text or the tokenizer cannot be had.
     """
     tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
     named = {"source": str(source)} if isinstance(source, str | Path) else {}
@@ -342,7 +343,9 @@ def upcycle(
         warnings.warn(ZERO_ROUTER_WARNING, stacklevel=2)
     routers = None
     if text is not None:
-        tokens_BT = _windows(_data_for(model, text), centroid_tokens(phase), model.config.context_length)
+        data = _data_for(model, text)
+        _check_ids(np.asarray(data.train[:]), model.config.vocab_size)
+        tokens_BT = _windows(data, centroid_tokens(phase), model.config.context_length)
         streamed = model._backend.streamed(model.config, model.weights(), model._device)
         routers = centroid_routers(streamed, phase, tokens_BT, seed)
     return _transfer(model, "upcycle", phase, seed, routers, allow_lossy)
@@ -393,8 +396,9 @@ def train(
     `data` is what `tokens` returns or takes. `overrides` set anything else that a run's config has, such as
     `{"optimizer.name": "muon", "engine.precision": "bf16", "phases.train.warmup_steps": 20}`. `on_step` gets the
     metrics of every logged step. With `out`, a folder, it is a run there, with checkpoints, that the commands read and
-    resume; without it nothing is written. Ctrl-C finishes the step and returns. Raises InputError for settings or
-    tokens that do not fit the model, `Error` where the loss is no longer finite.
+    resume; without it nothing is written, but for the token cache of a named source. Ctrl-C finishes the step and
+    returns. Raises InputError for settings or tokens that do not fit the model, `Error` where the loss is no longer
+    finite.
     """
     data = _data_for(model, data)
     for name, split in (("train", data.train), ("validation", data.validation)):
@@ -408,6 +412,8 @@ def train(
     }
     run = _run_config(model, data, settings, overrides or {})
     console = _StepConsole(on_step)
+    if out is None and (run.lora.rank or run.training.tracker != "none"):
+        raise InputError("adapters (lora.rank) and training.tracker need a run in a folder; name it with out=")
     if out is not None:
         return _train_in_folder(model, data, run, Path(out), console)
     trainer = model._backend.trainer(run.model, model.weights(), run.optimizer, model._device, run.engine)
@@ -691,6 +697,8 @@ def _check_ids(ids: NDArray[Any], vocab_size: int) -> None:
 def _windows(data: Data, n_tokens: int, context_length: int) -> NDArray[np.int32]:
     from mlx_moe.data.tokens import fixed_windows
 
+    if len(data.train) < 2:
+        raise InputError(f"the text gives {len(data.train)} tokens; give at least 2")
     width = min(context_length, len(data.train) - 1)
     return fixed_windows(data.train, -(-n_tokens // width), width)[:, :-1]
 
@@ -698,10 +706,12 @@ def _windows(data: Data, n_tokens: int, context_length: int) -> NDArray[np.int32
 def _run_config(model: Model, data: Data, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
     for key in overrides:
         section, _, rest = str(key).partition(".")
-        if section in ("model", "data", "start") or (section == "phases" and not rest.startswith("train.")):
+        if section in ("model", "data", "start", "name", "seed") or (
+            section == "phases" and not rest.startswith("train.")
+        ):
             raise InputError(
-                f"overrides {quoted(str(key))}: train takes the model and the data as they are, and has one phase, "
-                "phases.train; leave it out"
+                f"overrides {quoted(str(key))}: train takes the model and the data as they are, has one phase, "
+                "phases.train, and a seed of its own; leave it out"
             )
     values = {
         "name": "python",

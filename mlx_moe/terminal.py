@@ -78,11 +78,17 @@ def check_folders() -> None:
         del os.environ["TMPDIR"]
 
 
+def has_reader() -> bool:
+    """Return False once a write to standard output has failed, as when the reader of a pipe has ended."""
+    return not getattr(sys.stdout, "is_lost", False)
+
+
 class _Unfailing:
     """A text stream whose writes never raise."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
+        self.is_lost = False
 
     def write(self, text: str) -> int:
         try:
@@ -103,6 +109,7 @@ class _Unfailing:
 
     def _give_up(self) -> None:
         """Redirect the stream and its buffered text to the null device."""
+        self.is_lost = True
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

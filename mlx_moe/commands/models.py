@@ -23,7 +23,7 @@ from mlx_moe.commands.options import (
     TopP,
 )
 from mlx_moe.limits import MAX_D_FF, MAX_D_MODEL, MAX_EXPERTS, MAX_HEADS, MAX_LAYERS
-from mlx_moe.terminal import echo
+from mlx_moe.terminal import echo, has_reader
 
 if TYPE_CHECKING:
     from mlx_moe.config import ModelConfig
@@ -134,6 +134,8 @@ def generate(
     echo(prompt, nl=False)
     for piece in chain(first, pieces):
         echo(piece, nl=False)
+        if not has_reader():
+            return
     echo()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.short_runs import SIZE, short_run, start
 
+import mlx_moe as mm
 from mlx_moe.storage import checkpoint, jsonl
 from mlx_moe.training import run as training_run
 from mlx_moe.training.run import open_run
@@ -83,6 +84,21 @@ def test_a_reader_that_is_gone_stops_nothing(cache, tmp_path):
         assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 0
     assert checkpoint.latest(tmp_path / "run").name == "step-30"
+
+
+def test_a_reader_that_is_gone_ends_generation(tmp_path):
+    """A million tokens would take minutes that nobody waits for."""
+    data = mm.tokens(["One day a cat ran far away."] * 20, "char")
+    size = {"d_model": 16, "n_layers": 1, "n_heads": 2, "context_length": 16}
+    models = (mm.create("llama", data, **size, seed=seed) for seed in range(20))
+    model = next(model for model in models if len(mm.generate(model, None, "One", 500, temperature=0)) >= 500)
+    mm.save(model, tmp_path / "model")
+    words = ["generate", tmp_path / "model", "--prompt", "One", "--temperature", "0", "-n", "1000000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "cli", *words], env=environment, stdout=subprocess.PIPE)
+    with process.stdout:
+        process.stdout.read(10)
+    assert process.wait(timeout=60) == 0
 
 
 def test_a_log_on_a_full_disk_stops_nothing(cache, tmp_path):
