@@ -164,8 +164,24 @@ class TrainingStep:
         groups = update_groups(config, optimizer)
         self._is_large = len(groups) > len(optimizer_groups(config, optimizer))
         self._is_one_graph = not (self._is_large or self.settings.n_parts > 1 or self.loss_scale.is_dynamic)
-        state = [self._model.state, self.optimizer.state, mx.random.state]
-        compiled = partial(mx.compile, inputs=state, outputs=state)
+        random_state: Any = mx.random.state
+        state = [self._model.state, self.optimizer.state, random_state]
+
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            graph = mx.compile(function, inputs=state, outputs=state)
+
+            def call(*arguments: Any) -> Any:
+                key = random_state[0]
+                try:
+                    return graph(*arguments)
+                except BaseException:
+                    # The random state is the process's, and MLX leaves a placeholder in it where tracing raises.
+                    high, low = np.array(key).tolist()
+                    mx.random.seed(high << 32 | low)
+                    raise
+
+            return call
+
         self._one_graph = compiled(self._train_in_one_graph)
         self._gradients_graph = compiled(self.gradients)
         self._expert_load_graph = compiled(self.expert_load)

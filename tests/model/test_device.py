@@ -15,6 +15,7 @@ import torch
 from support.small_models import BACKENDS, FOUR_EXPERTS, build, larger_model, random_tokens, rough_weights, small_model
 
 import mlx_moe.model
+from mlx_moe.config import OptimizerConfig
 from mlx_moe.device import CPU, CUDA
 from mlx_moe.errors import InputError
 from mlx_moe.training.backend import choose_backend
@@ -133,3 +134,15 @@ def test_whose_blas_pytorch_takes_is_in_its_instructions():
         code = f"import {first}; import mlx_moe.model; {ask}"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert result.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 5])
+def test_a_step_that_fails_leaves_the_random_state_of_the_process(seed, monkeypatch):
+    trainer = choose_backend("mlx").trainer(CONFIG, rough_weights(CONFIG, 0), OptimizerConfig(), "cpu")
+    monkeypatch.setattr(trainer.step, "update", lambda gradients: 1 / 0)
+    mx.random.seed(seed)
+    expected = np.array(mx.random.normal((3,)))
+    mx.random.seed(seed)
+    with pytest.raises(ZeroDivisionError):
+        trainer.step(TOKENS, 1e-3, 0)
+    np.testing.assert_array_equal(np.array(mx.random.normal((3,))), expected)
