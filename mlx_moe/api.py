@@ -334,8 +334,7 @@ def upcycle(
     from mlx_moe.transfer.upcycling import ZERO_ROUTER_WARNING
 
     known = [name for name in UpcyclePhaseConfig.model_fields if name not in TrainPhaseConfig.model_fields]
-    if unknown := sorted(settings.keys() - set(known)):
-        raise InputError(f"unknown setting {quoted(unknown[0])} of upcycle; known here: {', '.join(known)}")
+    _check_known(settings, known, "setting", "upcycle")
     phase = validate(UpcyclePhaseConfig, {"n_experts": n_experts, "top_k": top_k, **settings})
     if (phase.router_init == "centroids") != (text is not None):
         raise InputError("router_init='centroids' and text go together: the model's states on a text are clustered")
@@ -448,8 +447,7 @@ def run(
     from mlx_moe.training.run import train_run
 
     known = [name for name in RunRequest.__dataclass_fields__ if name not in ("preset", "overrides", "out")]
-    if unknown := sorted(options.keys() - set(known)):
-        raise InputError(f"unknown option {quoted(unknown[0])} of run; known here: {', '.join(known)}")
+    _check_known(options, known, "option", "run")
     words = as_overrides(overrides) if isinstance(overrides, Mapping) else _as_list(overrides, "overrides")
     if isinstance(phases := options.get("phases"), int | Sequence) and not isinstance(phases, str):
         options["phases"] = ",".join(map(str, phases if isinstance(phases, Sequence) else [phases]))
@@ -479,9 +477,7 @@ def stream(
     from mlx_moe.inference.sampling import Sampling
 
     tokenizer = model._tokenizer(tokenizer)
-    known = list(Sampling.__dataclass_fields__)
-    if unknown := sorted(sampling.keys() - set(known)):
-        raise InputError(f"unknown option {quoted(unknown[0])} of sampling; known here: {', '.join(known)}")
+    _check_known(sampling, list(Sampling.__dataclass_fields__), "option", "sampling")
     if not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise InputError(f"max_new_tokens = {max_new_tokens}: must be from 0 to {MAX_NEW_TOKENS:,}")
     pieces = stream_generate(model._trainer, tokenizer, prompt, max_new_tokens, validate(Sampling, sampling))
@@ -579,6 +575,12 @@ def _transfer(
     if not (certificate.passed or allow_lossy or plan.is_lossy):
         raise ChangedModel(certificate)
     return model._next(after, became(transfer, after.config)), certificate
+
+
+def _check_known(given: Mapping[str, Any], known: Sequence[str], noun: str, owner: str) -> None:
+    """Raise InputError for a keyword that its owner does not know."""
+    if unknown := sorted(given.keys() - set(known)):
+        raise InputError(f"unknown {noun} {quoted(unknown[0])} of {owner}; known here: {', '.join(known)}")
 
 
 def _check_weights(config: ModelConfig, weights: Weights) -> None:
