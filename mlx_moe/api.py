@@ -7,7 +7,6 @@ B batch, T time, V vocabulary.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 import warnings
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlx_moe.accounting import ParameterCount, count_parameters
+from mlx_moe.accounting.machines import installed_bytes
 from mlx_moe.arguments import checked
 from mlx_moe.config import (
     DataConfig,
@@ -34,7 +34,7 @@ from mlx_moe.config import (
     VerificationConfig,
 )
 from mlx_moe.data.sources import check_text
-from mlx_moe.data.tokenizers import Tokenizer, make_tokenizer
+from mlx_moe.data.tokenizers import Tokenizer, check_tokenizer_fits, make_tokenizer
 from mlx_moe.data.tokens import TokenSplits, check_length, is_held_out, prepare
 from mlx_moe.errors import InputError, quoted
 from mlx_moe.limits import MAX_NEW_TOKENS, MAX_VOCAB_SIZE
@@ -45,6 +45,7 @@ from mlx_moe.storage import checkpoint
 from mlx_moe.storage.atomic import absolute, creating, make_folder, replacing
 from mlx_moe.storage.checkpoint import Checkpoint, TrainerState
 from mlx_moe.storage.jsonl import Row
+from mlx_moe.storage.tensor_files import check_finite
 from mlx_moe.training.backend import Backend, Trainer, choose_backend
 from mlx_moe.training.certify import ChangedModel, certify
 from mlx_moe.training.console import Console
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from parity.report import ModelComparison
 
 Texts = Sequence[str]
+IDS_AT_A_TIME = 2**24
 NO_TOKENIZER = "the model has no tokenizer; give one, such as mm.tokens(texts, tokenizer)"
 
 
@@ -156,8 +158,8 @@ class Model:
 
     def _finite_weights(self) -> dict[str, NDArray[np.float32]]:
         weights = self.weights()
-        if bad := [name for name, array in weights.items() if not np.isfinite(array).all()]:
-            raise InputError(f"{bad[0]} holds NaN or Inf ({len(bad)} such); load the model again")
+        for name, array in weights.items():
+            check_finite(name, array, "the model", "load the model again")
         return weights
 
     def _checkpoint(self, path: Path) -> Checkpoint:
@@ -169,11 +171,7 @@ class Model:
         tokenizer = given or self.tokenizer
         if tokenizer is None:
             raise InputError(NO_TOKENIZER)
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise InputError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {self.config.vocab_size}; take the "
-                "tokenizer that it was trained with"
-            )
+        check_tokenizer_fits(tokenizer, self.config.vocab_size, "the tokenizer")
         return tokenizer
 
 
@@ -343,7 +341,7 @@ def upcycle(
     routers = None
     if text is not None:
         data = _data_for(model, text)
-        _check_ids(np.asarray(data.train[:]), model.config.vocab_size)
+        _check_ids(data.train, model.config.vocab_size)
         tokens_BT = _windows(data, centroid_tokens(phase), model.config.context_length)
         streamed = model._backend.streamed(model.config, model.weights(), model._device)
         routers = centroid_routers(streamed, phase, tokens_BT, seed)
@@ -401,7 +399,7 @@ def train(
     """
     data = _data_for(model, data)
     for name, split in (("train", data.train), ("validation", data.validation)):
-        _check_ids(np.asarray(split[:]), model.config.vocab_size)
+        _check_ids(split, model.config.vocab_size)
         check_length(split, model.config.context_length, name)  # type: ignore[arg-type]
     every = max(1, steps)  # once, at the end
     settings = {
@@ -678,9 +676,7 @@ def _integers(tokens: Any) -> NDArray[Any]:
 
 def _check_room(config: ModelConfig) -> None:
     """Raise InputError where a model's weights, drawn and then copied, are more than the memory of the machine."""
-    if not hasattr(os, "sysconf"):
-        return
-    needed, memory = 8 * count_parameters(config).total, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, memory = 8 * count_parameters(config).total, installed_bytes()
     if needed > memory:
         raise InputError(
             f"{count_parameters(config).total / 1e6:,.0f} M parameters need {needed / 1e9:.1f} GB to be drawn and "
@@ -688,12 +684,15 @@ def _check_room(config: ModelConfig) -> None:
         )
 
 
-def _check_ids(ids: NDArray[Any], vocab_size: int) -> None:
-    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
-        bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
-        raise InputError(
-            f"token {bad} is not in the model's vocabulary of {vocab_size}; take the model's own tokenizer"
-        )
+def _check_ids(ids: Any, vocab_size: int) -> None:
+    """Raise InputError where token ids, in memory or on disk, are not in a vocabulary."""
+    for start in range(0, len(ids), IDS_AT_A_TIME):
+        block = np.asarray(ids[start : start + IDS_AT_A_TIME])
+        bad = int(block.min()) if block.min() < 0 else int(block.max())
+        if not 0 <= bad < vocab_size:
+            raise InputError(
+                f"token {bad} is not in the model's vocabulary of {vocab_size}; take the model's own tokenizer"
+            )
 
 
 def _windows(data: Data, n_tokens: int, context_length: int) -> NDArray[np.int32]:

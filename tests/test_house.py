@@ -181,7 +181,7 @@ UNLIKE = {
         "only MLX's new weights stand beside the old ones": "update_groups",
     },
     "step.py": {
-        "MLX compiles": "TrainingStep._train_in_one_graph TrainingStep._compile",
+        "MLX compiles": "TrainingStep._train_in_one_graph TrainingStep._compile compiled _random_state",
         "DistributedDataParallel averages while it computes gradients": "TrainingStep._without_averaging",
         "PyTorch has it": "global_norm",
     },
@@ -192,7 +192,7 @@ UNLIKE = {
         ),
     },
     "trainer.py": {
-        "MLX compiles, in a context": "Trainer._build Trainer._compiled Trainer._freeze Trainer._loss_of _float",
+        "MLX compiles, in a context": "Trainer._build Trainer._freeze Trainer._loss_of _float",
     },
     "transformer.py": {
         "MLX's dropout takes keys": "Block.__call__ Block.attend Block.feed_forward _with_keys",

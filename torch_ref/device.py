@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import subprocess
@@ -11,7 +10,7 @@ import time
 
 import torch
 
-from mlx_moe.accounting.machines import CUDA_RESERVED_GB, METAL_SHARE
+from mlx_moe.accounting.machines import CUDA_RESERVED_GB, METAL_SHARE, installed_bytes
 from mlx_moe.device import CPU, CUDA, MPS, Device, requested_name
 from mlx_moe.errors import InputError
 from mlx_moe.precision import PrecisionName
@@ -92,8 +91,7 @@ def usable_bytes(device: str | Device = "auto") -> int:
     chosen = choose_device(device)
     if chosen == CUDA:
         return torch.cuda.get_device_properties(torch_device(chosen)).total_memory - int(CUDA_RESERVED_GB * 2**30)
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(METAL_SHARE * installed) if chosen == MPS else installed
+    return int(METAL_SHARE * installed_bytes()) if chosen == MPS else installed_bytes()
 
 
 def threads() -> int | None:

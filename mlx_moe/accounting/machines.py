@@ -7,6 +7,7 @@ advertised "with sparsity". fp32 is the rate of the CUDA cores, since our fp32 i
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -55,6 +56,11 @@ def _nvidia(
     name: str, fp32: float, fp16: float, bf16: float | None, bandwidth: float, memory: tuple[int, ...]
 ) -> Machine:
     return Machine(f"NVIDIA {name}", "nvidia", fp32, fp16, bf16, bandwidth, memory)
+
+
+def installed_bytes() -> int:
+    """Return the memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # fmt: off

@@ -136,6 +136,15 @@ def make_tokenizer(spec: str, documents: Callable[[], Iterator[str]]) -> Tokeniz
     return Tokenizer.load(folder if os.path.isdir(folder) else _from_hub(spec))
 
 
+def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int, noun: str) -> None:
+    """Raise InputError where a tokenizer, the `noun` of the message, has more tokens than a model's vocabulary."""
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"{noun} has {tokenizer.vocab_size} tokens, the model only {vocab_size}; take the tokenizer that it was "
+            "trained with"
+        )
+
+
 def cut(text: str) -> Iterator[str]:
     """Yield a text in pieces that end at line breaks: encoding a whole book takes a hundred times its size."""
     start = 0

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from mlx_moe.data.tokenizers import Tokenizer
+from mlx_moe.data.tokenizers import Tokenizer, check_tokenizer_fits
 from mlx_moe.errors import InputError, quoted
 from mlx_moe.inference.decoder import LanguageModel
 from mlx_moe.inference.detokenizer import IncrementalDetokenizer
@@ -88,11 +88,7 @@ def load_tokenizer(loaded: Checkpoint) -> Tokenizer:
     if loaded.tokenizer_folder is None:
         raise InputError(f"checkpoint {loaded.path} has no tokenizer/ beside it; copy its run's tokenizer/ into it")
     tokenizer = Tokenizer.load(loaded.tokenizer_folder)
-    if tokenizer.vocab_size > loaded.config.vocab_size:
-        raise InputError(
-            f"the tokenizer in {loaded.tokenizer_folder} has {tokenizer.vocab_size} tokens, the model only "
-            f"{loaded.config.vocab_size}; take the tokenizer it was trained with"
-        )
+    check_tokenizer_fits(tokenizer, loaded.config.vocab_size, f"the tokenizer in {loaded.tokenizer_folder}")
     return tokenizer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from mlx_moe.accounting.machines import installed_bytes
 from mlx_moe.device import CPU, CUDA, METAL, Device, requested_name
 from mlx_moe.errors import InputError
 from mlx_moe.model.cpu import blas
@@ -98,7 +98,7 @@ def usable_bytes(device: str | Device = "auto") -> int:
         for limit in ("max_recommended_working_set_size", "total_memory"):
             if limit in information:
                 return int(information[limit])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return installed_bytes()
 
 
 def threads() -> int | None:

@@ -164,32 +164,19 @@ class TrainingStep:
         groups = update_groups(config, optimizer)
         self._is_large = len(groups) > len(optimizer_groups(config, optimizer))
         self._is_one_graph = not (self._is_large or self.settings.n_parts > 1 or self.loss_scale.is_dynamic)
-        random_state: Any = mx.random.state
-        state = [self._model.state, self.optimizer.state, random_state]
+        state = [self._model.state, self.optimizer.state, mx.random.state]
 
-        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-            graph = mx.compile(function, inputs=state, outputs=state)
+        def graph(function: Callable[..., Any]) -> Callable[..., Any]:
+            return compiled(function, self._model, state, writes_state=True)
 
-            def call(*arguments: Any) -> Any:
-                key = random_state[0]
-                try:
-                    return graph(*arguments)
-                except BaseException:
-                    # The random state is the process's, and MLX leaves a placeholder in it where tracing raises.
-                    high, low = np.array(key).tolist()
-                    mx.random.seed(high << 32 | low)
-                    raise
-
-            return call
-
-        self._one_graph = compiled(self._train_in_one_graph)
-        self._gradients_graph = compiled(self.gradients)
-        self._expert_load_graph = compiled(self.expert_load)
+        self._one_graph = graph(self._train_in_one_graph)
+        self._gradients_graph = graph(self.gradients)
+        self._expert_load_graph = graph(self.expert_load)
         self._clip_graph = mx.compile(self.clip)
         self._updates: list[tuple[list[str], Callable[[Gradients], None]]] = []
         for group, rule in zip(groups, self.optimizer.optimizers, strict=True):
             update_part = partial(rule.update, self._model)
-            self._updates.append((group.names, update_part if self._is_one_graph else compiled(update_part)))
+            self._updates.append((group.names, update_part if self._is_one_graph else graph(update_part)))
 
 
 def global_norm(gradients: Gradients) -> Array:
@@ -197,3 +184,32 @@ def global_norm(gradients: Gradients) -> Array:
     # One axis first: on CPU, one sum over a million squares is wrong in the third digit.
     squares = [mx.square(gradient).sum(axis=-1).sum() for _, gradient in tree_flatten(gradients)]
     return mx.sqrt(mx.stack(squares).sum())
+
+
+def compiled(
+    function: Callable[..., Any], model: nn.Module, state: list[Any], writes_state: bool = False
+) -> Callable[..., Any]:
+    """Compile a function of arrays and of `state`, trees of arrays that it reads and, if so said, writes.
+
+    While MLX traces the function, `state` holds placeholders. Where tracing raises, the model's weights and the random
+    state of the process are put back.
+    """
+    graph = mx.compile(function, inputs=state, outputs=state if writes_state else None)
+    modules, random_state = model.modules(), _random_state()
+
+    def call(*arguments: Any) -> Any:
+        contents, key = [dict(module) for module in modules], random_state[0]
+        try:
+            return graph(*arguments)
+        except BaseException:
+            for module, content in zip(modules, contents, strict=True):
+                dict.update(module, content)
+            high, low = np.array(key).tolist()
+            mx.random.seed(high << 32 | low)
+            raise
+
+    return call
+
+
+def _random_state() -> Any:
+    return mx.random.state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +18,7 @@ from mlx_moe.model.distributed import connect
 from mlx_moe.model.loss import cross_entropy
 from mlx_moe.model.moe import expert_loads
 from mlx_moe.model.optimizers import load_optimizer_state, state_tensors
-from mlx_moe.model.step import TrainingStep
+from mlx_moe.model.step import TrainingStep, compiled
 from mlx_moe.model.transformer import Decoder, Transformer
 from mlx_moe.parameters import Arrays, LazyWeights, Weights, optimizer_table, parameter_table
 from mlx_moe.precision import choose_precision, without_loss_scale
@@ -49,26 +48,9 @@ class Trainer:
         self._optimizer_config, self._engine = optimizer, engine
         with running_on(self.device):
             self._model = self._build(weights)
-        self._loss = self._compiled(self._loss_of)
-        self._logits = self._compiled(lambda tokens_BT: self._model(tokens_BT)[0])
-
-    def _compiled(self, forward: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-        """Compile a forward pass.
-
-        While MLX traces it, the model holds placeholders; an error would leave them there in place of its weights.
-        """
-        graph, modules = mx.compile(forward, inputs=[self._model.state]), self._model.modules()
-
-        def call(tokens_BT: mx.array) -> mx.array:
-            before = [dict(module) for module in modules]
-            try:
-                return graph(tokens_BT)
-            except BaseException:
-                for module, contents in zip(modules, before, strict=True):
-                    dict.update(module, contents)
-                raise
-
-        return call
+        state = [self._model.state]
+        self._loss = compiled(self._loss_of, self._model, state)
+        self._logits = compiled(lambda tokens_BT: self._model(tokens_BT)[0], self._model, state)
 
     def _build(self, weights: Weights | dict[str, mx.array]) -> Transformer:
         model = Transformer(self.config)

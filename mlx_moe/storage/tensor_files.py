@@ -140,7 +140,7 @@ def n_elements(tensors: Mapping[str, StoredTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
-def check_finite(name: str, array: NDArray[np.float32], where: Path, remedy: str = "get the model anew") -> None:
+def check_finite(name: str, array: NDArray[np.float32], where: Path | str, remedy: str = "get the model anew") -> None:
     """Raise InputError, naming the tensor, if an array holds NaN or Inf."""
     # A sum costs less than half of an elementwise test and misses no NaN or Inf; finite values may overflow.
     with np.errstate(all="ignore"):
