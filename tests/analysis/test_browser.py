@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support.browser import Browser, find
+from support.browser import Browser, assert_opens, find
 
 from mlx_moe.analysis.report import write_report
 from mlx_moe.analysis.run_reader import read_record
@@ -42,15 +42,9 @@ def browser(tmp_path_factory):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_opens_without_an_error_and_without_a_request(browser, page, width, dark):
-    browser.requests.clear()
-    browser.open(page, width=width, dark=dark)
+    assert_opens(browser, page, width, dark)
     drawn = browser.evaluate("document.querySelectorAll('#chart path').length")
     assert drawn == 2 + 2  # training and validation, and the legend's two
-    assert browser.requests == [page.as_uri()]
-    assert browser.errors == []
-    assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, background[4:-1].split(","))) < 150) == dark
 
 
 def test_an_error_and_a_request_would_be_seen(browser, tmp_path):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from support.browser import Browser, find
+from support.browser import Browser, assert_opens, find
 
 from parity.page import render
 from parity.run import ParityRequest, run
@@ -33,15 +33,7 @@ def browser(tmp_path_factory):
 @pytest.mark.parametrize("width", [1600, 360])
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_opens_without_an_error_a_request_or_overflow(browser, page, width, dark):
-    browser.requests.clear()
-    browser.open(page, width=width, dark=dark)
-    for is_open in (False, True):
-        assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), is_open
-        browser.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
-    assert browser.requests == [page.as_uri()]
-    assert browser.errors == []
-    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, background[4:-1].split(","))) < 150) == dark
+    assert_opens(browser, page, width, dark)
 
 
 def test_only_what_differs_is_open(browser, page):

@@ -107,3 +107,16 @@ class Browser:
             self.errors.append(parameters["entry"])
         elif method == "Page.loadEventFired":
             self._loaded = True
+
+
+def assert_opens(browser, page, width, dark):
+    """Open a page: it requests nothing else, logs no error, fits into the window and is as dark as asked for."""
+    browser.requests.clear()
+    browser.open(page, width=width, dark=dark)
+    for is_open in (False, True):
+        assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), is_open
+        browser.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    assert browser.requests == [page.as_uri()]
+    assert browser.errors == []
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, background[4:-1].split(","))) < 150) == dark
